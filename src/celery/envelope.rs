@@ -1,0 +1,163 @@
+//! kombu's envelope: the JSON object around every message on Redis (`kombu.transport.virtual`).
+
+use std::borrow::Cow;
+use std::fmt;
+
+use base64_simd::{Out, STANDARD};
+use serde::de::{Deserialize, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
+
+use super::Reject;
+use super::json::{Key, Scalar};
+
+/// Opens an envelope and returns the message's body, the JSON of its events.
+///
+/// `content-type` alone chooses the decoder; a message without one is taken for JSON. `buffer` is reused from call to
+/// call for bodies in base64.
+///
+/// # Errors
+/// [`Reject::Envelope`], [`Reject::ContentType`], [`Reject::Compression`] or [`Reject::Base64`].
+pub fn open<'a>(payload: &'a [u8], buffer: &'a mut Vec<u8>) -> Result<Cow<'a, [u8]>, Reject> {
+    let envelope: Envelope = serde_json::from_slice(payload).map_err(|_| Reject::Envelope)?;
+    check_content(envelope.content_type.as_deref(), envelope.compressed)?;
+    match envelope.body.ok_or(Reject::Envelope)? {
+        body if envelope.base64 => decode_base64(body.as_bytes(), buffer).map(Cow::Borrowed),
+        Cow::Borrowed(body) => Ok(Cow::Borrowed(body.as_bytes())),
+        Cow::Owned(body) => Ok(Cow::Owned(body.into_bytes())),
+    }
+}
+
+/// Whether a message's properties allow to read its body: JSON, not compressed. The same rule on both brokers.
+///
+/// # Errors
+/// [`Reject::ContentType`] or [`Reject::Compression`].
+pub fn check_content(content_type: Option<&str>, compressed: bool) -> Result<(), Reject> {
+    if content_type.is_some_and(|name| !matches!(name, "application/json" | "json")) {
+        return Err(Reject::ContentType);
+    }
+    if compressed { Err(Reject::Compression) } else { Ok(()) }
+}
+
+fn decode_base64<'a>(text: &[u8], buffer: &'a mut Vec<u8>) -> Result<&'a [u8], Reject> {
+    let length = STANDARD.estimated_decoded_length(text.len());
+    if buffer.len() < length {
+        buffer.resize(length, 0);
+    }
+    let decoded = STANDARD.decode(text, Out::from_slice(&mut buffer[..length])).map_err(|_| Reject::Base64)?;
+    Ok(decoded)
+}
+
+#[derive(Default)]
+struct Envelope<'a> {
+    body: Option<Cow<'a, str>>,
+    content_type: Option<Cow<'a, str>>,
+    compressed: bool,
+    base64: bool,
+}
+
+impl<'de> Deserialize<'de> for Envelope<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct EnvelopeVisitor;
+
+        impl<'de> Visitor<'de> for EnvelopeVisitor {
+            type Value = Envelope<'de>;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+                formatter.write_str("kombu's envelope")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut envelope = Envelope::default();
+                while let Some(Key(key)) = map.next_key()? {
+                    match &*key {
+                        "body" => envelope.body = map.next_value::<Scalar>()?.text(),
+                        "content-type" => envelope.content_type = map.next_value::<Scalar>()?.text(),
+                        "headers" => {
+                            let compression = map.next_value_seed(Member("compression"))?;
+                            envelope.compressed = !matches!(compression, None | Some(Scalar::Null));
+                        }
+                        "properties" => {
+                            let encoding = map.next_value_seed(Member("body_encoding"))?;
+                            envelope.base64 = matches!(encoding, Some(Scalar::Text(text)) if text == "base64");
+                        }
+                        _ => drop(map.next_value::<IgnoredAny>()?),
+                    }
+                }
+                Ok(envelope)
+            }
+        }
+
+        deserializer.deserialize_map(EnvelopeVisitor)
+    }
+}
+
+/// Reads one member of an inner object by its name; none where the object lacks it or is null.
+struct Member(&'static str);
+
+impl<'de> DeserializeSeed<'de> for Member {
+    type Value = Option<Scalar<'de>>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Member {
+    type Value = Option<Scalar<'de>>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        formatter.write_str("an object or null")
+    }
+
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut found = None;
+        while let Some(Key(key)) = map.next_key()? {
+            if key == self.0 {
+                found = Some(map.next_value()?);
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn body_of(payload: &str) -> Result<String, Reject> {
+        let mut buffer = vec![b'x'; 3];
+        open(payload.as_bytes(), &mut buffer).map(|body| String::from_utf8_lossy(&body).into_owned())
+    }
+
+    #[test]
+    fn bodies_in_base64_and_as_text_with_keys_in_any_order() {
+        let base64 = r#"{"properties": {"delivery_tag": "x", "body_encoding": "base64", "delivery_info": {}},
+            "headers": {"hostname": "w"}, "content-encoding": "utf-8", "content-type": "application/json",
+            "body": "eyJhIjogMX0="}"#;
+        assert_eq!(body_of(base64).as_deref(), Ok(r#"{"a": 1}"#));
+        let text = r#"{"body": "{\"a\": \"\\ud800\"}", "content-type": "application/json", "properties": null}"#;
+        assert_eq!(body_of(text).as_deref(), Ok(r#"{"a": "\ud800"}"#));
+        assert_eq!(body_of(r#"{"body": "[]", "headers": {"compression": null}}"#).as_deref(), Ok("[]"));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named() {
+        for (payload, reason) in [
+            ("", Reject::Envelope),
+            ("[]", Reject::Envelope),
+            ("{}", Reject::Envelope),
+            (r#"{"body": 5}"#, Reject::Envelope),
+            (r#"{"body": "{}", "properties": 5}"#, Reject::Envelope),
+            (r#"{"body": "{}", "content-type": "application/x-python-serialize"}"#, Reject::ContentType),
+            (r#"{"body": "{}", "headers": {"compression": "application/x-gzip"}}"#, Reject::Compression),
+            (r#"{"body": "{}", "properties": {"body_encoding": "base64"}}"#, Reject::Base64),
+        ] {
+            assert_eq!(body_of(payload), Err(reason), "{payload}");
+        }
+    }
+}

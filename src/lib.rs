@@ -1,0 +1,4 @@
+//! flower-exporter
+pub mod celery;
+pub mod metrics;
+pub mod state;

@@ -1,0 +1,157 @@
+//! The six families for a Registry of the prometheus crate, for programs that embed the exporter.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use prometheus::core::{Collector, Desc};
+use prometheus::proto;
+
+use super::Snapshot;
+use super::family::{Family, Kind};
+use super::snapshot::{PairSample, WorkerSample};
+
+/// Collects the six families by way of a function that takes a [`Snapshot`].
+pub struct FlowerCollector {
+    take: Box<dyn Fn() -> Option<Arc<Snapshot>> + Send + Sync>,
+    descs: Vec<Desc>,
+}
+
+impl FlowerCollector {
+    /// `take` is called at each gathering; `None` (the exporter has stopped) shows no series.
+    #[must_use]
+    pub fn new(take: impl Fn() -> Option<Arc<Snapshot>> + Send + Sync + 'static) -> Self {
+        let desc = |family: &Family| {
+            let labels = family.labels().iter().map(|label| (*label).to_owned()).collect();
+            Desc::new(family.name().to_owned(), family.help().to_owned(), labels, HashMap::new()).ok()
+        };
+        Self { take: Box::new(take), descs: Family::ALL.iter().filter_map(desc).collect() }
+    }
+}
+
+impl Collector for FlowerCollector {
+    fn desc(&self) -> Vec<&Desc> {
+        self.descs.iter().collect()
+    }
+
+    fn collect(&self) -> Vec<proto::MetricFamily> {
+        let Some(snapshot) = (self.take)() else { return Vec::new() };
+        let families = Family::ALL.into_iter().map(|family| snapshot.family(family));
+        families.filter(|family| !family.get_metric().is_empty()).collect()
+    }
+}
+
+impl Snapshot {
+    fn family(&self, family: Family) -> proto::MetricFamily {
+        let metrics = match family {
+            Family::Events => self.event_metrics(),
+            Family::Runtime => self.pair_metrics(|pair| pair.runtime.map(|place| self.runtime_metric(place))),
+            Family::PrefetchTime => self.pair_metrics(|pair| pair.prefetch_time.map(gauge)),
+            Family::Prefetched => self.pair_metrics(|pair| pair.prefetched.map(f64::from).map(gauge)),
+            Family::Online => self.worker_metrics(|worker| worker.online.map(u8::from).map(f64::from)),
+            Family::Executing => self.worker_metrics(|worker| worker.executing),
+        };
+        let mut gathered = proto::MetricFamily::default();
+        gathered.set_name(family.name().to_owned());
+        gathered.set_help(family.help().to_owned());
+        gathered.set_field_type(match family.kind() {
+            Kind::Counter => proto::MetricType::COUNTER,
+            Kind::Gauge => proto::MetricType::GAUGE,
+            Kind::Histogram => proto::MetricType::HISTOGRAM,
+        });
+        gathered.set_metric(metrics);
+        gathered
+    }
+
+    fn event_metrics(&self) -> Vec<proto::Metric> {
+        let mut metrics = Vec::with_capacity(self.events.len());
+        for (index, pair) in self.pairs.iter().enumerate() {
+            let (task, worker) = pair.label.split_at(pair.split as usize);
+            for (id, count) in self.events_of(index) {
+                let mut counter = proto::Counter::default();
+                counter.set_value(*count as f64);
+                let mut metric = proto::Metric::default();
+                metric.set_label(labels(&format!("{task},{}{worker}", self.types[usize::from(*id)])));
+                metric.set_counter(counter);
+                metrics.push(metric);
+            }
+        }
+        metrics
+    }
+
+    fn pair_metrics(&self, value: impl Fn(&PairSample) -> Option<proto::Metric>) -> Vec<proto::Metric> {
+        let metric = |pair: &PairSample| {
+            let mut metric = value(pair)?;
+            metric.set_label(labels(&pair.label));
+            Some(metric)
+        };
+        self.pairs.iter().filter_map(metric).collect()
+    }
+
+    fn worker_metrics(&self, value: impl Fn(&WorkerSample) -> Option<f64>) -> Vec<proto::Metric> {
+        let metric = |worker: &WorkerSample| {
+            let mut metric = gauge(value(worker)?);
+            metric.set_label(labels(&worker.label));
+            Some(metric)
+        };
+        self.workers.iter().filter_map(metric).collect()
+    }
+
+    fn runtime_metric(&self, place: u32) -> proto::Metric {
+        let (counts, sum) = self.histogram(place);
+        let mut total = 0;
+        let mut buckets = Vec::with_capacity(self.bounds.len());
+        for (count, bound) in counts.iter().zip(self.bounds.iter()) {
+            total += count;
+            let mut bucket = proto::Bucket::default();
+            bucket.set_cumulative_count(total);
+            bucket.set_upper_bound(*bound);
+            buckets.push(bucket);
+        }
+        let mut histogram = proto::Histogram::default();
+        histogram.set_sample_count(counts.iter().sum());
+        histogram.set_sample_sum(sum);
+        histogram.set_bucket(buckets);
+        let mut metric = proto::Metric::default();
+        metric.set_histogram(histogram);
+        metric
+    }
+}
+
+fn gauge(value: f64) -> proto::Metric {
+    let mut gauge = proto::Gauge::default();
+    gauge.set_value(value);
+    let mut metric = proto::Metric::default();
+    metric.set_gauge(gauge);
+    metric
+}
+
+/// The label pairs of an escaped label text.
+fn labels(text: &str) -> Vec<proto::LabelPair> {
+    let mut pairs = Vec::with_capacity(3);
+    let mut rest = text;
+    while let Some((name, after)) = rest.split_once("=\"") {
+        let mut value = String::new();
+        let mut characters = after.char_indices();
+        let mut end = after.len();
+        while let Some((at, character)) = characters.next() {
+            match character {
+                '"' => {
+                    end = at + 1;
+                    break;
+                }
+                '\\' => match characters.next() {
+                    Some((_, 'n')) => value.push('\n'),
+                    Some((_, other)) => value.push(other),
+                    None => {}
+                },
+                other => value.push(other),
+            }
+        }
+        let mut pair = proto::LabelPair::default();
+        pair.set_name(name.to_owned());
+        pair.set_value(value);
+        pairs.push(pair);
+        rest = after[end..].strip_prefix(',').unwrap_or(&after[end..]);
+    }
+    pairs
+}
