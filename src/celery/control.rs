@@ -29,9 +29,7 @@ impl Broadcast {
     #[must_use]
     pub fn body(self) -> String {
         let method = self.method();
-        format!(
-            r#"{{"method": "{method}", "arguments": {{}}, "destination": null, "pattern": null, "matcher": null}}"#
-        )
+        format!(r#"{{"method": "{method}", "arguments": {{}}, "destination": null, "pattern": null, "matcher": null}}"#)
     }
 
     /// The whole message for Redis, published to `exchange`, for example `celery.pidbox`. `delivery_tag` is a fresh UUID.

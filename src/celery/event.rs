@@ -396,7 +396,9 @@ mod tests {
 
     fn read(body: &str, keep_raw: bool) -> Vec<Result<String, Reject>> {
         let mut seen = Vec::new();
-        decode(body.as_bytes(), keep_raw, |event| seen.push(event.map(|event| format!("{} {}", event.uuid, event.hostname))));
+        decode(body.as_bytes(), keep_raw, |event| {
+            seen.push(event.map(|event| format!("{} {}", event.uuid, event.hostname)))
+        });
         seen
     }
 
@@ -468,7 +470,9 @@ mod tests {
     #[test]
     fn depth_is_no_danger() {
         let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
-        let batch = format!(r#"[{{"type": "task-x", "hostname": "w", "timestamp": 1, "uuid": "a", "args": {deep}}},{deep},{GOOD}]"#);
+        let batch = format!(
+            r#"[{{"type": "task-x", "hostname": "w", "timestamp": 1, "uuid": "a", "args": {deep}}},{deep},{GOOD}]"#
+        );
         let ok = || Ok("a w".to_owned());
         assert_eq!(read(&batch, false), [ok(), Err(Reject::NotAnEvent), ok()]);
         assert_eq!(read(&deep, false), [Err(Reject::NotAnEvent)]);

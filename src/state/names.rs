@@ -33,8 +33,7 @@ pub struct Names {
 
 impl Default for Names {
     fn default() -> Self {
-        let mut names =
-            Self { names: Slab::new(), index: HashTable::new(), hasher: RandomState::default() };
+        let mut names = Self { names: Slab::new(), index: HashTable::new(), hasher: RandomState::default() };
         names.hold_text("");
         names
     }

@@ -254,12 +254,6 @@ impl Workers {
     pub fn len(&self) -> usize {
         self.slots.len()
     }
-
-    /// Whether none is.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.slots.is_empty()
-    }
 }
 
 impl std::ops::Index<usize> for Workers {
@@ -322,4 +316,3 @@ impl WorkerView {
         }
     }
 }
-

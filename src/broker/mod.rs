@@ -1,0 +1,188 @@
+//! The transports, one module each, behind one small interface: connect, next batch, broadcast, acknowledge.
+//!
+//! A connection has two halves. The [`Subscription`] hands out what comes in; the [`Control`] half sends broadcasts and
+//! acknowledgements and looks after the subscription, so that neither waits for the other.
+
+mod amqp;
+mod redis;
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use crate::celery::{Broadcast, Reject};
+use crate::settings::url::Transport;
+use crate::settings::{BrokerUrl, Settings};
+
+/// How a message's bytes are to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wire {
+    /// kombu's envelope around the body.
+    Envelope,
+    /// The body itself.
+    Body,
+    /// Not at all; the bytes are the beginning of it, for the log.
+    Refused(Reject),
+}
+
+/// One message of the broker, holding one event or a list of them.
+#[derive(Clone, Debug)]
+pub struct Message {
+    /// What came in.
+    pub bytes: Bytes,
+    /// How to read it.
+    pub wire: Wire,
+    /// The broker has handed it out before.
+    pub redelivered: bool,
+}
+
+/// Acknowledges everything up to it on the connection it came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AckToken(pub u64);
+
+/// Messages that came in together.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// In the order they came.
+    pub messages: Vec<Message>,
+    /// The size of them all.
+    pub bytes: usize,
+    /// When they came in, by our clock.
+    pub arrived: Instant,
+    /// To be given back once the batch is processed, where the broker waits for it.
+    pub ack: Option<AckToken>,
+}
+
+impl Batch {
+    fn new(messages: Vec<Message>, ack: Option<AckToken>) -> Self {
+        let bytes = messages.iter().map(|message| message.bytes.len()).sum();
+        Self { messages, bytes, arrived: Instant::now(), ack }
+    }
+
+    /// Keeps the first `count` messages.
+    pub fn truncate(&mut self, count: usize) {
+        self.messages.truncate(count);
+        self.bytes = self.messages.iter().map(|message| message.bytes.len()).sum();
+    }
+}
+
+/// Why a connection could not be made or came to its end. The text is fit for the log and names no secret.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    /// The server refused: credentials, permissions, a declaration that differs.
+    #[error("{0}")]
+    Refused(String),
+    /// The connection could not be made or broke.
+    #[error("{0}")]
+    Lost(String),
+    /// No answer in time.
+    #[error("no answer from the broker for {} s", .0.as_secs_f64())]
+    Silent(Duration),
+}
+
+/// The half that receives.
+#[derive(Debug)]
+pub enum Subscription {
+    /// A subscribed Redis connection.
+    Redis(Box<redis::Subscription>),
+    /// A consumer on `RabbitMQ`.
+    Amqp(Box<amqp::Subscription>),
+}
+
+impl Subscription {
+    /// The next messages, everything that is ready up to about a thousand. Cancelling loses nothing.
+    ///
+    /// # Errors
+    /// The connection has come to its end.
+    pub async fn next(&mut self) -> Result<Batch, Error> {
+        match self {
+            Self::Redis(redis) => redis.next().await,
+            Self::Amqp(amqp) => amqp.next().await,
+        }
+    }
+
+    /// Whether the broker keeps what we do not read: if not, what does not fit our queue must be dropped.
+    #[must_use]
+    pub fn can_wait(&self) -> bool {
+        matches!(self, Self::Amqp(_))
+    }
+
+    /// What is listened on, in the broker's own words.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        match self {
+            Self::Redis(redis) => redis.describe(),
+            Self::Amqp(amqp) => amqp.describe(),
+        }
+    }
+}
+
+/// The half that sends.
+#[derive(Debug)]
+pub enum Control {
+    /// A Redis client of its own: a PUBLISH must not wait behind a burst.
+    Redis(Box<redis::Control>),
+    /// Channels beside the consumer's.
+    Amqp(Box<amqp::Control>),
+}
+
+impl Control {
+    /// Sends a command to all workers.
+    ///
+    /// # Errors
+    /// It could not be sent; the next one may well be.
+    pub async fn broadcast(&self, command: Broadcast) -> Result<(), Error> {
+        match self {
+            Self::Redis(redis) => redis.broadcast(command).await,
+            Self::Amqp(amqp) => amqp.broadcast(command).await,
+        }
+    }
+
+    /// Acknowledges a batch and all before it.
+    ///
+    /// # Errors
+    /// The connection has come to its end.
+    pub async fn acknowledge(&self, token: AckToken) -> Result<(), Error> {
+        match self {
+            Self::Redis(_) => Ok(()),
+            Self::Amqp(amqp) => amqp.acknowledge(token).await,
+        }
+    }
+
+    /// Makes sure that what the subscription hangs on is still there, and returns the messages that wait at the broker.
+    /// Nobody tells a consumer that the exchange it was bound to is gone.
+    ///
+    /// # Errors
+    /// The connection has come to its end.
+    pub async fn refresh(&self) -> Result<u64, Error> {
+        match self {
+            Self::Redis(_) => Ok(0),
+            Self::Amqp(amqp) => amqp.refresh().await,
+        }
+    }
+}
+
+/// Connects and subscribes; when it returns, the server has confirmed the subscription.
+///
+/// # Errors
+/// Within `broker.connect_timeout`.
+pub async fn connect(url: &BrokerUrl, settings: &Settings) -> Result<(Subscription, Control), Error> {
+    // The settings refuse both at the start; a URL file may bring them in later.
+    if url.tls || url.transport == Transport::Sentinel {
+        return Err(Error::Refused("TLS and Sentinel are not available yet".to_owned()));
+    }
+    let limit = settings.broker.connect_timeout;
+    let connecting = async {
+        match url.transport {
+            Transport::Amqp => {
+                let (subscription, control) = amqp::connect(url, settings).await?;
+                Ok((Subscription::Amqp(Box::new(subscription)), Control::Amqp(Box::new(control))))
+            }
+            Transport::Redis | Transport::Sentinel => {
+                let (subscription, control) = redis::connect(url, settings).await?;
+                Ok((Subscription::Redis(Box::new(subscription)), Control::Redis(Box::new(control))))
+            }
+        }
+    };
+    tokio::time::timeout(limit, connecting).await.unwrap_or(Err(Error::Silent(limit)))
+}

@@ -1,0 +1,148 @@
+//! What the `flower-exporter` command does, behind its arguments.
+
+use std::ffi::OsString;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::Request;
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use crate::daemon::Exporter;
+use crate::logging::Logging;
+use crate::settings::cli::Cli;
+use crate::settings::{self, Settings};
+use crate::signals::{Intent, Intents};
+
+/// A mistake of the operator's: wrong settings, a taken port.
+const MISTAKE: u8 = 2;
+
+/// Runs the command with its arguments, the program's name first. The result is the process' exit code.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::read(args) {
+        Ok(cli) => cli,
+        Err(message) => message.exit(),
+    };
+    let loaded = match settings::load(&cli) {
+        Ok(loaded) => loaded,
+        Err(error) => return fail(MISTAKE, &error),
+    };
+    if cli.check_config {
+        print!("{}", loaded.report());
+        return ExitCode::SUCCESS;
+    }
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(1, &error),
+    };
+    if cli.healthcheck {
+        return match runtime.block_on(healthcheck(&loaded.settings)) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(1, &format!("{error:#}")),
+        };
+    }
+    runtime.block_on(serve(&cli, loaded.settings))
+}
+
+fn fail(code: u8, error: &dyn std::fmt::Display) -> ExitCode {
+    eprintln!("flower-exporter: {error}");
+    ExitCode::from(code)
+}
+
+async fn serve(cli: &Cli, settings: Settings) -> ExitCode {
+    let mut intents = match Intents::listen() {
+        Ok(intents) => intents,
+        Err(error) => return fail(1, &error),
+    };
+    let exporter = match Exporter::start(settings.clone(), Vec::new()) {
+        Ok(exporter) => exporter,
+        Err(error) => return fail(MISTAKE, &error),
+    };
+    let logging = Logging::start(&settings.log);
+    let address = exporter.address();
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), "serving http://{address}/metrics");
+    let mut settings = settings;
+    loop {
+        match intents.next().await {
+            Intent::Stop => break,
+            Intent::Reload => reload(cli, &mut settings, &exporter, &logging),
+            Intent::Save => tracing::info!("nothing to save: state.persistent is off"),
+        }
+    }
+    tracing::info!("stopping");
+    tokio::select! {
+        done = exporter.stop() => {
+            if !done {
+                tracing::warn!("not everything could be finished in time");
+            }
+            ExitCode::SUCCESS
+        }
+        () = again(&mut intents) => {
+            tracing::warn!("told to stop again: exiting at once");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn again(intents: &mut Intents) {
+    while intents.next().await != Intent::Stop {}
+}
+
+/// Reads the settings again. A bad file changes nothing.
+fn reload(cli: &Cli, settings: &mut Settings, exporter: &Exporter, logging: &Logging) {
+    let loaded = match settings::load(cli) {
+        Ok(loaded) => loaded.settings,
+        Err(error) => {
+            tracing::error!(%error, "the settings cannot be read again: nothing is changed");
+            return;
+        }
+    };
+    let plan = settings::reload(settings, &loaded);
+    tracing::info!(changed = ?plan.live, "settings read again");
+    if !plan.restart.is_empty() {
+        tracing::warn!(keys = ?plan.restart, "these settings take a restart to change");
+    }
+    logging.set_level(loaded.log.level);
+    exporter.set_settings(loaded.clone());
+    *settings = loaded;
+}
+
+/// Asks the running exporter's `/healthz`.
+async fn healthcheck(settings: &Settings) -> anyhow::Result<()> {
+    let address = reachable(settings.http.listen);
+    let asking = async {
+        let stream = TcpStream::connect(address).await.with_context(|| format!("no exporter at {address}"))?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+        tokio::spawn(connection);
+        let request = Request::get("/healthz").header("host", address.to_string()).body(Empty::<bytes::Bytes>::new())?;
+        let response = sender.send_request(request).await?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), 64 << 10).collect().await.map_err(anyhow::Error::from_boxed)?;
+        Ok::<_, anyhow::Error>((status, body.to_bytes()))
+    };
+    let limit = Duration::from_secs(5).min(settings.http.request_timeout);
+    let Ok(answer) = timeout(limit, asking).await else {
+        bail!("no answer from http://{address}/healthz within {} s", limit.as_secs_f64());
+    };
+    let (status, body) = answer?;
+    println!("{}", String::from_utf8_lossy(&body).trim_end());
+    if !status.is_success() {
+        bail!("http://{address}/healthz answers {status}");
+    }
+    Ok(())
+}
+
+/// Where a socket that listens on all addresses is reached from here.
+fn reachable(listen: SocketAddr) -> SocketAddr {
+    let ip = match listen.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ip => ip,
+    };
+    SocketAddr::new(ip, listen.port())
+}

@@ -1,0 +1,224 @@
+//! The one place where the parts are put together, started and drained.
+
+use std::io;
+use std::net::SocketAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel, sync_channel};
+use std::thread;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+
+use crate::http::{self, Endpoints};
+use crate::ingest::{Ingest, Observer, Query, Reply};
+use crate::metrics::{FlowerCollector, Snapshot};
+use crate::session::{Arrival, Session};
+use crate::settings::Settings;
+use crate::state::{TaskView, WorkerView};
+use crate::telemetry::{Health, Telemetry};
+
+/// How long a stop may take.
+pub const STOP_WITHIN: Duration = Duration::from_secs(4);
+
+/// Why the exporter could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The address is taken, or not one of ours.
+    #[error("http.listen = \"{address}\": cannot listen there: {error}: choose another address or stop what uses it")]
+    Bind {
+        /// As set.
+        address: SocketAddr,
+        /// The system's word.
+        error: io::Error,
+    },
+    /// The system has no room for a thread.
+    #[error("cannot start a thread: {0}")]
+    Thread(#[from] io::Error),
+    /// A mistake in this program.
+    #[error("the exporter's own metrics are inconsistent: {0}")]
+    Metrics(#[from] prometheus::Error),
+}
+
+/// Asks the ingest loop. Cheap to clone.
+#[derive(Clone)]
+pub struct Asker {
+    queries: Sender<Query>,
+    arrivals: Sender<Arrival>,
+}
+
+impl Asker {
+    /// Puts a question; the loop answers it between two batches. Unanswered questions are dropped when it ends.
+    fn put(&self, query: Query) {
+        if self.queries.send(query).is_ok() {
+            let _ = self.arrivals.send(Arrival::Nudge);
+        }
+    }
+
+    async fn ask<T: Send + 'static>(&self, query: impl FnOnce(Reply<T>) -> Query) -> Option<T> {
+        let (sender, answer) = oneshot::channel();
+        // Whoever asked may have gone away: then there is nobody to tell.
+        self.put(query(Box::new(move |reply| drop(sender.send(reply)))));
+        answer.await.ok()
+    }
+
+    /// A copy of all numbers; `None` when the exporter has stopped.
+    pub async fn snapshot(&self) -> Option<Arc<Snapshot>> {
+        self.ask(Query::Snapshot).await
+    }
+
+    fn snapshot_blocking(&self) -> Option<Arc<Snapshot>> {
+        let (sender, answer) = sync_channel(1);
+        self.put(Query::Snapshot(Box::new(move |reply| drop(sender.send(reply)))));
+        answer.recv_timeout(Duration::from_secs(10)).ok()
+    }
+}
+
+/// A running exporter.
+pub struct Exporter {
+    asker: Asker,
+    address: SocketAddr,
+    settings: watch::Sender<Arc<Settings>>,
+    health: Arc<Health>,
+    stop: watch::Sender<bool>,
+    http: JoinHandle<()>,
+    /// Resolved when the ingest loop has ended.
+    drained: oneshot::Receiver<()>,
+    session_over: oneshot::Receiver<()>,
+}
+
+impl Exporter {
+    /// Starts the exporter on the tokio runtime it is called from, with threads of its own for the broker's connection
+    /// and for the events. `observers` are called with every event.
+    ///
+    /// # Errors
+    /// The socket is bound first: a taken port is an error at once. A broker that is not there is none; it is tried for
+    /// ever.
+    pub fn start(settings: Settings, observers: Vec<Observer>) -> Result<Self, StartError> {
+        let address = settings.http.listen;
+        let bind = |error| StartError::Bind { address, error };
+        let listener = http::bind(address).map_err(bind)?;
+        let address = listener.local_addr().map_err(bind)?;
+        let telemetry = Arc::new(Telemetry::new()?);
+        let health = Arc::new(Health::default());
+        let (settings, watched) = watch::channel(Arc::new(settings));
+        let (stop, stopped) = watch::channel(false);
+        let (arrivals, arrived) = channel();
+        let (queries, asked) = channel();
+        let (acks, acked) = mpsc::unbounded_channel();
+
+        let ingest = Ingest {
+            arrivals: arrived,
+            queries: asked,
+            acks,
+            settings: watched.clone(),
+            observers,
+            telemetry: Arc::clone(&telemetry),
+            health: Arc::clone(&health),
+        };
+        let drained = part("flower-ingest", &health, move || {
+            ingest.run();
+            Ok(())
+        })?;
+        let session = Session {
+            settings: watched.clone(),
+            arrivals: arrivals.clone(),
+            acks: acked,
+            stop: stopped.clone(),
+            telemetry: Arc::clone(&telemetry),
+            health: Arc::clone(&health),
+        };
+        let session_over = part("flower-broker", &health, move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(session.run());
+            runtime.shutdown_timeout(Duration::from_millis(100));
+            Ok(())
+        })?;
+        let asker = Asker { queries, arrivals };
+        let endpoints = Endpoints { asker: asker.clone(), settings: watched, telemetry, health: Arc::clone(&health) };
+        let http = tokio::spawn(http::serve(listener, Arc::new(endpoints), stopped));
+        Ok(Self { asker, address, settings, health, stop, http, drained, session_over })
+    }
+
+    /// Where `/metrics` is served.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// What `/healthz` answers from.
+    #[must_use]
+    pub fn health(&self) -> &Health {
+        &self.health
+    }
+
+    /// All workers as they stand; none when the exporter has stopped.
+    pub async fn workers(&self) -> Vec<WorkerView> {
+        self.asker.ask(Query::Workers).await.unwrap_or_default()
+    }
+
+    /// One task as it stands.
+    pub async fn task(&self, uuid: &str) -> Option<TaskView> {
+        let uuid = uuid.to_owned();
+        self.asker.ask(|reply| Query::Task(uuid, reply)).await.flatten()
+    }
+
+    /// The tasks held from place `start` on, at most `count` (a thousand is a good slice): empty at the end. In no
+    /// particular order; one that comes or goes between two slices is in them or not.
+    pub async fn tasks(&self, start: usize, count: usize) -> Vec<TaskView> {
+        self.asker.ask(|reply| Query::Tasks { start, count, reply }).await.unwrap_or_default()
+    }
+
+    /// The six families, for a Registry of the embedding program.
+    #[must_use]
+    pub fn collector(&self) -> FlowerCollector {
+        let asker = self.asker.clone();
+        FlowerCollector::new(move || asker.snapshot_blocking())
+    }
+
+    /// Puts other settings in force; only those that can change live do ([`crate::settings::reload`] tells which).
+    pub fn set_settings(&self, settings: Settings) {
+        self.settings.send_replace(Arc::new(settings));
+    }
+
+    /// Stops reading, takes what is queued, finishes the responses in flight. Returns within [`STOP_WITHIN`]; whether all
+    /// was done by then.
+    pub async fn stop(self) -> bool {
+        let Self { asker, stop, http, drained, session_over, .. } = self;
+        stop.send_replace(true);
+        let stopping = async {
+            let _ = session_over.await;
+            let _ = http.await;
+            let _ = asker.arrivals.send(Arrival::Stop);
+            let _ = drained.await;
+        };
+        tokio::time::timeout(STOP_WITHIN, stopping).await.is_ok()
+    }
+}
+
+/// Runs a part of the pipeline on a thread of its own. `/healthz` tells when it fails; the receiver, when it is over.
+fn part(
+    name: &str,
+    health: &Arc<Health>,
+    work: impl FnOnce() -> io::Result<()> + Send + 'static,
+) -> io::Result<oneshot::Receiver<()>> {
+    let (over, ended) = oneshot::channel();
+    let health = Arc::clone(health);
+    let (name, builder) = (name.to_owned(), thread::Builder::new().name(name.to_owned()));
+    builder.spawn(move || {
+        match catch_unwind(AssertUnwindSafe(work)) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                health.died();
+                tracing::error!(part = name, %error, "a part of the exporter failed");
+            }
+            Err(_) => {
+                health.died();
+                tracing::error!(part = name, "a part of the exporter panicked");
+            }
+        }
+        drop(over);
+    })?;
+    Ok(ended)
+}

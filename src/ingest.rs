@@ -1,0 +1,373 @@
+//! The hot loop: it alone owns the state. It decodes messages in place, applies each event, and between batches hands
+//! out copies of its numbers, never for longer than a millisecond at a time.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::time::{Duration, Instant, SystemTime};
+
+use tokio::sync::{mpsc, watch};
+
+use crate::broker::{Batch, Message, Wire};
+use crate::celery::{Event, Reject, envelope, event};
+use crate::metrics::{Copying, Snapshot};
+use crate::quiet::Quiet;
+use crate::session::{Ack, Arrival};
+use crate::settings::Settings;
+use crate::state::{Limits, State, TaskView, Timeouts, WorkerView};
+use crate::telemetry::{Health, Telemetry};
+
+/// Called with every event, on the ingest thread, after the state has taken it. It must not block: the loop waits for
+/// it. When it panics that is logged and counted, and it is called again for the next event.
+pub type Observer = Box<dyn FnMut(&Event<'_>) + Send>;
+
+/// How often clocks and timeouts are looked at.
+const TICK: Duration = Duration::from_millis(200);
+/// How long copying may hold up events at a time.
+const SLICE: Duration = Duration::from_millis(1);
+/// Rows copied between two looks at the clock.
+const ROWS: usize = 256;
+/// Nothing heard for this long after connecting is worth a warning.
+const QUIET_START: Duration = Duration::from_secs(60);
+
+/// Where an answer goes.
+pub type Reply<T> = Box<dyn FnOnce(T) + Send>;
+
+/// A question to the loop, answered between two batches.
+pub enum Query {
+    /// A copy of all numbers.
+    Snapshot(Reply<Arc<Snapshot>>),
+    /// All workers.
+    Workers(Reply<Vec<WorkerView>>),
+    /// One task by its id.
+    Task(String, Reply<Option<TaskView>>),
+    /// At most `count` tasks from place `start` on.
+    Tasks {
+        /// The first place.
+        start: usize,
+        /// How many places.
+        count: usize,
+        /// Where the answer goes; empty at the end.
+        reply: Reply<Vec<TaskView>>,
+    },
+}
+
+/// What the loop works with.
+pub struct Ingest {
+    /// From the session.
+    pub arrivals: Receiver<Arrival>,
+    /// From HTTP and the embedding program.
+    pub queries: Receiver<Query>,
+    /// To the session.
+    pub acks: mpsc::UnboundedSender<Ack>,
+    /// The settings in force; live ones may change.
+    pub settings: watch::Receiver<Arc<Settings>>,
+    /// The embedding program's ears.
+    pub observers: Vec<Observer>,
+    /// The exporter's own counters.
+    pub telemetry: Arc<Telemetry>,
+    /// For `/healthz`.
+    pub health: Arc<Health>,
+}
+
+impl Ingest {
+    /// Runs until [`Arrival::Stop`].
+    pub fn run(self) {
+        let settings = Arc::clone(&self.settings.borrow());
+        let mut work = Work::new(self, &settings);
+        while work.turn() {}
+    }
+}
+
+/// A clock that runs while we listen and have caught up with what waited for us: an outage or a backlog makes nobody
+/// old. It moves at every tick.
+#[derive(Debug)]
+struct Attention {
+    elapsed: Duration,
+    last_tick: Instant,
+    listening: bool,
+    behind: bool,
+    caught_up: bool,
+}
+
+impl Attention {
+    fn tick(&mut self, now: Instant) {
+        let passed = now - self.last_tick;
+        self.last_tick = now;
+        if self.listening && !self.behind && self.caught_up {
+            // A longer pause than this was not spent listening: the process stood still.
+            self.elapsed += passed.min(TICK * 5);
+        }
+        self.caught_up = false;
+    }
+
+    /// The time of an event that came in since the last tick: at the latest the next one.
+    fn hearing(&self) -> Duration {
+        self.elapsed + TICK
+    }
+}
+
+struct Work {
+    io: Ingest,
+    state: State,
+    settings: Arc<Settings>,
+    attention: Attention,
+    session: u64,
+    connected_at: Option<Duration>,
+    heard_since_connect: bool,
+    copying: Option<(Copying, Vec<Reply<Arc<Snapshot>>>)>,
+    base64: Vec<u8>,
+    quiet: HashMap<Reject, Quiet>,
+    panics: Quiet,
+}
+
+impl Work {
+    fn new(io: Ingest, settings: &Arc<Settings>) -> Self {
+        let state = State::new(&Limits {
+            max_workers: settings.state.max_workers,
+            max_tasks: settings.state.max_tasks,
+            max_label_pairs: settings.metrics.max_label_pairs,
+            buckets: settings.metrics.task_runtime_metric_buckets.clone(),
+        });
+        let attention = Attention {
+            elapsed: Duration::ZERO,
+            last_tick: Instant::now(),
+            listening: false,
+            behind: false,
+            caught_up: false,
+        };
+        Self {
+            settings: Arc::clone(settings),
+            io,
+            state,
+            attention,
+            session: 0,
+            connected_at: None,
+            heard_since_connect: false,
+            copying: None,
+            base64: Vec::new(),
+            quiet: HashMap::new(),
+            panics: Quiet::default(),
+        }
+    }
+
+    /// One round: what has arrived, a slice of what was asked, the clock. Whether to go on.
+    fn turn(&mut self) -> bool {
+        let arrival = match self.io.arrivals.try_recv() {
+            Err(TryRecvError::Empty) => self.wait(),
+            Ok(arrival) => Ok(arrival),
+            Err(TryRecvError::Disconnected) => Err(RecvTimeoutError::Disconnected),
+        };
+        match arrival {
+            Ok(Arrival::Stop) | Err(RecvTimeoutError::Disconnected) => return false,
+            Ok(arrival) => self.take(arrival),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        self.answer();
+        if self.attention.last_tick.elapsed() >= TICK {
+            self.tick();
+        }
+        self.io.health.turned();
+        true
+    }
+
+    /// The queue is empty: everything that came in has been taken.
+    fn wait(&mut self) -> Result<Arrival, RecvTimeoutError> {
+        self.attention.caught_up = true;
+        let patience = if self.copying.is_some() {
+            Duration::ZERO
+        } else {
+            TICK.saturating_sub(self.attention.last_tick.elapsed())
+        };
+        self.io.arrivals.recv_timeout(patience)
+    }
+
+    fn take(&mut self, arrival: Arrival) {
+        match arrival {
+            Arrival::Connected(session) => {
+                self.session = session;
+                self.attention.listening = true;
+                self.attention.behind = false;
+                self.connected_at = Some(self.attention.elapsed);
+                self.heard_since_connect = false;
+                self.state.gap();
+            }
+            Arrival::Disconnected => {
+                self.attention.listening = false;
+                self.connected_at = None;
+            }
+            Arrival::Behind(behind) => self.attention.behind = behind,
+            Arrival::Dropped(_) => self.state.gap(),
+            Arrival::Batch(batch, room) => {
+                self.batch(&batch);
+                drop(room);
+            }
+            Arrival::Nudge | Arrival::Stop => {}
+        }
+    }
+
+    fn batch(&mut self, batch: &Batch) {
+        for message in &batch.messages {
+            self.message(message);
+        }
+        if let Some(token) = batch.ack {
+            // The session may be over already: then the broker knows better than we do.
+            let _ = self.io.acks.send(Ack { session: self.session, token });
+        }
+        #[allow(clippy::cast_possible_wrap, reason = "bounded by max_backlog")]
+        self.io.telemetry.backlog_bytes.sub(batch.bytes as i64);
+        self.io.health.processed();
+    }
+
+    fn message(&mut self, message: &Message) {
+        let mut base64 = std::mem::take(&mut self.base64);
+        let body = match message.wire {
+            Wire::Envelope => envelope::open(&message.bytes, &mut base64),
+            Wire::Body => Ok(message.bytes.as_ref().into()),
+            Wire::Refused(reason) => Err(reason),
+        };
+        match body {
+            Ok(body) => self.events(&body),
+            Err(reason) => self.reject(reason, &message.bytes),
+        }
+        self.base64 = base64;
+        // One huge message must not cost its size for ever.
+        self.base64.shrink_to(1 << 20);
+    }
+
+    fn events(&mut self, body: &[u8]) {
+        let mut count = 0;
+        let mut last = None;
+        let now = self.attention.hearing();
+        let settings = Arc::clone(&self.settings);
+        event::decode(body, !self.io.observers.is_empty(), |event| {
+            count += 1;
+            match event {
+                Ok(event) => {
+                    last = event.timestamp.or(last);
+                    if settings.events.hostnames.as_ref().is_none_or(|names| names.matches(&event.hostname)) {
+                        self.state.apply(&event, now);
+                    } else {
+                        self.state.learn_name(&event);
+                    }
+                    self.observe(&event);
+                }
+                Err(reason) => self.reject(reason, body),
+            }
+        });
+        self.io.telemetry.events.inc_by(count);
+        if let Some(timestamp) = last {
+            self.heard_since_connect = true;
+            self.io.health.heard_event();
+            self.io.telemetry.event_lag.set(unix_now() - timestamp);
+        }
+    }
+
+    fn observe(&mut self, event: &Event) {
+        for observer in &mut self.io.observers {
+            if catch_unwind(AssertUnwindSafe(|| observer(event))).is_err() {
+                self.io.telemetry.observer_panics.inc();
+                if let Some(kept_back) = self.panics.speak() {
+                    tracing::error!(kept_back, event = &*event.name_of_type, "the observer panicked");
+                }
+            }
+        }
+    }
+
+    fn reject(&mut self, reason: Reject, bytes: &[u8]) {
+        self.io.telemetry.rejected(reason).inc();
+        if let Some(kept_back) = self.quiet.entry(reason).or_default().speak() {
+            let beginning = bytes[..bytes.len().min(64)].escape_ascii().to_string();
+            tracing::warn!(reason = reason.as_str(), beginning, kept_back, "a message or event is skipped");
+        }
+    }
+
+    /// Answers what was asked, and goes on copying for at most [`SLICE`].
+    fn answer(&mut self) {
+        while let Ok(query) = self.io.queries.try_recv() {
+            match query {
+                Query::Snapshot(reply) => {
+                    let (_, replies) =
+                        self.copying.get_or_insert_with(|| (Copying::start(self.state.series()), Vec::new()));
+                    replies.push(reply);
+                }
+                Query::Workers(reply) => reply(self.state.workers(self.attention.hearing())),
+                Query::Task(uuid, reply) => reply(self.state.find_task(&uuid)),
+                Query::Tasks { start, count, reply } => reply(self.state.tasks(start, count)),
+            }
+        }
+        self.copy();
+    }
+
+    fn copy(&mut self) {
+        let Some((mut copying, replies)) = self.copying.take() else { return };
+        let began = Instant::now();
+        let series = self.state.series();
+        while !copying.proceed(series, ROWS) {
+            if began.elapsed() >= SLICE {
+                self.copying = Some((copying, replies));
+                return;
+            }
+        }
+        let snapshot = Arc::new(copying.finish(series));
+        for reply in replies {
+            reply(Arc::clone(&snapshot));
+        }
+    }
+
+    fn tick(&mut self) {
+        self.attention.tick(Instant::now());
+        if self.io.settings.has_changed().unwrap_or(false) {
+            self.settings = Arc::clone(&self.io.settings.borrow_and_update());
+        }
+        self.state.sweep(&timeouts(&self.settings), self.attention.elapsed);
+        self.warn();
+        #[allow(clippy::cast_possible_wrap, reason = "bounded by the settings")]
+        {
+            self.io.telemetry.tasks.set(self.state.task_count() as i64);
+            self.io.telemetry.workers.set(self.state.worker_count() as i64);
+            self.io.telemetry.label_pairs.set(self.state.series().pair_count() as i64);
+        }
+    }
+
+    /// What the operator should know, in `/healthz` as long as it lasts and in the log when it begins.
+    fn warn(&mut self) {
+        let mut warnings: Vec<String> = self
+            .state
+            .mute_workers(self.attention.elapsed)
+            .into_iter()
+            .take(10)
+            .map(|worker| {
+                format!(
+                    "{} processes tasks but sends no task events: start it with -E, set worker_send_task_events, or \
+                     leave events.enable_events on and let it read its control queue",
+                    worker.hostname
+                )
+            })
+            .collect();
+        let quiet = self.connected_at.is_some_and(|since| self.attention.elapsed.saturating_sub(since) >= QUIET_START);
+        if quiet && !self.heard_since_connect {
+            warnings.push(
+                "nothing heard since connecting: check that workers run on this broker, database or virtual host, that \
+                 events.exchange and broker.redis.* match Celery's settings, and that events.enable_events is on or \
+                 the workers run with -E"
+                    .to_owned(),
+            );
+        }
+        for warning in self.io.health.set_warnings(warnings) {
+            tracing::warn!("{warning}");
+        }
+    }
+}
+
+fn timeouts(settings: &Settings) -> Timeouts {
+    Timeouts {
+        worker_timeout: settings.state.worker_timeout,
+        purge_offline_workers: settings.state.purge_offline_workers,
+    }
+}
+
+fn unix_now() -> f64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+}

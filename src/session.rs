@@ -1,0 +1,368 @@
+//! The session with the broker: connect, run, back off, again. The only place that reconnects.
+//!
+//! What comes in goes to the ingest loop as [`Arrival`]s, with markers for every gap. The queue between is bounded in
+//! bytes: `RabbitMQ` is made to wait when it is full, what Redis sends meanwhile is dropped and counted.
+
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::time::sleep;
+
+use crate::broker::{self, AckToken, Batch, Control, Error, Subscription};
+use crate::celery::Broadcast;
+use crate::quiet::Quiet;
+use crate::settings::{BrokerUrl, Settings};
+use crate::telemetry::{BrokerStatus, Health, Telemetry};
+
+/// What the ingest loop takes from the queue.
+#[derive(Debug)]
+pub enum Arrival {
+    /// Subscribed. Whatever was sent before is missing: the session's number, for its acknowledgements.
+    Connected(u64),
+    /// Messages, and the room they take in the queue.
+    Batch(Batch, Room),
+    /// So many messages were dropped.
+    Dropped(u64),
+    /// Whether many messages wait at the broker.
+    Behind(bool),
+    /// The subscription is gone.
+    Disconnected,
+    /// Nothing: look at the other queue.
+    Nudge,
+    /// Everything before is taken: end.
+    Stop,
+}
+
+/// Room in the queue, given back when dropped.
+#[derive(Debug)]
+pub struct Room {
+    _permit: OwnedSemaphorePermit,
+}
+
+/// A batch of session `session` is done with.
+#[derive(Clone, Copy, Debug)]
+pub struct Ack {
+    /// Which session it came in on.
+    pub session: u64,
+    /// What to acknowledge.
+    pub token: AckToken,
+}
+
+/// What the session works with.
+#[derive(Debug)]
+pub struct Session {
+    /// The settings in force; live ones may change.
+    pub settings: watch::Receiver<Arc<Settings>>,
+    /// To the ingest loop.
+    pub arrivals: Sender<Arrival>,
+    /// From the ingest loop.
+    pub acks: mpsc::UnboundedReceiver<Ack>,
+    /// Set to stop.
+    pub stop: watch::Receiver<bool>,
+    /// The exporter's own counters.
+    pub telemetry: Arc<Telemetry>,
+    /// For `/healthz`.
+    pub health: Arc<Health>,
+}
+
+/// A session that was subscribed for so long was a healthy one.
+const HEALTHY_AFTER: Duration = Duration::from_secs(60);
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// More messages than this waiting at the broker: what we hear is old news.
+const MANY_WAITING: u64 = 1000;
+const FOR_EVER: Duration = Duration::from_secs(365 * 86_400);
+
+impl Session {
+    /// Runs until it is told to stop.
+    pub async fn run(mut self) {
+        let room = Arc::new(Semaphore::new(capacity(&self.settings.borrow())));
+        let mut stop = self.stop.clone();
+        tokio::select! {
+            () = self.connect_for_ever(&room) => {}
+            _ = stop.wait_for(|stop| *stop) => {}
+        }
+        self.health.set_broker(BrokerStatus::Stopped);
+        self.telemetry.connected.set(0);
+    }
+
+    async fn connect_for_ever(&mut self, room: &Arc<Semaphore>) {
+        let mut pause = FIRST_PAUSE;
+        let mut complaint = Quiet::default();
+        let (mut number, mut blind_since) = (0, None);
+        loop {
+            if let Some((url, subscription, control)) = self.try_all(&mut complaint).await {
+                number += 1;
+                self.subscribed(&url, &subscription, number, blind_since.take());
+                let began = Instant::now();
+                let healthy = self.listen(subscription, control, room, number, &mut complaint).await;
+                blind_since = Some(Instant::now());
+                if healthy || began.elapsed() >= HEALTHY_AFTER {
+                    pause = FIRST_PAUSE;
+                    complaint = Quiet::default();
+                }
+            }
+            sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+            pause = (pause * 2).min(self.settings.borrow().broker.reconnect_max);
+        }
+    }
+
+    /// Tries each broker once.
+    async fn try_all(&self, complaint: &mut Quiet) -> Option<(BrokerUrl, Subscription, Control)> {
+        let settings = Arc::clone(&self.settings.borrow());
+        let urls = match settings.broker.urls() {
+            Ok(urls) => urls,
+            Err(error) => {
+                complain(complaint, "the broker's URL cannot be read, trying again", None, &error);
+                return None;
+            }
+        };
+        for url in urls.iter() {
+            tracing::debug!(broker = %url, "connecting");
+            match broker::connect(url, &settings).await {
+                Ok((subscription, control)) => return Some((url.clone(), subscription, control)),
+                Err(error) => complain(complaint, "cannot connect to the broker, trying again", Some(url), &error),
+            }
+        }
+        None
+    }
+
+    fn subscribed(&self, url: &BrokerUrl, subscription: &Subscription, number: u64, blind_since: Option<Instant>) {
+        tracing::info!(broker = %url, "listening for events on {}", subscription.describe());
+        if let Some(since) = blind_since {
+            let blind = since.elapsed().as_secs_f64();
+            self.telemetry.reconnects.inc();
+            self.telemetry.blind_seconds.inc_by(blind);
+            tracing::info!(blind_seconds = blind, "events sent in the meantime are missing");
+        }
+        self.telemetry.connected.set(1);
+        self.send(Arrival::Connected(number));
+        self.health.set_broker(BrokerStatus::Connected);
+    }
+
+    /// Works on one subscription until it ends. Whether any message came.
+    async fn listen(
+        &mut self,
+        subscription: Subscription,
+        control: Control,
+        room: &Arc<Semaphore>,
+        number: u64,
+        complaint: &mut Quiet,
+    ) -> bool {
+        let mut heard = false;
+        let reader = Reader {
+            subscription,
+            arrivals: &self.arrivals,
+            room,
+            capacity: capacity(&self.settings.borrow()),
+            telemetry: &self.telemetry,
+            health: &self.health,
+            heard: &mut heard,
+        };
+        let ticker = Ticker { control, settings: self.settings.clone(), acks: &mut self.acks, number };
+        let error = tokio::select! {
+            error = reader.run() => error,
+            error = ticker.run(&self.arrivals) => error,
+        };
+        self.health.set_broker(BrokerStatus::Connecting);
+        self.telemetry.connected.set(0);
+        self.send(Arrival::Disconnected);
+        self.telemetry.cutoffs.inc();
+        complain(complaint, "the connection to the broker is lost, trying again", None, &error);
+        heard
+    }
+
+    fn send(&self, arrival: Arrival) {
+        send(&self.arrivals, arrival);
+    }
+}
+
+/// Bytes in the queue. A semaphore hands out at most 2^32 - 1 permits at a time, and holds 2^61.
+fn capacity(settings: &Settings) -> usize {
+    settings.events.max_backlog.min(u32::MAX as usize)
+}
+
+/// The ingest loop outlives the session, unless it has died: then [`Health`] says so and there is nothing to add.
+fn send(arrivals: &Sender<Arrival>, arrival: Arrival) {
+    let _ = arrivals.send(arrival);
+}
+
+fn complain(complaint: &mut Quiet, what: &str, broker: Option<&BrokerUrl>, error: &dyn std::error::Error) {
+    let broker = broker.map(ToString::to_string);
+    match complaint.speak() {
+        Some(kept) => tracing::warn!(broker, %error, kept_back = kept, "{what}"),
+        None => tracing::debug!(broker, %error, "{what}"),
+    }
+}
+
+/// Moves messages from the subscription to the queue.
+struct Reader<'s> {
+    subscription: Subscription,
+    arrivals: &'s Sender<Arrival>,
+    room: &'s Arc<Semaphore>,
+    capacity: usize,
+    telemetry: &'s Telemetry,
+    health: &'s Health,
+    heard: &'s mut bool,
+}
+
+impl Reader<'_> {
+    async fn run(mut self) -> Error {
+        let mut overflow = Quiet::default();
+        loop {
+            let batch = match self.subscription.next().await {
+                Ok(batch) => batch,
+                Err(error) => return error,
+            };
+            *self.heard = true;
+            self.telemetry.messages.inc_by(batch.messages.len() as u64);
+            let Some((batch, room)) = self.make_room(batch, &mut overflow).await else { continue };
+            #[allow(clippy::cast_possible_wrap, reason = "bounded by max_backlog")]
+            self.telemetry.backlog_bytes.add(batch.bytes as i64);
+            self.health.queued();
+            send(self.arrivals, Arrival::Batch(batch, room));
+        }
+    }
+
+    /// Waits for room if the broker can wait, else drops what does not fit: all but one message beyond the bound.
+    async fn make_room(&self, mut batch: Batch, overflow: &mut Quiet) -> Option<(Batch, Room)> {
+        let available = self.room.available_permits();
+        if !self.subscription.can_wait() && batch.bytes > available {
+            self.drop_beyond(available, &mut batch, overflow);
+        }
+        if batch.messages.is_empty() {
+            return None;
+        }
+        let bound = if self.subscription.can_wait() { self.capacity } else { available };
+        let wanted = u32::try_from(batch.bytes.min(bound)).unwrap_or(u32::MAX);
+        let permit = Arc::clone(self.room).acquire_many_owned(wanted).await.ok()?;
+        Some((batch, Room { _permit: permit }))
+    }
+
+    fn drop_beyond(&self, available: usize, batch: &mut Batch, overflow: &mut Quiet) {
+        let mut taken = 0;
+        let fitting = batch.messages.iter().take_while(|message| {
+            let fits = taken < available;
+            taken += message.bytes.len();
+            fits
+        });
+        let fitting = fitting.count();
+        let count = (batch.messages.len() - fitting) as u64;
+        if count == 0 {
+            return;
+        }
+        batch.truncate(fitting);
+        self.telemetry.dropped.inc_by(count);
+        send(self.arrivals, Arrival::Dropped(count));
+        if overflow.speak().is_some() {
+            tracing::warn!(
+                dropped_total = self.telemetry.dropped.get(),
+                "events come in faster than they are processed: events.max_backlog is reached and messages are dropped"
+            );
+        }
+    }
+}
+
+/// Broadcasts, acknowledges, and looks after the subscription.
+struct Ticker<'s> {
+    control: Control,
+    settings: watch::Receiver<Arc<Settings>>,
+    acks: &'s mut mpsc::UnboundedReceiver<Ack>,
+    number: u64,
+}
+
+impl Ticker<'_> {
+    /// Ends only with the connection. Broadcasts and acknowledgements do not wait for each other.
+    async fn run(self, arrivals: &Sender<Arrival>) -> Error {
+        let Self { control, settings, acks, number } = self;
+        tokio::select! {
+            error = acknowledge(&control, acks, number) => error,
+            error = look_after(&control, settings.clone(), arrivals) => error,
+            error = heartbeats(&control, settings) => error,
+        }
+    }
+}
+
+async fn acknowledge(control: &Control, acks: &mut mpsc::UnboundedReceiver<Ack>, number: u64) -> Error {
+    loop {
+        let Some(mut last) = acks.recv().await else {
+            // The ingest loop has ended: nothing will be acknowledged any more.
+            return std::future::pending().await;
+        };
+        while let Ok(later) = acks.try_recv() {
+            last = later;
+        }
+        if last.session == number
+            && let Err(error) = control.acknowledge(last.token).await
+        {
+            return error;
+        }
+    }
+}
+
+/// Every `events.enable_interval`: `enable_events` for workers that have come since, and a look at the topology.
+async fn look_after(
+    control: &Control,
+    mut settings: watch::Receiver<Arc<Settings>>,
+    arrivals: &Sender<Arrival>,
+) -> Error {
+    let mut complaint = Quiet::default();
+    let mut was_behind = false;
+    loop {
+        let events = settings.borrow_and_update().events.clone();
+        if events.enable_events {
+            broadcast(control, Broadcast::EnableEvents, &mut complaint).await;
+        }
+        pause(events.enable_interval, &mut settings, |now| {
+            (now.events.enable_events, now.events.enable_interval) != (events.enable_events, events.enable_interval)
+        })
+        .await;
+        let is_behind = match control.refresh().await {
+            Ok(waiting) => waiting > MANY_WAITING,
+            Err(error) => return error,
+        };
+        if is_behind != was_behind {
+            send(arrivals, Arrival::Behind(is_behind));
+            was_behind = is_behind;
+        }
+    }
+}
+
+/// On connecting, and every third of `state.worker_timeout`: so that workers that send no heartbeats are heard.
+async fn heartbeats(control: &Control, mut settings: watch::Receiver<Arc<Settings>>) -> Error {
+    let mut complaint = Quiet::default();
+    let mut first = true;
+    loop {
+        let now = Arc::clone(&settings.borrow_and_update());
+        let (enabled, timeout) = (now.events.enable_events, now.state.worker_timeout);
+        if enabled && (first || timeout.is_some()) {
+            broadcast(control, Broadcast::Heartbeat, &mut complaint).await;
+        }
+        first = false;
+        let changed = |now: &Settings| (now.events.enable_events, now.state.worker_timeout) != (enabled, timeout);
+        pause(timeout.map_or(FOR_EVER, |timeout| timeout / 3), &mut settings, changed).await;
+    }
+}
+
+async fn broadcast(control: &Control, command: Broadcast, complaint: &mut Quiet) {
+    match control.broadcast(command).await {
+        Ok(()) => tracing::trace!(command = command.method(), "broadcast"),
+        Err(error) => {
+            let what = format!("the broadcast of {} to the workers failed", command.method());
+            complain(complaint, &what, None, &error);
+        }
+    }
+}
+
+/// Waits, but not on when the settings have `changed` meanwhile.
+async fn pause(duration: Duration, settings: &mut watch::Receiver<Arc<Settings>>, changed: impl Fn(&Settings) -> bool) {
+    tokio::select! {
+        () = sleep(duration) => {}
+        changed = settings.wait_for(|now| changed(now)) => {
+            if changed.is_err() {
+                std::future::pending().await
+            }
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! What the exporter says about itself: `flower_exporter_*` behind `metrics.self_metrics`, and the facts of `/healthz`.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use prometheus::core::{Atomic, Collector, GenericCounter, GenericGauge};
+use prometheus::process_collector::ProcessCollector;
+use prometheus::proto::MetricFamily;
+use prometheus::{Counter, Gauge, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+
+use crate::celery::Reject;
+
+/// How long the ingest loop may stand still with work waiting before it counts as stuck.
+const STUCK_AFTER: Duration = Duration::from_secs(30);
+
+/// The exporter's own metrics, in a registry of their own.
+#[derive(Debug)]
+pub struct Telemetry {
+    registry: Registry,
+    rejected: [IntCounter; Reject::ALL.len()],
+    /// Messages read from the broker.
+    pub messages: IntCounter,
+    /// Events read from messages, counted or not.
+    pub events: IntCounter,
+    /// Messages dropped because `events.max_backlog` was reached.
+    pub dropped: IntCounter,
+    /// Connections that broke while we listened.
+    pub cutoffs: IntCounter,
+    /// Seconds without a subscription after the first one.
+    pub blind_seconds: Counter,
+    /// Subscriptions after the first one.
+    pub reconnects: IntCounter,
+    /// Panics of the observer.
+    pub observer_panics: IntCounter,
+    /// 1 while subscribed.
+    pub connected: IntGauge,
+    /// Bytes of messages that wait to be processed.
+    pub backlog_bytes: IntGauge,
+    /// Our clock minus the timestamp of the last event, in seconds.
+    pub event_lag: Gauge,
+    /// Tasks held.
+    pub tasks: IntGauge,
+    /// Workers and clients held.
+    pub workers: IntGauge,
+    /// (worker, task) pairs held.
+    pub label_pairs: IntGauge,
+}
+
+impl Telemetry {
+    /// Registers everything.
+    ///
+    /// # Errors
+    /// Only if two of the names below were the same, which a test would show.
+    pub fn new() -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        let reasons = IntCounterVec::new(
+            Opts::new("flower_exporter_rejected_total", "Messages and events that could not be counted, by reason."),
+            &["reason"],
+        )?;
+        let info = IntGauge::with_opts(
+            Opts::new("flower_exporter_build_info", "The exporter's version.")
+                .const_label("version", env!("CARGO_PKG_VERSION")),
+        )?;
+        info.set(1);
+        let telemetry = Self {
+            rejected: Reject::ALL.map(|reason| reasons.with_label_values(&[reason.as_str()])),
+            messages: counter("messages_total", "Messages read from the broker.")?,
+            events: counter("events_total", "Events read from messages, counted or not.")?,
+            dropped: counter("dropped_messages_total", "Messages dropped because events.max_backlog was reached.")?,
+            cutoffs: counter("cutoffs_total", "Connections that broke while the exporter listened.")?,
+            blind_seconds: counter("blind_seconds_total", "Seconds without a subscription after the first one.")?,
+            reconnects: counter("reconnects_total", "Subscriptions after the first one.")?,
+            observer_panics: counter("observer_panics_total", "Panics of an embedding program's observer.")?,
+            connected: gauge("connected", "1 while subscribed to the broker's events.")?,
+            backlog_bytes: gauge("backlog_bytes", "Bytes of messages that wait to be processed.")?,
+            event_lag: gauge("event_lag_seconds", "The exporter's clock minus the timestamp of the last event.")?,
+            tasks: gauge("tasks", "Tasks held in memory.")?,
+            workers: gauge("workers", "Workers and clients held in memory.")?,
+            label_pairs: gauge("label_pairs", "Pairs of worker and task held in memory.")?,
+            registry,
+        };
+        telemetry.register(Box::new(reasons), Box::new(info))?;
+        Ok(telemetry)
+    }
+
+    fn register(&self, reasons: Box<dyn Collector>, info: Box<dyn Collector>) -> Result<(), prometheus::Error> {
+        let own: [Box<dyn Collector>; 15] = [
+            reasons,
+            info,
+            Box::new(self.messages.clone()),
+            Box::new(self.events.clone()),
+            Box::new(self.dropped.clone()),
+            Box::new(self.cutoffs.clone()),
+            Box::new(self.blind_seconds.clone()),
+            Box::new(self.reconnects.clone()),
+            Box::new(self.observer_panics.clone()),
+            Box::new(self.connected.clone()),
+            Box::new(self.backlog_bytes.clone()),
+            Box::new(self.event_lag.clone()),
+            Box::new(self.tasks.clone()),
+            Box::new(self.workers.clone()),
+            Box::new(self.label_pairs.clone()),
+        ];
+        own.into_iter().try_for_each(|collector| self.registry.register(collector))?;
+        self.registry.register(Box::new(ProcessCollector::for_self()))
+    }
+
+    /// The counter of a reason.
+    #[must_use]
+    pub fn rejected(&self, reason: Reject) -> &IntCounter {
+        &self.rejected[reason.index()]
+    }
+
+    /// Everything, for the exposition.
+    #[must_use]
+    pub fn gather(&self) -> Vec<MetricFamily> {
+        self.registry.gather()
+    }
+}
+
+fn counter<P: Atomic>(name: &str, help: &str) -> Result<GenericCounter<P>, prometheus::Error> {
+    GenericCounter::with_opts(Opts::new(format!("flower_exporter_{name}"), help))
+}
+
+fn gauge<P: Atomic>(name: &str, help: &str) -> Result<GenericGauge<P>, prometheus::Error> {
+    GenericGauge::with_opts(Opts::new(format!("flower_exporter_{name}"), help))
+}
+
+/// Where the session with the broker stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BrokerStatus {
+    /// Not subscribed, trying.
+    Connecting,
+    /// Subscribed: the server has confirmed it.
+    Connected,
+    /// Stopping.
+    Stopped,
+}
+
+impl BrokerStatus {
+    /// As `/healthz` shows it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::Connected => "connected",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+/// What `/healthz` answers from. Written by session and ingest loop, read by HTTP; nothing is waited for.
+#[derive(Debug)]
+pub struct Health {
+    started: Instant,
+    facts: Mutex<Facts>,
+    /// Milliseconds after `started`, 0 for never.
+    last_event: AtomicU64,
+    last_turn: AtomicU64,
+    waiting: AtomicUsize,
+    dead: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Facts {
+    broker: BrokerStatus,
+    warnings: Vec<String>,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self {
+            started: Instant::now(),
+            facts: Mutex::new(Facts { broker: BrokerStatus::Connecting, warnings: Vec::new() }),
+            last_event: AtomicU64::new(0),
+            last_turn: AtomicU64::new(0),
+            waiting: AtomicUsize::new(0),
+            dead: AtomicBool::new(false),
+        }
+    }
+}
+
+impl Health {
+    fn facts(&self) -> MutexGuard<'_, Facts> {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn milliseconds(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX).max(1)
+    }
+
+    /// The session's state changed.
+    pub fn set_broker(&self, status: BrokerStatus) {
+        self.facts().broker = status;
+    }
+
+    /// Where the session stands.
+    #[must_use]
+    pub fn broker(&self) -> BrokerStatus {
+        self.facts().broker
+    }
+
+    /// Replaces the warnings; those that are new are returned.
+    pub fn set_warnings(&self, warnings: Vec<String>) -> Vec<String> {
+        let mut facts = self.facts();
+        let new = warnings.iter().filter(|warning| !facts.warnings.contains(warning)).cloned().collect();
+        facts.warnings = warnings;
+        new
+    }
+
+    /// What the operator should look at.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<String> {
+        self.facts().warnings.clone()
+    }
+
+    /// A batch of events was processed.
+    pub fn heard_event(&self) {
+        self.last_event.store(self.milliseconds(), Ordering::Relaxed);
+    }
+
+    /// How long ago the last event was processed.
+    #[must_use]
+    pub fn since_last_event(&self) -> Option<Duration> {
+        match self.last_event.load(Ordering::Relaxed) {
+            0 => None,
+            at => Some(Duration::from_millis(self.milliseconds().saturating_sub(at))),
+        }
+    }
+
+    /// The ingest loop has gone round.
+    pub fn turned(&self) {
+        self.last_turn.store(self.milliseconds(), Ordering::Relaxed);
+    }
+
+    /// A batch was put on the queue.
+    pub fn queued(&self) {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A batch was taken from the queue and processed.
+    pub fn processed(&self) {
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// A part of the pipeline has ended that should run.
+    pub fn died(&self) {
+        self.dead.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether events can still be processed.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        let stuck_for = self.milliseconds().saturating_sub(self.last_turn.load(Ordering::Relaxed));
+        let stuck = self.waiting.load(Ordering::Relaxed) > 0 && u128::from(stuck_for) > STUCK_AFTER.as_millis();
+        !stuck && !self.dead.load(Ordering::Relaxed)
+    }
+}
