@@ -59,18 +59,17 @@ async fn serve(cli: &Cli, settings: Settings) -> ExitCode {
         Ok(intents) => intents,
         Err(error) => return fail(1, &error),
     };
-    let exporter = match Exporter::start(settings.clone(), Vec::new()) {
+    let logging = Logging::start(&settings.log);
+    let exporter = match Exporter::start(settings, Vec::new()) {
         Ok(exporter) => exporter,
         Err(error) => return fail(MISTAKE, &error),
     };
-    let logging = Logging::start(&settings.log);
     let address = exporter.address();
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "serving http://{address}/metrics");
-    let mut settings = settings;
     loop {
         match intents.next().await {
             Intent::Stop => break,
-            Intent::Reload => reload(cli, &mut settings, &exporter, &logging),
+            Intent::Reload => reload(cli, &exporter, &logging),
             Intent::Save => tracing::info!("nothing to save: state.persistent is off"),
         }
     }
@@ -94,7 +93,7 @@ async fn again(intents: &mut Intents) {
 }
 
 /// Reads the settings again. A bad file changes nothing.
-fn reload(cli: &Cli, settings: &mut Settings, exporter: &Exporter, logging: &Logging) {
+fn reload(cli: &Cli, exporter: &Exporter, logging: &Logging) {
     let loaded = match settings::load(cli) {
         Ok(loaded) => loaded.settings,
         Err(error) => {
@@ -102,14 +101,12 @@ fn reload(cli: &Cli, settings: &mut Settings, exporter: &Exporter, logging: &Log
             return;
         }
     };
-    let plan = settings::reload(settings, &loaded);
+    let plan = exporter.reload(&loaded);
+    logging.set_level(plan.settings.log.level);
     tracing::info!(changed = ?plan.live, "settings read again");
     if !plan.restart.is_empty() {
         tracing::warn!(keys = ?plan.restart, "these settings take a restart to change");
     }
-    logging.set_level(loaded.log.level);
-    exporter.set_settings(loaded.clone());
-    *settings = loaded;
 }
 
 /// Asks the running exporter's `/healthz`.

@@ -15,7 +15,7 @@ use crate::http::{self, Endpoints};
 use crate::ingest::{Ingest, Observer, Query, Reply};
 use crate::metrics::{FlowerCollector, Snapshot};
 use crate::session::{Arrival, Session};
-use crate::settings::Settings;
+use crate::settings::{self, ReloadPlan, Settings};
 use crate::state::{TaskView, WorkerView};
 use crate::telemetry::{Health, Telemetry};
 
@@ -104,13 +104,13 @@ impl Exporter {
         let health = Arc::new(Health::default());
         let (settings, watched) = watch::channel(Arc::new(settings));
         let (stop, stopped) = watch::channel(false);
-        let (arrivals, arrived) = channel();
-        let (queries, asked) = channel();
-        let (acks, acked) = mpsc::unbounded_channel();
+        let (arrivals, incoming) = channel();
+        let (queries, questions) = channel();
+        let (acks, to_acknowledge) = mpsc::unbounded_channel();
 
         let ingest = Ingest {
-            arrivals: arrived,
-            queries: asked,
+            arrivals: incoming,
+            queries: questions,
             acks,
             settings: watched.clone(),
             observers,
@@ -124,7 +124,7 @@ impl Exporter {
         let session = Session {
             settings: watched.clone(),
             arrivals: arrivals.clone(),
-            acks: acked,
+            acks: to_acknowledge,
             stop: stopped.clone(),
             telemetry: Arc::clone(&telemetry),
             health: Arc::clone(&health),
@@ -177,9 +177,12 @@ impl Exporter {
         FlowerCollector::new(move || asker.snapshot_blocking())
     }
 
-    /// Puts other settings in force; only those that can change live do ([`crate::settings::reload`] tells which).
-    pub fn set_settings(&self, settings: Settings) {
-        self.settings.send_replace(Arc::new(settings));
+    /// Puts other settings in force, as far as that can be done live.
+    #[allow(clippy::must_use_candidate, reason = "done for what it does")]
+    pub fn reload(&self, new: &Settings) -> ReloadPlan {
+        let plan = settings::reload(&self.settings.borrow(), new);
+        self.settings.send_replace(Arc::new(plan.settings.clone()));
+        plan
     }
 
     /// Stops reading, takes what is queued, finishes the responses in flight. Returns within [`STOP_WITHIN`]; whether all

@@ -190,9 +190,10 @@ fn send(arrivals: &Sender<Arrival>, arrival: Arrival) {
 
 fn complain(complaint: &mut Quiet, what: &str, broker: Option<&BrokerUrl>, error: &dyn std::error::Error) {
     let broker = broker.map(ToString::to_string);
-    match complaint.speak() {
-        Some(kept) => tracing::warn!(broker, %error, kept_back = kept, "{what}"),
-        None => tracing::debug!(broker, %error, "{what}"),
+    if let Some(kept_back) = complaint.speak() {
+        tracing::warn!(broker, %error, kept_back, "{what}");
+    } else {
+        tracing::debug!(broker, %error, "{what}");
     }
 }
 
@@ -361,7 +362,7 @@ async fn pause(duration: Duration, settings: &mut watch::Receiver<Arc<Settings>>
         () = sleep(duration) => {}
         changed = settings.wait_for(|now| changed(now)) => {
             if changed.is_err() {
-                std::future::pending().await
+                std::future::pending::<()>().await;
             }
         }
     }

@@ -154,6 +154,7 @@ fn milliseconds(duration: Duration) -> AMQPValue {
     AMQPValue::LongLongInt(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX))
 }
 
+#[allow(clippy::needless_pass_by_value, reason = "for map_err")]
 fn failed(error: lapin::Error) -> Error {
     match error.kind() {
         lapin::ErrorKind::ProtocolError(refusal) => Error::Refused(refusal.to_string()),

@@ -253,7 +253,9 @@ impl Subscription {
 fn encode(command: &[&str]) -> Vec<u8> {
     let mut frame = format!("*{}\r\n", command.len());
     for word in command {
-        frame.push_str(&format!("${}\r\n{word}\r\n", word.len()));
+        for piece in ["$", &word.len().to_string(), "\r\n", word, "\r\n"] {
+            frame.push_str(piece);
+        }
     }
     frame.into_bytes()
 }

@@ -358,9 +358,8 @@ struct LoadAverage(Option<[f64; 3]>);
 
 impl<'de> Deserialize<'de> for LoadAverage {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let values = match serde_json::Value::deserialize(deserializer)? {
-            serde_json::Value::Array(values) => values,
-            _ => return Ok(Self(None)),
+        let serde_json::Value::Array(values) = serde_json::Value::deserialize(deserializer)? else {
+            return Ok(Self(None));
         };
         let numbers: Option<Vec<f64>> = values.iter().map(serde_json::Value::as_f64).collect();
         Ok(Self(numbers.and_then(|numbers| numbers.try_into().ok())))

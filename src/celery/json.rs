@@ -172,7 +172,7 @@ fn mend_text(rest: &str, first: char) -> (&str, usize) {
     match utf16_escape(rest) {
         Some(0xD800..=0xDBFF) if matches!(utf16_escape(&rest[6..]), Some(0xDC00..=0xDFFF)) => (&rest[..12], 12),
         Some(0xD800..=0xDFFF) => ("\\ufffd", 6),
-        _ => (&rest[..1 + second], 1 + second),
+        _ => (&rest[..=second], 1 + second),
     }
 }
 

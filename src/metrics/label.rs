@@ -18,7 +18,7 @@ pub fn cut(text: &str) -> Cow<'_, str> {
     Cow::Owned(format!("{}…", &text[..text.floor_char_boundary(MAX_BYTES)]))
 }
 
-/// Appends `name="value"`, escaped as the text format and OpenMetrics both ask for.
+/// Appends `name="value"`, escaped as the text format and `OpenMetrics` both ask for.
 pub(super) fn append(out: &mut String, name: &str, value: &str) {
     out.push_str(name);
     out.push_str("=\"");

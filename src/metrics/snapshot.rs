@@ -98,7 +98,7 @@ impl Copying {
     /// The finished copy.
     #[must_use]
     pub fn finish(mut self, series: &Series) -> Snapshot {
-        self.snapshot.types = series.types.labels.clone();
+        self.snapshot.types.clone_from(&series.types.labels);
         self.snapshot
     }
 }

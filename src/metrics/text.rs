@@ -154,7 +154,7 @@ fn sample(out: &mut Vec<u8>, name: &str, suffix: &str, labels: &[&str], value: f
 fn write_value(out: &mut Vec<u8>, value: f64) {
     #[allow(clippy::cast_possible_truncation, reason = "checked by the comparison")]
     let whole = value as i64;
-    if whole as f64 == value && whole.unsigned_abs() < 1 << 53 {
+    if (whole as f64).total_cmp(&value).is_eq() && whole.unsigned_abs() < 1 << 53 {
         out.extend_from_slice(itoa::Buffer::new().format(whole).as_bytes());
     } else if value.is_infinite() {
         out.extend_from_slice(if value > 0.0 { b"+Inf" } else { b"-Inf" });

@@ -345,8 +345,10 @@ fn not_available_yet(settings: &Settings) -> Result<(), Error> {
 }
 
 /// The keys in which two settings differ.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ReloadPlan {
+    /// What is in force afterwards.
+    pub settings: Settings,
     /// Take the new value at once.
     pub live: Vec<&'static str>,
     /// Keep the old value until a restart.
@@ -356,8 +358,14 @@ pub struct ReloadPlan {
 /// Compares key by key: what a reload changes, and what it cannot.
 #[must_use]
 pub fn reload(old: &Settings, new: &Settings) -> ReloadPlan {
-    let (live, restart): (Vec<&Key>, Vec<&Key>) =
-        KEYS.iter().filter(|key| !(key.same)(old, new)).partition(|key| key.live);
-    let names = |keys: Vec<&Key>| keys.into_iter().map(|key| key.name).collect();
-    ReloadPlan { live: names(live), restart: names(restart) }
+    let mut plan = ReloadPlan { settings: old.clone(), live: Vec::new(), restart: Vec::new() };
+    for key in KEYS.iter().filter(|key| !(key.same)(old, new)) {
+        if let Some(adopt) = key.adopt {
+            adopt(&mut plan.settings, new);
+            plan.live.push(key.name);
+        } else {
+            plan.restart.push(key.name);
+        }
+    }
+    plan
 }

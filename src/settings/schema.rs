@@ -29,8 +29,8 @@ pub(super) struct Key {
     pub(super) kind: Kind,
     /// Its default is to be absent.
     pub(super) optional: bool,
-    /// A reload changes it; any other needs a restart.
-    pub(super) live: bool,
+    /// How a reload changes it; any other needs a restart.
+    pub(super) adopt: Option<fn(&mut Settings, &Settings)>,
     /// The value as TOML, secrets masked; `None` when unset.
     pub(super) shown: fn(&Settings) -> Option<String>,
     pub(super) same: fn(&Settings, &Settings) -> bool,
@@ -39,11 +39,6 @@ pub(super) struct Key {
 impl Key {
     const fn optional(mut self) -> Self {
         self.optional = true;
-        self
-    }
-
-    const fn live(mut self) -> Self {
-        self.live = true;
         self
     }
 
@@ -64,9 +59,19 @@ macro_rules! key {
             name: concat!(stringify!($head) $(, ".", stringify!($tail))+),
             kind: Kind::$kind,
             optional: false,
-            live: false,
+            adopt: None,
             shown: |settings| settings.$head$(.$tail)+.shown(),
             same: |a, b| a.$head$(.$tail)+ == b.$head$(.$tail)+,
+        }
+    };
+}
+
+/// A key that a reload changes.
+macro_rules! live {
+    ($kind:ident, $head:ident $(. $tail:ident)+) => {
+        Key {
+            adopt: Some(|old, new| old.$head$(.$tail)+.clone_from(&new.$head$(.$tail)+)),
+            ..key!($kind, $head $(. $tail)+)
         }
     };
 }
@@ -75,8 +80,8 @@ macro_rules! key {
 pub(super) static KEYS: &[Key] = &[
     key!(Secret, broker.url),
     key!(Text, broker.url_file).optional(),
-    key!(Scalar, broker.connect_timeout).live(),
-    key!(Scalar, broker.reconnect_max).live(),
+    live!(Scalar, broker.connect_timeout),
+    live!(Scalar, broker.reconnect_max),
     key!(Scalar, broker.tls.enabled).optional(),
     key!(Text, broker.tls.ca_file).optional(),
     key!(Text, broker.tls.cert_file).optional(),
@@ -98,8 +103,8 @@ pub(super) static KEYS: &[Key] = &[
     key!(Text, broker.redis.sentinel_username).optional(),
     key!(Secret, broker.redis.sentinel_password).optional(),
     key!(Scalar, broker.redis.sentinel_fanout_compat),
-    key!(Scalar, events.enable_events).live(),
-    key!(Scalar, events.enable_interval).live(),
+    live!(Scalar, events.enable_events),
+    live!(Scalar, events.enable_interval),
     key!(Text, events.exchange),
     key!(Text, events.control_exchange),
     key!(Texts, events.hostnames).optional(),
@@ -107,8 +112,8 @@ pub(super) static KEYS: &[Key] = &[
     key!(Scalar, events.max_message).shown(|settings| size(settings.events.max_message as u64)),
     key!(Scalar, state.max_workers),
     key!(Scalar, state.max_tasks),
-    key!(Scalar, state.worker_timeout).live().shown(|settings| never(settings.state.worker_timeout)),
-    key!(Scalar, state.purge_offline_workers).live().shown(|settings| never(settings.state.purge_offline_workers)),
+    live!(Scalar, state.worker_timeout).shown(|settings| never(settings.state.worker_timeout)),
+    live!(Scalar, state.purge_offline_workers).shown(|settings| never(settings.state.purge_offline_workers)),
     key!(Scalar, state.persistent),
     key!(Text, state.db),
     key!(Scalar, state.state_save_interval),
@@ -117,9 +122,9 @@ pub(super) static KEYS: &[Key] = &[
     key!(Scalar, metrics.self_metrics),
     key!(Text, http.listen),
     key!(Scalar, http.max_connections),
-    key!(Scalar, http.request_timeout).live(),
-    key!(Scalar, http.idle_timeout).live(),
-    key!(Text, log.level).live(),
+    live!(Scalar, http.request_timeout),
+    live!(Scalar, http.idle_timeout),
+    live!(Text, log.level),
     key!(Text, log.format),
 ];
 

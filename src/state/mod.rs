@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use names::{NameId, Names};
 use tasks::{Task, TaskId, Tasks};
-use workers::Workers;
+use workers::{Presence, Workers};
 
 pub use tasks::{TaskState, TaskView};
 pub use workers::{WorkerId, WorkerView};
@@ -159,7 +159,9 @@ impl State {
         let worker = &mut self.workers[slot];
         worker.heard = now;
         worker.lost = false;
-        worker.is_worker |= is_worker;
+        if is_worker && worker.presence == Presence::Client {
+            worker.presence = Presence::Worker;
+        }
         worker.count(&event.name_of_type);
         if event.kind.is_task() {
             worker.mute = None;
@@ -267,8 +269,7 @@ impl State {
         let active = event.active.filter(|active| *active >= 0.0);
         match event.kind {
             EventKind::WorkerOnline | EventKind::WorkerHeartbeat => {
-                worker.online = true;
-                worker.said_goodbye = false;
+                worker.presence = Presence::Online;
                 self.series.set_online(row, true);
                 if restarted {
                     self.empty_set(slot);
@@ -276,8 +277,7 @@ impl State {
                 }
             }
             EventKind::WorkerOffline => {
-                worker.online = false;
-                worker.said_goodbye = true;
+                worker.presence = Presence::Offline;
                 self.series.say_goodbye(row, active);
                 self.empty_set(slot);
             }
@@ -315,7 +315,9 @@ impl State {
         for slot in timeouts.worker_timeout.map_or_else(Vec::new, |timeout| self.workers.silent(timeout, now)) {
             let worker = &mut self.workers[slot];
             worker.lost = true;
-            worker.online = false;
+            if worker.presence == Presence::Online {
+                worker.presence = Presence::Worker;
+            }
             tracing::info!(worker = &*worker.hostname, "nothing heard from a worker for its timeout: offline");
             let row = worker.row;
             self.empty_set(slot);
@@ -339,7 +341,11 @@ impl State {
     /// All workers, and no clients.
     #[must_use]
     pub fn workers(&self, now: Duration) -> Vec<WorkerView> {
-        self.workers.iter().filter(|worker| worker.is_worker).map(|worker| WorkerView::of(worker, now)).collect()
+        self.workers
+            .iter()
+            .filter(|worker| worker.presence != Presence::Client)
+            .map(|worker| WorkerView::of(worker, now))
+            .collect()
     }
 
     /// One task by its id.

@@ -26,14 +26,14 @@ struct Name {
 /// The table of names.
 #[derive(Debug)]
 pub struct Names {
-    names: Slab<Name>,
+    slots: Slab<Name>,
     index: HashTable<u32>,
     hasher: RandomState,
 }
 
 impl Default for Names {
     fn default() -> Self {
-        let mut names = Self { names: Slab::new(), index: HashTable::new(), hasher: RandomState::default() };
+        let mut names = Self { slots: Slab::new(), index: HashTable::new(), hasher: RandomState::default() };
         names.hold_text("");
         names
     }
@@ -44,19 +44,19 @@ impl Names {
     pub fn hold_text(&mut self, text: &str) -> NameId {
         let text = cut(text);
         let hash = self.hasher.hash_one(&*text);
-        if let Some(id) = self.index.find(hash, |id| *self.names[*id as usize].text == *text) {
-            self.names[*id as usize].holders += 1;
+        if let Some(id) = self.index.find(hash, |id| *self.slots[*id as usize].text == *text) {
+            self.slots[*id as usize].holders += 1;
             return NameId(*id);
         }
         #[allow(clippy::cast_possible_truncation, reason = "held by tasks and pairs, which are bounded below 2^32")]
-        let id = self.names.insert(Name { text: text.into(), holders: 1 }) as u32;
-        self.index.insert_unique(hash, id, |id| self.hasher.hash_one(&*self.names[*id as usize].text));
+        let id = self.slots.insert(Name { text: text.into(), holders: 1 }) as u32;
+        self.index.insert_unique(hash, id, |id| self.hasher.hash_one(&*self.slots[*id as usize].text));
         NameId(id)
     }
 
     /// Holds a name once more.
     pub fn hold(&mut self, id: NameId) {
-        self.names[id.0 as usize].holders += 1;
+        self.slots[id.0 as usize].holders += 1;
     }
 
     /// Holds a name once less; the last one forgets it. The empty name stays.
@@ -64,7 +64,7 @@ impl Names {
         if id == NameId::EMPTY {
             return;
         }
-        let name = &mut self.names[id.0 as usize];
+        let name = &mut self.slots[id.0 as usize];
         name.holders -= 1;
         if name.holders > 0 {
             return;
@@ -73,18 +73,18 @@ impl Names {
         if let Ok(entry) = self.index.find_entry(hash, |known| *known == id.0) {
             entry.remove();
         }
-        self.names.remove(id.0 as usize);
+        self.slots.remove(id.0 as usize);
     }
 
     /// The name's text.
     #[must_use]
     pub fn text(&self, id: NameId) -> &str {
-        &self.names[id.0 as usize].text
+        &self.slots[id.0 as usize].text
     }
 
     /// How many names are held.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.names.len()
+        self.slots.len()
     }
 }

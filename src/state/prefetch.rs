@@ -5,7 +5,7 @@
 
 use super::State;
 use super::tasks::{Entry, Run, TaskState};
-use super::workers::WorkerId;
+use super::workers::{Presence, WorkerId};
 use crate::celery::{Event, EventKind};
 use crate::metrics::PairId;
 
@@ -33,10 +33,8 @@ impl State {
     }
 
     fn receive(&mut self, slot: u32, sender: usize, pair: PairId, time: f64) {
-        let (worker, epoch, gone) = {
-            let sender = &self.workers[sender];
-            (sender.id, sender.epoch, sender.said_goodbye)
-        };
+        let sender = &self.workers[sender];
+        let (worker, epoch, gone) = (sender.id, sender.epoch, sender.presence == Presence::Offline);
         let task = self.tasks.get_mut(slot);
         task.state = task.state.after(TaskState::Received);
         if task.last_runner == worker && time <= task.last_start {

@@ -22,6 +22,19 @@ impl WorkerId {
 /// How long a worker's word is kept for: 24 hours between two heartbeats are as good as never.
 const MAX_FREQ: f64 = 86_400.0;
 
+/// What a hostname has said of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// Only `task-sent` came from it.
+    Client,
+    /// Task events came from it, and no word of itself, or it was lost since.
+    Worker,
+    /// `worker-online` or a heartbeat.
+    Online,
+    /// `worker-offline`: its set stays empty until it is heard online again.
+    Offline,
+}
+
 /// One hostname.
 #[derive(Debug)]
 pub struct Worker {
@@ -33,14 +46,10 @@ pub struct Worker {
     pub row: WorkerRow,
     /// When any event of it came in last, by the clock that runs while we listen.
     pub heard: Duration,
-    /// Whether anything but `task-sent` came from it.
-    pub is_worker: bool,
+    /// What it has said of itself.
+    pub presence: Presence,
     /// Nothing was heard from it for its timeout.
     pub lost: bool,
-    /// `worker-online` or a heartbeat came, and neither `worker-offline` nor a timeout since.
-    pub online: bool,
-    /// It said `worker-offline` and has not been heard online since: its set stays empty.
-    pub said_goodbye: bool,
     /// Counts how often its set of prefetched tasks was emptied: entries of an earlier epoch are gone.
     pub epoch: u32,
     /// Tasks it executes, by its last word.
@@ -66,10 +75,8 @@ impl Worker {
             hostname: hostname.into(),
             row,
             heard: now,
-            is_worker: false,
+            presence: Presence::Client,
             lost: false,
-            online: false,
-            said_goodbye: false,
             epoch: 0,
             active: None,
             processed: None,
@@ -116,10 +123,11 @@ impl Worker {
 
     /// Who gives way first when room is needed: clients, then lost and offline workers; live workers do not.
     fn dispensable(&self) -> Option<u8> {
-        match self.is_worker {
-            false => Some(0),
-            true if self.lost || self.said_goodbye => Some(1),
-            true => None,
+        match self.presence {
+            Presence::Client => Some(0),
+            Presence::Offline => Some(1),
+            _ if self.lost => Some(1),
+            _ => None,
         }
     }
 }
@@ -224,7 +232,9 @@ impl Workers {
     /// The slots of the workers that were silent for longer than they may, and are not known as lost.
     pub(super) fn silent(&self, timeout: Duration, now: Duration) -> Vec<usize> {
         let silent = |worker: &Worker| {
-            !worker.lost && worker.is_worker && now.saturating_sub(worker.heard) >= worker.patience(timeout)
+            !worker.lost
+                && worker.presence != Presence::Client
+                && now.saturating_sub(worker.heard) >= worker.patience(timeout)
         };
         self.slots.iter().filter(|(_, worker)| silent(worker)).map(|(slot, _)| slot).collect()
     }
@@ -303,7 +313,7 @@ impl WorkerView {
         let [ident, ver, sys] = worker.software.each_ref().map(|text| text.as_deref().map(str::to_owned));
         Self {
             hostname: worker.hostname.to_string(),
-            online: worker.online,
+            online: worker.presence == Presence::Online,
             active: worker.active,
             processed: worker.processed,
             loadavg: worker.loadavg,
