@@ -396,7 +396,7 @@ mod tests {
     fn read(body: &str, keep_raw: bool) -> Vec<Result<String, Reject>> {
         let mut seen = Vec::new();
         decode(body.as_bytes(), keep_raw, |event| {
-            seen.push(event.map(|event| format!("{} {}", event.uuid, event.hostname)))
+            seen.push(event.map(|event| format!("{} {}", event.uuid, event.hostname)));
         });
         seen
     }

@@ -12,6 +12,9 @@ mod series;
 mod snapshot;
 pub mod text;
 
+#[cfg(test)]
+mod tests;
+
 pub use collector::FlowerCollector;
 pub use family::{Family, Kind};
 pub use label::{OTHER, cut};

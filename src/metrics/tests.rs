@@ -1,0 +1,142 @@
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use prometheus::{Encoder, Registry, TextEncoder};
+
+use super::text::{Exposition, Format};
+use super::*;
+use crate::celery::EventKind;
+
+fn series() -> Series {
+    let mut series = Series::new(&[0.075, 1.0, 2_000_000.0], 100);
+    let worker = series.add_worker("celery@\"höst\"\\\n");
+    series.set_online(worker, true);
+    series.set_executing(worker, 2.5);
+    for (id, text) in [(1, "tasks.add"), (2, ""), (3, "a,b=\"c\"\\")] {
+        let (pair, _) = series.add_pair(worker, TaskLabel { id, text });
+        series.count_event(pair, EventKind::TaskReceived, "task-received");
+        series.count_event(pair, EventKind::TaskCustom, "task-\"odd\"");
+        for seconds in [0.075, 0.5, 1e-7, 3e6] {
+            series.observe_runtime(pair, seconds);
+        }
+        series.set_prefetch_time(pair, 1.25);
+        series.add_prefetched(pair);
+    }
+    series
+}
+
+fn snapshot(series: &Series) -> Arc<Snapshot> {
+    let mut copying = Copying::start(series);
+    while !copying.proceed(series, 1) {}
+    Arc::new(copying.finish(series))
+}
+
+fn write(snapshot: &Arc<Snapshot>, format: Format, piece: usize) -> String {
+    let mut exposition = Exposition::new(Arc::clone(snapshot), format, &[]);
+    let mut text = Vec::new();
+    while exposition.write(&mut text, piece) {}
+    String::from_utf8(text).unwrap()
+}
+
+fn samples(text: &str) -> BTreeMap<&str, f64> {
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    lines.map(|line| line.rsplit_once(' ').unwrap()).map(|(name, value)| (name, value.parse().unwrap())).collect()
+}
+
+#[test]
+fn the_direct_writer_agrees_with_the_text_encoder() {
+    let snapshot = snapshot(&series());
+    let registry = Registry::new();
+    let shared = Arc::clone(&snapshot);
+    registry.register(Box::new(FlowerCollector::new(move || Some(Arc::clone(&shared))))).unwrap();
+    let mut reference = Vec::new();
+    TextEncoder::new().encode(&registry.gather(), &mut reference).unwrap();
+    // The encoder writes labels in the order of the metric, `le` last, and bounds as Rust does.
+    let reference = String::from_utf8(reference).unwrap();
+    let ours = write(&snapshot, Format::Text, 1);
+    let ours = ours.replace("le=\"1.0\",", "le=\"1\",").replace("le=\"2e+06\",", "le=\"2000000\",");
+    let le_last = |line: &str| match line.split_once("{le=\"") {
+        Some((name, rest)) => {
+            let (bound, rest) = rest.split_once("\",").unwrap();
+            let (labels, value) = rest.rsplit_once("} ").unwrap();
+            format!("{name}{{{labels},le=\"{bound}\"}} {value}")
+        }
+        None => line.to_owned(),
+    };
+    let ours: Vec<String> = ours.lines().map(le_last).collect();
+    let ours = ours.join("\n");
+    assert_eq!(samples(&ours), samples(&reference));
+    assert_eq!(samples(&ours).len(), 3 * (2 + 6 + 2) + 2);
+}
+
+#[test]
+fn pieces_make_the_same_text() {
+    let snapshot = snapshot(&series());
+    let whole = write(&snapshot, Format::Text, usize::MAX / 2);
+    for piece in [1, 100, 1000] {
+        assert_eq!(write(&snapshot, Format::Text, piece), whole);
+    }
+}
+
+#[test]
+fn golden_text() {
+    let mut series = Series::new(&[1.0], 100);
+    let worker = series.add_worker("w");
+    let (pair, _) = series.add_pair(worker, TaskLabel { id: 1, text: "t" });
+    series.count_event(pair, EventKind::TaskSucceeded, "task-succeeded");
+    series.observe_runtime(pair, 1.5);
+    series.set_online(worker, false);
+    let expected = r#"# HELP flower_events_total Number of events
+# TYPE flower_events_total counter
+flower_events_total{task="t",type="task-succeeded",worker="w"} 1
+# HELP flower_task_runtime_seconds Task runtime
+# TYPE flower_task_runtime_seconds histogram
+flower_task_runtime_seconds_bucket{le="1.0",task="t",worker="w"} 0
+flower_task_runtime_seconds_bucket{le="+Inf",task="t",worker="w"} 1
+flower_task_runtime_seconds_count{task="t",worker="w"} 1
+flower_task_runtime_seconds_sum{task="t",worker="w"} 1.5
+# HELP flower_task_prefetch_time_seconds The time the task spent waiting at the celery worker to be executed.
+# TYPE flower_task_prefetch_time_seconds gauge
+# HELP flower_worker_prefetched_tasks Number of tasks of given type prefetched at a worker
+# TYPE flower_worker_prefetched_tasks gauge
+# HELP flower_worker_online Worker online status
+# TYPE flower_worker_online gauge
+flower_worker_online{worker="w"} 0
+# HELP flower_worker_number_of_currently_executing_tasks Number of tasks currently executing at a worker
+# TYPE flower_worker_number_of_currently_executing_tasks gauge
+"#;
+    let snapshot = snapshot(&series);
+    assert_eq!(write(&snapshot, Format::Text, 1), expected);
+    let open_metrics = expected
+        .replace("HELP flower_events_total", "HELP flower_events")
+        .replace("TYPE flower_events_total", "TYPE flower_events");
+    assert_eq!(write(&snapshot, Format::OpenMetrics, 1), open_metrics + "# EOF\n");
+}
+
+#[test]
+fn pairs_that_concatenate_alike_are_distinct() {
+    let mut series = Series::new(&[1.0], 100);
+    for (id, (worker, task)) in [("ab", "c"), ("a", "bc")].into_iter().enumerate() {
+        let row = series.add_worker(worker);
+        let (pair, _) = series.add_pair(row, TaskLabel { id: u32::try_from(id).unwrap(), text: task });
+        series.add_prefetched(pair);
+    }
+    assert_eq!(samples(&write(&snapshot(&series), Format::Text, 1)).len(), 2);
+}
+
+#[test]
+fn removed_workers_leave_nothing() {
+    let mut series = series();
+    let kept = series.add_worker("kept");
+    series.set_online(kept, true);
+    let mut copying = Copying::start(&series);
+    assert!(!copying.proceed(&series, 1), "a copy that is under way while a worker goes");
+    let gone = series.add_worker("gone");
+    series.set_online(gone, true);
+    let mut released = Vec::new();
+    series.remove_worker(gone, |name| released.push(name));
+    while !copying.proceed(&series, 1) {}
+    assert!(released.is_empty());
+    let text = write(&Arc::new(copying.finish(&series)), Format::Text, 1);
+    assert!(!text.contains("gone") && text.contains("kept"));
+}
