@@ -88,7 +88,7 @@ impl Session {
     }
 
     async fn connect_for_ever(&mut self, room: &Arc<Semaphore>) {
-        let mut pause = FIRST_PAUSE;
+        let mut pause = Duration::ZERO;
         let mut complaint = Quiet::default();
         let (mut number, mut blind_since) = (0, None);
         loop {
@@ -99,12 +99,12 @@ impl Session {
                 let healthy = self.listen(subscription, control, room, number, &mut complaint).await;
                 blind_since = Some(Instant::now());
                 if healthy || began.elapsed() >= HEALTHY_AFTER {
-                    pause = FIRST_PAUSE;
+                    pause = Duration::ZERO;
                     complaint = Quiet::default();
                 }
             }
+            pause = (pause * 2).max(FIRST_PAUSE).min(self.settings.borrow().broker.reconnect_max);
             sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
-            pause = (pause * 2).min(self.settings.borrow().broker.reconnect_max);
         }
     }
 

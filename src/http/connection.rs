@@ -117,7 +117,10 @@ pub async fn serve(listener: TcpListener, endpoints: Arc<Endpoints>, mut stop: w
         };
         match accepted {
             Ok((stream, _)) => {
-                table.make_room(max).await;
+                tokio::select! {
+                    () = table.make_room(max) => {}
+                    _ = stop.wait_for(|stop| *stop) => break,
+                }
                 next_id += 1;
                 let (sender, _) = watch::channel((Phase::Resting, Instant::now()));
                 let connection = Arc::new(Connection { watch: Watch(sender), close: Notify::new() });
