@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel, sync_channel};
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
@@ -12,9 +12,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use crate::http::{self, Endpoints};
-use crate::ingest::{Ingest, Observer, Query, Reply};
-use crate::metrics::{FlowerCollector, Snapshot};
-use crate::session::{Arrival, Session};
+use crate::ingest::{Asker, Ingest, Observer};
+use crate::metrics::FlowerCollector;
+use crate::session::Session;
 use crate::settings::{self, ReloadPlan, Settings};
 use crate::state::{TaskView, WorkerView};
 use crate::telemetry::{Health, Telemetry};
@@ -39,40 +39,6 @@ pub enum StartError {
     /// A mistake in this program.
     #[error("the exporter's own metrics are inconsistent: {0}")]
     Metrics(#[from] prometheus::Error),
-}
-
-/// Asks the ingest loop. Cheap to clone.
-#[derive(Clone)]
-pub struct Asker {
-    queries: Sender<Query>,
-    arrivals: Sender<Arrival>,
-}
-
-impl Asker {
-    /// Puts a question; the loop answers it between two batches. Unanswered questions are dropped when it ends.
-    fn put(&self, query: Query) {
-        if self.queries.send(query).is_ok() {
-            let _ = self.arrivals.send(Arrival::Nudge);
-        }
-    }
-
-    async fn ask<T: Send + 'static>(&self, query: impl FnOnce(Reply<T>) -> Query) -> Option<T> {
-        let (sender, answer) = oneshot::channel();
-        // Whoever asked may have gone away: then there is nobody to tell.
-        self.put(query(Box::new(move |reply| drop(sender.send(reply)))));
-        answer.await.ok()
-    }
-
-    /// A copy of all numbers; `None` when the exporter has stopped.
-    pub async fn snapshot(&self) -> Option<Arc<Snapshot>> {
-        self.ask(Query::Snapshot).await
-    }
-
-    fn snapshot_blocking(&self) -> Option<Arc<Snapshot>> {
-        let (sender, answer) = sync_channel(1);
-        self.put(Query::Snapshot(Box::new(move |reply| drop(sender.send(reply)))));
-        answer.recv_timeout(Duration::from_secs(10)).ok()
-    }
 }
 
 /// A running exporter.
@@ -135,7 +101,7 @@ impl Exporter {
             runtime.shutdown_timeout(Duration::from_millis(100));
             Ok(())
         })?;
-        let asker = Asker { queries, arrivals };
+        let asker = Asker::new(queries, arrivals);
         let endpoints = Endpoints { asker: asker.clone(), settings: watched, telemetry, health: Arc::clone(&health) };
         let http = tokio::spawn(http::serve(listener, Arc::new(endpoints), stopped));
         Ok(Self { asker, address, settings, health, stop, http, drained, session_over })
@@ -155,19 +121,18 @@ impl Exporter {
 
     /// All workers as they stand; none when the exporter has stopped.
     pub async fn workers(&self) -> Vec<WorkerView> {
-        self.asker.ask(Query::Workers).await.unwrap_or_default()
+        self.asker.workers().await
     }
 
     /// One task as it stands.
     pub async fn task(&self, uuid: &str) -> Option<TaskView> {
-        let uuid = uuid.to_owned();
-        self.asker.ask(|reply| Query::Task(uuid, reply)).await.flatten()
+        self.asker.task(uuid).await
     }
 
     /// The tasks held from place `start` on, at most `count` (a thousand is a good slice): empty at the end. In no
     /// particular order; one that comes or goes between two slices is in them or not.
     pub async fn tasks(&self, start: usize, count: usize) -> Vec<TaskView> {
-        self.asker.ask(|reply| Query::Tasks { start, count, reply }).await.unwrap_or_default()
+        self.asker.tasks(start, count).await
     }
 
     /// The six families, for a Registry of the embedding program.
@@ -193,7 +158,7 @@ impl Exporter {
         let stopping = async {
             let _ = session_over.await;
             let _ = http.await;
-            let _ = asker.arrivals.send(Arrival::Stop);
+            asker.stop();
             let _ = drained.await;
         };
         tokio::time::timeout(STOP_WITHIN, stopping).await.is_ok()

@@ -14,7 +14,7 @@ use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use crate::daemon::Asker;
+use crate::ingest::Asker;
 use crate::metrics::text::Exposition;
 use crate::settings::Settings;
 use crate::telemetry::{BrokerStatus, Health, Telemetry};

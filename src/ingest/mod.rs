@@ -1,6 +1,9 @@
 //! The hot loop: it alone owns the state. It decodes messages in place, applies each event, and between batches hands
 //! out copies of its numbers, never for longer than a millisecond at a time.
 
+mod ask;
+mod attention;
+
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -9,49 +12,29 @@ use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::{mpsc, watch};
 
+use attention::{Attention, TICK};
+
+pub use ask::{Asker, Query, Reply};
+
 use crate::broker::{Batch, Message, Wire};
 use crate::celery::{Event, Reject, envelope, event};
 use crate::metrics::{Copying, Snapshot};
 use crate::quiet::Quiet;
 use crate::session::{Ack, Arrival};
 use crate::settings::Settings;
-use crate::state::{Limits, State, TaskView, Timeouts, WorkerView};
+use crate::state::{Limits, State, Timeouts};
 use crate::telemetry::{Health, Telemetry};
 
 /// Called with every event, on the ingest thread, after the state has taken it. It must not block: the loop waits for
 /// it. When it panics that is logged and counted, and it is called again for the next event.
 pub type Observer = Box<dyn FnMut(&Event<'_>) + Send>;
 
-/// How often clocks and timeouts are looked at.
-const TICK: Duration = Duration::from_millis(200);
 /// How long copying may hold up events at a time.
 const SLICE: Duration = Duration::from_millis(1);
 /// Rows copied between two looks at the clock.
 const ROWS: usize = 256;
 /// Nothing heard for this long after connecting is worth a warning.
 const QUIET_START: Duration = Duration::from_secs(60);
-
-/// Where an answer goes.
-pub type Reply<T> = Box<dyn FnOnce(T) + Send>;
-
-/// A question to the loop, answered between two batches.
-pub enum Query {
-    /// A copy of all numbers.
-    Snapshot(Reply<Arc<Snapshot>>),
-    /// All workers.
-    Workers(Reply<Vec<WorkerView>>),
-    /// One task by its id.
-    Task(String, Reply<Option<TaskView>>),
-    /// At most `count` tasks from place `start` on.
-    Tasks {
-        /// The first place.
-        start: usize,
-        /// How many places.
-        count: usize,
-        /// Where the answer goes; empty at the end.
-        reply: Reply<Vec<TaskView>>,
-    },
-}
 
 /// What the loop works with.
 pub struct Ingest {
@@ -80,34 +63,6 @@ impl Ingest {
     }
 }
 
-/// A clock that runs while we listen and have caught up with what waited for us: an outage or a backlog makes nobody
-/// old. It moves at every tick.
-#[derive(Debug)]
-struct Attention {
-    elapsed: Duration,
-    last_tick: Instant,
-    listening: bool,
-    behind: bool,
-    caught_up: bool,
-}
-
-impl Attention {
-    fn tick(&mut self, now: Instant) {
-        let passed = now - self.last_tick;
-        self.last_tick = now;
-        if self.listening && !self.behind && self.caught_up {
-            // A longer pause than this was not spent listening: the process stood still.
-            self.elapsed += passed.min(TICK * 5);
-        }
-        self.caught_up = false;
-    }
-
-    /// The time of an event that came in since the last tick: at the latest the next one.
-    fn hearing(&self) -> Duration {
-        self.elapsed + TICK
-    }
-}
-
 struct Work {
     io: Ingest,
     state: State,
@@ -130,18 +85,11 @@ impl Work {
             max_label_pairs: settings.metrics.max_label_pairs,
             buckets: settings.metrics.task_runtime_metric_buckets.clone(),
         });
-        let attention = Attention {
-            elapsed: Duration::ZERO,
-            last_tick: Instant::now(),
-            listening: false,
-            behind: false,
-            caught_up: false,
-        };
         Self {
             settings: Arc::clone(settings),
             io,
             state,
-            attention,
+            attention: Attention::new(),
             session: 0,
             connected_at: None,
             heard_since_connect: false,
