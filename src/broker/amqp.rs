@@ -1,5 +1,6 @@
 //! `RabbitMQ`, by lapin: a consumer with prefetch, acknowledged many at a time, and channels beside it for the rest.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use tokio::sync::Mutex;
 use uuid::Uuid;
 
 use super::{AckToken, Batch, Error, Message, Wire};
+use crate::celery::envelope::Refusal;
 use crate::celery::{Broadcast, Reject, envelope};
 use crate::settings::url::Address;
 use crate::settings::{BrokerUrl, Settings};
@@ -193,19 +195,24 @@ impl Subscription {
     fn message(&self, delivery: Delivery) -> Message {
         let wire = match check(&delivery, self.max_message) {
             Ok(()) => Wire::Body,
-            Err(reason) => Wire::Refused(reason),
+            Err(refusal) => Wire::Refused(refusal),
         };
         Message { bytes: Bytes::from(delivery.data), wire, redelivered: delivery.redelivered }
     }
 }
 
-fn check(delivery: &Delivery, max_message: usize) -> Result<(), Reject> {
+fn check(delivery: &Delivery, max_message: usize) -> Result<(), Refusal> {
     if delivery.data.len() > max_message {
-        return Err(Reject::TooLarge);
+        return Err(Reject::TooLarge.into());
     }
     let properties = &delivery.properties;
-    let compressed = properties.headers().as_ref().is_some_and(|headers| headers.inner().contains_key("compression"));
-    envelope::check_content(properties.content_type().as_ref().map(ShortString::as_str), compressed)
+    let compression = match properties.headers().as_ref().and_then(|headers| headers.inner().get("compression")) {
+        None | Some(AMQPValue::Void) => None,
+        Some(AMQPValue::LongString(name)) => Some(String::from_utf8_lossy(name.as_bytes())),
+        Some(_) => Some(Cow::Borrowed("")),
+    };
+    let content_type = properties.content_type().as_ref().map(ShortString::as_str);
+    envelope::check_content(content_type, compression.as_deref())
 }
 
 impl Control {

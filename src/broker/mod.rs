@@ -10,19 +10,20 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use crate::celery::{Broadcast, Reject};
+use crate::celery::Broadcast;
+use crate::celery::envelope::Refusal;
 use crate::settings::url::Transport;
 use crate::settings::{BrokerUrl, Settings};
 
 /// How a message's bytes are to be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Wire {
     /// kombu's envelope around the body.
     Envelope,
     /// The body itself.
     Body,
     /// Not at all; the bytes are the beginning of it, for the log.
-    Refused(Reject),
+    Refused(Refusal),
 }
 
 /// One message of the broker, holding one event or a list of them.

@@ -234,7 +234,7 @@ impl Subscription {
 
     fn message(&self, bytes: Bytes) -> Message {
         let too_large = bytes.len() > self.max_message;
-        let wire = if too_large { Wire::Refused(Reject::TooLarge) } else { Wire::Envelope };
+        let wire = if too_large { Wire::Refused(Reject::TooLarge.into()) } else { Wire::Envelope };
         Message { bytes, wire, redelivered: false }
     }
 
@@ -247,7 +247,7 @@ impl Subscription {
         let here = frame_end.min(self.buffer.len());
         self.skip = frame_end - here;
         self.buffer = BytesMut::from(&self.buffer[here..]);
-        Ok(Message { bytes: beginning, wire: Wire::Refused(Reject::TooLarge), redelivered: false })
+        Ok(Message { bytes: beginning, wire: Wire::Refused(Reject::TooLarge.into()), redelivered: false })
     }
 }
 

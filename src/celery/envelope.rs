@@ -6,8 +6,8 @@ use std::fmt;
 use base64_simd::{Out, STANDARD};
 use serde::de::{Deserialize, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 
-use super::Reject;
 use super::json::{Key, Scalar};
+use super::{Reject, cut};
 
 /// Opens an envelope and returns the message's body, the JSON of its events.
 ///
@@ -16,11 +16,11 @@ use super::json::{Key, Scalar};
 ///
 /// # Errors
 /// [`Reject::Envelope`], [`Reject::ContentType`], [`Reject::Compression`] or [`Reject::Base64`].
-pub fn open<'a>(payload: &'a [u8], buffer: &'a mut Vec<u8>) -> Result<Cow<'a, [u8]>, Reject> {
+pub fn open<'a>(payload: &'a [u8], buffer: &'a mut Vec<u8>) -> Result<Cow<'a, [u8]>, Refusal> {
     let envelope: Envelope = serde_json::from_slice(payload).map_err(|_| Reject::Envelope)?;
-    check_content(envelope.content_type.as_deref(), envelope.compressed)?;
+    check_content(envelope.content_type.as_deref(), envelope.compression.as_deref())?;
     match envelope.body.ok_or(Reject::Envelope)? {
-        body if envelope.base64 => decode_base64(body.as_bytes(), buffer).map(Cow::Borrowed),
+        body if envelope.base64 => Ok(decode_base64(body.as_bytes(), buffer).map(Cow::Borrowed)?),
         Cow::Borrowed(body) => Ok(Cow::Borrowed(body.as_bytes())),
         Cow::Owned(body) => Ok(Cow::Owned(body.into_bytes())),
     }
@@ -30,11 +30,29 @@ pub fn open<'a>(payload: &'a [u8], buffer: &'a mut Vec<u8>) -> Result<Cow<'a, [u
 ///
 /// # Errors
 /// [`Reject::ContentType`] or [`Reject::Compression`].
-pub fn check_content(content_type: Option<&str>, compressed: bool) -> Result<(), Reject> {
-    if content_type.is_some_and(|name| !matches!(name, "application/json" | "json")) {
-        return Err(Reject::ContentType);
+pub fn check_content(content_type: Option<&str>, compression: Option<&str>) -> Result<(), Refusal> {
+    if let Some(name) = content_type.filter(|name| !matches!(*name, "application/json" | "json")) {
+        return Err(Refusal { reason: Reject::ContentType, name: Some(cut(name).into()) });
     }
-    if compressed { Err(Reject::Compression) } else { Ok(()) }
+    if let Some(name) = compression {
+        return Err(Refusal { reason: Reject::Compression, name: Some(cut(name).into()) });
+    }
+    Ok(())
+}
+
+/// Why a message is refused, and by which name where its properties name something.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// What it is counted under.
+    pub reason: Reject,
+    /// The content type or compression that is not read here, bounded.
+    pub name: Option<Box<str>>,
+}
+
+impl From<Reject> for Refusal {
+    fn from(reason: Reject) -> Self {
+        Self { reason, name: None }
+    }
 }
 
 fn decode_base64<'a>(text: &[u8], buffer: &'a mut Vec<u8>) -> Result<&'a [u8], Reject> {
@@ -50,7 +68,7 @@ fn decode_base64<'a>(text: &[u8], buffer: &'a mut Vec<u8>) -> Result<&'a [u8], R
 struct Envelope<'a> {
     body: Option<Cow<'a, str>>,
     content_type: Option<Cow<'a, str>>,
-    compressed: bool,
+    compression: Option<Cow<'a, str>>,
     base64: bool,
 }
 
@@ -73,7 +91,10 @@ impl<'de> Deserialize<'de> for Envelope<'de> {
                         "content-type" => envelope.content_type = map.next_value::<Scalar>()?.text(),
                         "headers" => {
                             let compression = map.next_value_seed(Member("compression"))?;
-                            envelope.compressed = !matches!(compression, None | Some(Scalar::Null));
+                            envelope.compression = match compression {
+                                None | Some(Scalar::Null) => None,
+                                Some(name) => Some(name.text().unwrap_or_default()),
+                            };
                         }
                         "properties" => {
                             let encoding = map.next_value_seed(Member("body_encoding"))?;
@@ -131,7 +152,8 @@ mod tests {
 
     fn body_of(payload: &str) -> Result<String, Reject> {
         let mut buffer = vec![b'x'; 3];
-        open(payload.as_bytes(), &mut buffer).map(|body| String::from_utf8_lossy(&body).into_owned())
+        let body = open(payload.as_bytes(), &mut buffer).map_err(|refusal| refusal.reason)?;
+        Ok(String::from_utf8_lossy(&body).into_owned())
     }
 
     #[test]

@@ -8,9 +8,11 @@ pub mod control;
 pub mod envelope;
 pub mod event;
 mod json;
+mod name;
 
 pub use control::Broadcast;
 pub use event::{Event, EventKind};
+pub use name::cut;
 
 /// Why a message, or one event of a batch, was not counted. The names are the `reason` label of
 /// `flower_exporter_rejected_total`.

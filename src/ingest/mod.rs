@@ -17,6 +17,7 @@ use attention::{Attention, TICK};
 pub use ask::{Asker, Query, Reply};
 
 use crate::broker::{Batch, Message, Wire};
+use crate::celery::envelope::Refusal;
 use crate::celery::{Event, Reject, envelope, event};
 use crate::metrics::{Copying, Snapshot};
 use crate::quiet::Quiet;
@@ -170,14 +171,14 @@ impl Work {
 
     fn message(&mut self, message: &Message) {
         let mut base64 = std::mem::take(&mut self.base64);
-        let body = match message.wire {
+        let body = match &message.wire {
             Wire::Envelope => envelope::open(&message.bytes, &mut base64),
             Wire::Body => Ok(message.bytes.as_ref().into()),
-            Wire::Refused(reason) => Err(reason),
+            Wire::Refused(refusal) => Err(refusal.clone()),
         };
         match body {
             Ok(body) => self.events(&body),
-            Err(reason) => self.reject(reason, &message.bytes),
+            Err(refusal) => self.reject(&refusal, &message.bytes),
         }
         self.base64 = base64;
         // One huge message must not cost its size for ever.
@@ -201,7 +202,7 @@ impl Work {
                     }
                     self.observe(&event);
                 }
-                Err(reason) => self.reject(reason, body),
+                Err(reason) => self.reject(&reason.into(), body),
             }
         });
         self.io.telemetry.events.inc_by(count);
@@ -223,11 +224,12 @@ impl Work {
         }
     }
 
-    fn reject(&mut self, reason: Reject, bytes: &[u8]) {
-        self.io.telemetry.rejected(reason).inc();
-        if let Some(kept_back) = self.quiet.entry(reason).or_default().speak() {
-            let beginning = bytes[..bytes.len().min(64)].escape_ascii().to_string();
-            tracing::warn!(reason = reason.as_str(), beginning, kept_back, "a message or event is skipped");
+    fn reject(&mut self, refusal: &Refusal, bytes: &[u8]) {
+        self.io.telemetry.rejected(refusal.reason).inc();
+        if let Some(kept_back) = self.quiet.entry(refusal.reason).or_default().speak() {
+            let beginning = bytes[..bytes.len().min(64)].escape_ascii();
+            let (reason, name) = (refusal.reason.as_str(), refusal.name.as_deref());
+            tracing::warn!(reason, name, %beginning, kept_back, "a message or event is skipped");
         }
     }
 

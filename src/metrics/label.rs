@@ -1,22 +1,9 @@
 //! Label values: bounded, escaped once, written as Flower writes them.
 
-use std::borrow::Cow;
 use std::fmt::Write;
 
 /// What series beyond the bounds are recorded under.
 pub const OTHER: &str = "(other)";
-
-/// Bytes of a label value that are kept.
-const MAX_BYTES: usize = 256;
-
-/// A name as it is used in labels: one longer than 256 bytes is cut there, on a character boundary, and ends in `…`.
-#[must_use]
-pub fn cut(text: &str) -> Cow<'_, str> {
-    if text.len() <= MAX_BYTES {
-        return Cow::Borrowed(text);
-    }
-    Cow::Owned(format!("{}…", &text[..text.floor_char_boundary(MAX_BYTES)]))
-}
 
 /// Appends `name="value"`, escaped as the text format and `OpenMetrics` both ask for.
 pub(super) fn append(out: &mut String, name: &str, value: &str) {
@@ -59,15 +46,6 @@ pub(super) fn bound(value: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_are_cut_on_a_character_boundary() {
-        assert_eq!(cut("short"), "short");
-        assert_eq!(cut(&"x".repeat(256)), "x".repeat(256));
-        assert_eq!(cut(&"x".repeat(257)), format!("{}…", "x".repeat(256)));
-        assert_eq!(cut(&"é".repeat(200)), format!("{}…", "é".repeat(128)));
-        assert_eq!(cut(&format!("x{}", "é".repeat(200))), format!("x{}…", "é".repeat(127)));
-    }
 
     #[test]
     fn bounds_read_as_python_writes_them() {

@@ -17,6 +17,6 @@ mod tests;
 
 pub use collector::FlowerCollector;
 pub use family::{Family, Kind};
-pub use label::{OTHER, cut};
+pub use label::OTHER;
 pub use series::{MAX_TYPES, PairId, Series, TaskLabel, WorkerRow};
 pub use snapshot::{Copying, Snapshot};

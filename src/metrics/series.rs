@@ -11,7 +11,7 @@ use slab::Slab;
 
 use super::histogram::Histogram;
 use super::label::{self, OTHER};
-use crate::celery::EventKind;
+use crate::celery::{EventKind, cut};
 
 /// Distinct event types before `(other)`.
 pub const MAX_TYPES: usize = 64;
@@ -280,7 +280,7 @@ impl Types {
     }
 
     fn find(&mut self, kind: EventKind, name: &str) -> u8 {
-        let name = label::cut(name);
+        let name = cut(name);
         let id = match self.ids.get(&*name) {
             Some(id) => *id,
             None if self.labels.len() < MAX_TYPES => self.add(&name),

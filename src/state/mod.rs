@@ -19,8 +19,8 @@ pub use tasks::{TaskState, TaskView};
 pub use workers::{WorkerId, WorkerView};
 
 use crate::celery::event::Eta;
-use crate::celery::{Event, EventKind};
-use crate::metrics::{OTHER, PairId, Series, TaskLabel, WorkerRow, cut};
+use crate::celery::{Event, EventKind, cut};
+use crate::metrics::{OTHER, PairId, Series, TaskLabel, WorkerRow};
 
 /// The bounds of a [`State`].
 #[derive(Clone, Debug)]

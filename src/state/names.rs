@@ -6,7 +6,7 @@ use foldhash::fast::RandomState;
 use hashbrown::HashTable;
 use slab::Slab;
 
-use crate::metrics::cut;
+use crate::celery::cut;
 
 /// A task name. Valid as long as somebody holds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -9,7 +9,8 @@ use uuid::Uuid;
 
 use super::names::NameId;
 use super::workers::WorkerId;
-use crate::metrics::{PairId, cut};
+use crate::celery::cut;
+use crate::metrics::PairId;
 
 /// A task's id: 16 bytes for a UUID as Celery writes it, the text itself otherwise.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

@@ -7,8 +7,8 @@ use foldhash::fast::RandomState;
 use hashbrown::{HashMap, HashTable};
 use slab::Slab;
 
-use crate::celery::Event;
-use crate::metrics::{MAX_TYPES, WorkerRow, cut};
+use crate::celery::{Event, cut};
+use crate::metrics::{MAX_TYPES, WorkerRow};
 
 /// A worker that is or was known. Never used twice: one that comes back after its purge is another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
