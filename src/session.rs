@@ -19,8 +19,13 @@ use crate::telemetry::{BrokerStatus, Health, Telemetry};
 /// What the ingest loop takes from the queue.
 #[derive(Debug)]
 pub enum Arrival {
-    /// Subscribed. Whatever was sent before is missing: the session's number, for its acknowledgements.
-    Connected(u64),
+    /// Subscribed.
+    Connected {
+        /// The session's number, for its acknowledgements.
+        session: u64,
+        /// Nothing is missing: the broker has collected since the last session.
+        continues: bool,
+    },
     /// Messages, and the room they take in the queue.
     Batch(Batch, Room),
     /// So many messages were dropped.
@@ -71,7 +76,7 @@ pub struct Session {
 const HEALTHY_AFTER: Duration = Duration::from_secs(60);
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// More messages than this waiting at the broker: what we hear is old news.
-const MANY_WAITING: u64 = 1000;
+const MANY_WAITING: u32 = 1000;
 const FOR_EVER: Duration = Duration::from_secs(365 * 86_400);
 
 impl Session {
@@ -134,10 +139,12 @@ impl Session {
             let blind = since.elapsed().as_secs_f64();
             self.telemetry.reconnects.inc();
             self.telemetry.blind_seconds.inc_by(blind);
-            tracing::info!(blind_seconds = blind, "events sent in the meantime are missing");
+            if !subscription.continues() {
+                tracing::info!(blind_seconds = blind, "events sent in the meantime are missing");
+            }
         }
         self.telemetry.connected.set(1);
-        self.send(Arrival::Connected(number));
+        self.send(Arrival::Connected { session: number, continues: subscription.continues() });
         self.health.set_broker(BrokerStatus::Connected);
     }
 
@@ -160,7 +167,8 @@ impl Session {
             health: &self.health,
             heard: &mut heard,
         };
-        let ticker = Ticker { control, settings: self.settings.clone(), acks: &mut self.acks, number };
+        let ticker =
+            Ticker { control, settings: self.settings.clone(), acks: &mut self.acks, health: &self.health, number };
         let error = tokio::select! {
             error = reader.run() => error,
             error = ticker.run(&self.arrivals) => error,
@@ -270,16 +278,17 @@ struct Ticker<'s> {
     control: Control,
     settings: watch::Receiver<Arc<Settings>>,
     acks: &'s mut mpsc::UnboundedReceiver<Ack>,
+    health: &'s Health,
     number: u64,
 }
 
 impl Ticker<'_> {
     /// Ends only with the connection. Broadcasts and acknowledgements do not wait for each other.
     async fn run(self, arrivals: &Sender<Arrival>) -> Error {
-        let Self { control, settings, acks, number } = self;
+        let Self { control, settings, acks, health, number } = self;
         tokio::select! {
             error = acknowledge(&control, acks, number) => error,
-            error = look_after(&control, settings.clone(), arrivals) => error,
+            error = look_after(&control, settings.clone(), arrivals, health) => error,
             error = heartbeats(&control, settings) => error,
         }
     }
@@ -307,10 +316,21 @@ async fn look_after(
     control: &Control,
     mut settings: watch::Receiver<Arc<Settings>>,
     arrivals: &Sender<Arrival>,
+    health: &Health,
 ) -> Error {
     let mut complaint = Quiet::default();
     let mut was_behind = false;
     loop {
+        let standing = match control.refresh().await {
+            Ok(standing) => standing,
+            Err(error) => return error,
+        };
+        health.set_other_consumers(standing.consumers.saturating_sub(1));
+        let is_behind = standing.waiting > MANY_WAITING;
+        if is_behind != was_behind {
+            send(arrivals, Arrival::Behind(is_behind));
+            was_behind = is_behind;
+        }
         let events = settings.borrow_and_update().events.clone();
         if events.enable_events {
             broadcast(control, Broadcast::EnableEvents, &mut complaint).await;
@@ -319,14 +339,6 @@ async fn look_after(
             (now.events.enable_events, now.events.enable_interval) != (events.enable_events, events.enable_interval)
         })
         .await;
-        let is_behind = match control.refresh().await {
-            Ok(waiting) => waiting > MANY_WAITING,
-            Err(error) => return error,
-        };
-        if is_behind != was_behind {
-            send(arrivals, Arrival::Behind(is_behind));
-            was_behind = is_behind;
-        }
     }
 }
 

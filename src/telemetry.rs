@@ -14,6 +14,9 @@ use crate::celery::Reject;
 /// How long the ingest loop may stand still with work waiting before it counts as stuck.
 const STUCK_AFTER: Duration = Duration::from_secs(30);
 
+const SHARED_QUEUE: &str = "another consumer takes events from our queue, so that each counts a part: stop it, or give \
+                            each exporter a broker.amqp.queue of its own";
+
 /// The exporter's own metrics, in a registry of their own.
 #[derive(Debug)]
 pub struct Telemetry {
@@ -166,13 +169,14 @@ pub struct Health {
 struct Facts {
     broker: BrokerStatus,
     warnings: Vec<String>,
+    other_consumers: u32,
 }
 
 impl Default for Health {
     fn default() -> Self {
         Self {
             started: Instant::now(),
-            facts: Mutex::new(Facts { broker: BrokerStatus::Connecting, warnings: Vec::new() }),
+            facts: Mutex::new(Facts { broker: BrokerStatus::Connecting, warnings: Vec::new(), other_consumers: 0 }),
             last_event: AtomicU64::new(0),
             last_turn: AtomicU64::new(0),
             waiting: AtomicUsize::new(0),
@@ -209,10 +213,20 @@ impl Health {
         new
     }
 
+    /// So many other consumers take events from our queue.
+    pub fn set_other_consumers(&self, count: u32) {
+        let before = std::mem::replace(&mut self.facts().other_consumers, count);
+        if count > 0 && before == 0 {
+            tracing::warn!(count, "{SHARED_QUEUE}");
+        }
+    }
+
     /// What the operator should look at.
     #[must_use]
     pub fn warnings(&self) -> Vec<String> {
-        self.facts().warnings.clone()
+        let facts = self.facts();
+        let shared = (facts.other_consumers > 0).then(|| SHARED_QUEUE.to_owned());
+        facts.warnings.iter().cloned().chain(shared).collect()
     }
 
     /// A batch of events was processed.

@@ -37,6 +37,15 @@ pub struct Message {
     pub redelivered: bool,
 }
 
+/// How our queue stands at the broker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// Messages that wait there.
+    pub waiting: u32,
+    /// Consumers that share it; more than one splits the events.
+    pub consumers: u32,
+}
+
 /// Acknowledges everything up to it on the connection it came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AckToken(pub u64);
@@ -108,6 +117,12 @@ impl Subscription {
         matches!(self, Self::Amqp(_))
     }
 
+    /// Whether the broker has collected for us since the last connection, so that nothing is missing.
+    #[must_use]
+    pub fn continues(&self) -> bool {
+        matches!(self, Self::Amqp(amqp) if amqp.continues())
+    }
+
     /// What is listened on, in the broker's own words.
     #[must_use]
     pub fn describe(&self) -> String {
@@ -150,14 +165,14 @@ impl Control {
         }
     }
 
-    /// Makes sure that what the subscription hangs on is still there, and returns the messages that wait at the broker.
-    /// Nobody tells a consumer that the exchange it was bound to is gone.
+    /// Makes sure that what the subscription hangs on is still there, and tells how the queue stands. Nobody tells a
+    /// consumer that the exchange it was bound to is gone.
     ///
     /// # Errors
     /// The connection has come to its end.
-    pub async fn refresh(&self) -> Result<u64, Error> {
+    pub async fn refresh(&self) -> Result<Standing, Error> {
         match self {
-            Self::Redis(_) => Ok(0),
+            Self::Redis(_) => Ok(Standing { waiting: 0, consumers: 1 }),
             Self::Amqp(amqp) => amqp.refresh().await,
         }
     }

@@ -3,6 +3,7 @@
 
 mod ask;
 mod attention;
+mod recent;
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,6 +14,8 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::{mpsc, watch};
 
 use attention::{Attention, TICK};
+
+use recent::Recent;
 
 pub use ask::{Asker, Query, Reply};
 
@@ -74,6 +77,7 @@ struct Work {
     heard_since_connect: bool,
     copying: Option<(Copying, Vec<Reply<Arc<Snapshot>>>)>,
     base64: Vec<u8>,
+    recent: Recent,
     quiet: HashMap<Reject, Quiet>,
     panics: Quiet,
 }
@@ -96,6 +100,7 @@ impl Work {
             heard_since_connect: false,
             copying: None,
             base64: Vec::new(),
+            recent: Recent::new(settings),
             quiet: HashMap::new(),
             panics: Quiet::default(),
         }
@@ -134,13 +139,16 @@ impl Work {
 
     fn take(&mut self, arrival: Arrival) {
         match arrival {
-            Arrival::Connected(session) => {
+            Arrival::Connected { session, continues } => {
                 self.session = session;
                 self.attention.listening = true;
                 self.attention.behind = false;
                 self.connected_at = Some(self.attention.elapsed);
                 self.heard_since_connect = false;
-                self.state.gap();
+                if !continues {
+                    self.state.gap();
+                    self.recent.clear();
+                }
             }
             Arrival::Disconnected => {
                 self.attention.listening = false;
@@ -170,6 +178,9 @@ impl Work {
     }
 
     fn message(&mut self, message: &Message) {
+        if self.recent.is_again(message) {
+            return;
+        }
         let mut base64 = std::mem::take(&mut self.base64);
         let body = match &message.wire {
             Wire::Envelope => envelope::open(&message.bytes, &mut base64),

@@ -335,7 +335,6 @@ fn not_available_yet(settings: &Settings) -> Result<(), Error> {
         (sentinel, url_key, "Sentinel"),
         (tls, url_key, "TLS (amqps://, rediss:// or an ssl_ parameter)"),
         (broker.tls.enabled == Some(true), "broker.tls.enabled", "TLS"),
-        (broker.amqp.queue.is_some(), "broker.amqp.queue", "a named queue"),
         (settings.state.persistent, "state.persistent", "state that outlives the process"),
     ];
     match wishes.into_iter().find(|(wished, ..)| *wished) {

@@ -437,7 +437,6 @@ fn features_to_come_are_refused_by_name() {
         ("broker.url = 'redis://h;rediss://h'", "broker.url: TLS (amqps://, rediss:// or an ssl_ parameter)"),
         ("broker.url = 'sentinel://h'", "broker.url: Sentinel"),
         ("broker.tls.enabled = true", "broker.tls.enabled: TLS"),
-        ("broker.amqp.queue = 'q'", "broker.amqp.queue: a named queue"),
         ("state.persistent = true", "state.persistent: state that outlives the process"),
     ] {
         assert_refused(file, &[], &format!("{expected} is not available yet"));

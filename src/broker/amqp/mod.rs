@@ -1,23 +1,26 @@
 //! `RabbitMQ`, by lapin: a consumer with prefetch, acknowledged many at a time, and channels beside it for the rest.
 
+mod topology;
+
 use std::borrow::Cow;
 use std::fmt;
-use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt};
 use lapin::message::Delivery;
 use lapin::options::{
-    BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ExchangeDeclareOptions,
-    QueueBindOptions, QueueDeclareOptions,
+    BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
+    ExchangeDeclareOptions,
 };
+use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Consumer, ExchangeKind};
 use tokio::sync::Mutex;
-use uuid::Uuid;
 
-use super::{AckToken, Batch, Error, Message, Wire};
+use topology::Topology;
+
+use super::{AckToken, Batch, Error, Message, Standing, Wire};
 use crate::celery::envelope::Refusal;
 use crate::celery::{Broadcast, Reject, envelope};
 use crate::settings::url::Address;
@@ -34,6 +37,7 @@ pub struct Subscription {
     max_batch_bytes: usize,
     exchange: String,
     queue: String,
+    continues: bool,
 }
 
 impl fmt::Debug for Subscription {
@@ -57,24 +61,16 @@ impl fmt::Debug for Control {
     }
 }
 
-/// What we declare: Celery's event exchange, and a queue of our own bound to it.
-#[derive(Clone, Debug)]
-struct Topology {
-    exchange: ShortString,
-    queue: ShortString,
-    arguments: FieldTable,
-}
-
 pub(super) async fn connect(url: &BrokerUrl, settings: &Settings) -> Result<(Subscription, Control), Error> {
     let name = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
     let properties = ConnectionProperties::default().with_connection_name(name.into());
     let connection = Connection::connect_uri(uri(url, settings), properties).await.map_err(failed)?;
+    let topology = Topology::find(&connection, settings).await?;
     let consuming = connection.create_channel().await.map_err(failed)?;
-    let topology = Topology::of(settings);
     topology.declare(&consuming).await?;
     let prefetch = settings.broker.amqp.effective_prefetch();
     consuming.basic_qos(prefetch, BasicQosOptions { global: false }).await.map_err(failed)?;
-    let options = BasicConsumeOptions { exclusive: true, ..BasicConsumeOptions::default() };
+    let options = BasicConsumeOptions { exclusive: !topology.keeps_collecting, ..BasicConsumeOptions::default() };
     let consumer = consuming
         .basic_consume(topology.queue.clone(), ShortString::default(), options, FieldTable::default())
         .await
@@ -85,6 +81,7 @@ pub(super) async fn connect(url: &BrokerUrl, settings: &Settings) -> Result<(Sub
         max_batch_bytes: MAX_BATCH_BYTES.min(settings.events.max_backlog),
         exchange: topology.exchange.to_string(),
         queue: topology.queue.to_string(),
+        continues: topology.continues,
     };
     let pidbox = format!("{}.pidbox", settings.events.control_exchange);
     Ok((subscription, Control { connection, consuming, publishing: Mutex::new(None), topology, pidbox }))
@@ -111,49 +108,10 @@ fn uri(url: &BrokerUrl, settings: &Settings) -> AMQPUri {
     }
 }
 
-impl Topology {
-    fn of(settings: &Settings) -> Self {
-        let amqp = &settings.broker.amqp;
-        let mut arguments = FieldTable::default();
-        arguments.insert("x-expires".into(), milliseconds(amqp.effective_expires()));
-        let bytes = i64::try_from(amqp.queue_max_bytes).unwrap_or(i64::MAX);
-        arguments.insert("x-max-length-bytes".into(), AMQPValue::LongLongInt(bytes));
-        if let Some(ttl) = amqp.queue_ttl {
-            arguments.insert("x-message-ttl".into(), milliseconds(ttl));
-        }
-        Self {
-            exchange: settings.events.exchange.as_str().into(),
-            // As Flower's and Celery's own event receivers name theirs, so that their permissions fit.
-            queue: format!("{}.{}", settings.events.exchange, Uuid::new_v4()).into(),
-            arguments,
-        }
-    }
-
-    /// Declares exchange and queue and binds them; harmless where they are. Returns the messages that wait.
-    async fn declare(&self, channel: &Channel) -> Result<u64, Error> {
-        let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
-        channel
-            .exchange_declare(self.exchange.clone(), ExchangeKind::Topic, durable, FieldTable::default())
-            .await
-            .map_err(failed)?;
-        let own = QueueDeclareOptions { exclusive: true, auto_delete: true, ..QueueDeclareOptions::default() };
-        let queue = channel.queue_declare(self.queue.clone(), own, self.arguments.clone()).await.map_err(failed)?;
-        channel
-            .queue_bind(
-                self.queue.clone(),
-                self.exchange.clone(),
-                "#".into(),
-                QueueBindOptions::default(),
-                FieldTable::default(),
-            )
-            .await
-            .map_err(failed)?;
-        Ok(u64::from(queue.message_count()))
-    }
-}
-
-fn milliseconds(duration: Duration) -> AMQPValue {
-    AMQPValue::LongLongInt(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX))
+/// Whether the server refused for this reason.
+fn is(error: &lapin::Error, reason: &AMQPSoftError) -> bool {
+    matches!(error.kind(), lapin::ErrorKind::ProtocolError(refusal)
+        if refusal.kind() == &AMQPErrorKind::Soft(reason.clone()))
 }
 
 #[allow(clippy::needless_pass_by_value, reason = "for map_err")]
@@ -167,6 +125,11 @@ fn failed(error: lapin::Error) -> Error {
 impl Subscription {
     pub(super) fn describe(&self) -> String {
         format!("queue {} bound to exchange {}", self.queue, self.exchange)
+    }
+
+    /// The queue was there before us, and has collected what came meanwhile.
+    pub(super) fn continues(&self) -> bool {
+        self.continues
     }
 
     pub(super) async fn next(&mut self) -> Result<Batch, Error> {
@@ -220,34 +183,50 @@ impl Control {
         let mut kept = self.publishing.lock().await;
         let channel = match kept.take() {
             Some(channel) if channel.status().connected() => channel,
-            _ => self.connection.create_channel().await.map_err(failed)?,
+            _ => self.publishing_channel().await?,
         };
-        self.publish(&channel, command).await?;
-        *kept = Some(channel);
-        Ok(())
+        let published = self.publish(&channel, command).await;
+        if published.is_ok() {
+            *kept = Some(channel);
+        }
+        published
     }
 
-    /// Declares the exchange first: it is transient, and publishing to one that is gone closes the channel.
+    /// Declares the exchange first: it is transient, and publishing to one that is gone closes the channel. A user who
+    /// may not declare it may still publish to it.
+    async fn publishing_channel(&self) -> Result<Channel, Error> {
+        for passive in [false, true] {
+            let channel = self.connection.create_channel().await.map_err(failed)?;
+            let options = ExchangeDeclareOptions { passive, ..ExchangeDeclareOptions::default() };
+            let declared = channel
+                .exchange_declare(self.pidbox.as_str().into(), ExchangeKind::Fanout, options, FieldTable::default())
+                .await;
+            match declared {
+                Ok(()) => {
+                    // With confirmations, a refusal comes back as an answer.
+                    channel.confirm_select(ConfirmSelectOptions::default()).await.map_err(failed)?;
+                    return Ok(channel);
+                }
+                Err(error) if is(&error, &AMQPSoftError::ACCESSREFUSED) && !passive => {}
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        unreachable!("the second round returns")
+    }
+
     async fn publish(&self, channel: &Channel, command: Broadcast) -> Result<(), Error> {
-        let pidbox: ShortString = self.pidbox.as_str().into();
-        channel
-            .exchange_declare(
-                pidbox.clone(),
-                ExchangeKind::Fanout,
-                ExchangeDeclareOptions::default(),
-                FieldTable::default(),
-            )
-            .await
-            .map_err(failed)?;
         let properties = BasicProperties::default()
             .with_content_type("application/json".into())
             .with_content_encoding("utf-8".into())
             .with_delivery_mode(1);
         let body = command.body();
-        channel
-            .basic_publish(pidbox, ShortString::default(), BasicPublishOptions::default(), body.as_bytes(), properties)
+        let options = BasicPublishOptions::default();
+        let exchange: ShortString = self.pidbox.as_str().into();
+        let confirmation = channel
+            .basic_publish(exchange, ShortString::default(), options, body.as_bytes(), properties)
             .await
             .map_err(failed)?;
+        confirmation.await.map_err(failed)?;
         Ok(())
     }
 
@@ -255,7 +234,7 @@ impl Control {
         self.consuming.basic_ack(token.0, BasicAckOptions { multiple: true }).await.map_err(failed)
     }
 
-    pub(super) async fn refresh(&self) -> Result<u64, Error> {
+    pub(super) async fn refresh(&self) -> Result<Standing, Error> {
         self.topology.declare(&self.consuming).await
     }
 }

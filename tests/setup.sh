@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Installs what the system tests need and is not there yet: brokers and Prometheus by apt, Python packages into
+# target/test-env. May be run again at any time; a run with nothing to do takes no time.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+env=$(dirname "$here")/target/test-env
+environments=(flower celery-5.7.0 celery-5.2.7 celery-4.4.7)
+
+say() { printf '[setup %3ss] %s\n' "$SECONDS" "$*"; }
+die() { say "$*" >&2; exit 1; }
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then "$@"
+    elif command -v sudo >/dev/null; then sudo "$@"
+    else die "not root and no sudo: as root, run: apt-get install ${missing[*]}"
+    fi
+}
+
+# Debian starts a service as soon as it is installed, unless this says no. The tests start their own.
+no_services() {
+    if [ ! -e /usr/sbin/policy-rc.d ]; then
+        trap 'as_root rm -f /usr/sbin/policy-rc.d' EXIT
+        printf '#!/bin/sh\nexit 101\n' | as_root tee /usr/sbin/policy-rc.d >/dev/null
+        as_root chmod 755 /usr/sbin/policy-rc.d
+    fi
+}
+
+missing=()
+need() { [ -e "$1" ] || missing+=("$2"); }
+need /usr/bin/redis-server redis-server
+need /usr/bin/redis-cli redis-tools
+need /usr/lib/rabbitmq/bin/rabbitmq-server rabbitmq-server
+need /usr/bin/prometheus prometheus
+need /usr/bin/promtool prometheus
+/usr/bin/python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+if [ ${#missing[@]} -gt 0 ]; then
+    command -v apt-get >/dev/null || die "missing: ${missing[*]}. This is no Debian: install them, at Debian's paths"
+    say "apt-get install ${missing[*]} (a minute or two)"
+    no_services
+    as_root apt-get update -qq
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" </dev/null \
+        || die "apt-get could not install ${missing[*]}; see above"
+fi
+
+python=/usr/bin/python3
+stamp=$( { "$python" --version; cat "$here"/setup.sh "$here"/requirements/*.txt; } | sha256sum | cut -c1-64)
+if [ "$(cat "$env/stamp" 2>/dev/null)" = "$stamp" ]; then
+    say "everything is there"
+    exit
+fi
+
+mkdir -p "$env"
+for name in "${environments[@]}"; do
+    say "$env/$name: $("$python" --version), requirements/$name.txt"
+    rm -rf "${env:?}/$name"
+    "$python" -m venv "$env/$name"
+    pip=("$env/$name/bin/python" -m pip --disable-pip-version-check --quiet)
+    if [ "$name" = celery-4.4.7 ]; then
+        "${pip[@]}" install 'pip<24.1'
+        # vine 1.3 imports a function that it does not need, and that left Python in 3.11.
+        echo "import inspect; inspect.formatargspec = getattr(inspect, 'formatargspec', None)" \
+            > "$("$env/$name/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/formatargspec.pth"
+    fi
+    "${pip[@]}" install --no-deps -r "$here/requirements/$name.txt" </dev/null \
+        || die "pip could not install requirements/$name.txt; is the package index reachable?"
+done
+for name in "${environments[@]}"; do
+    version=$("$env/$name/bin/celery" --version 2>&1) || die "$name does not run on $("$python" --version): $version"
+    say "$name: Celery $version"
+done
+echo "$stamp" > "$env/stamp"
+say "done"

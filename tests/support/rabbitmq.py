@@ -1,0 +1,155 @@
+"""A RabbitMQ node of one's own, without systemd and without anything left behind.
+
+Everything a test wants to exist (a user, virtual hosts) is in the definitions that the node loads as it boots, so
+that no test waits for rabbitmqctl. Its epmd is ours too: the one that Erlang would start outlives the node.
+"""
+
+import itertools
+import json
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+
+import amqp
+
+from .processes import Process, accepts, directory, free_port, wait_until
+
+USER, PASSWORD = "tester", "p@ss/w:rd%"
+SERVER = next(filter(os.path.exists, ["/usr/lib/rabbitmq/bin/rabbitmq-server"]), shutil.which("rabbitmq-server"))
+
+
+class RabbitMQ:
+    def __init__(self, vhosts=1, start=True):
+        self.port, self.dist, self.epmd = free_port(), free_port(), free_port()
+        self.user = "rabbitmq" if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name
+        self.dir = directory("rabbitmq", self.user)
+        self.vhosts = [f"v{n}" for n in range(vhosts)]
+        self.unused = itertools.chain(self.vhosts)
+        self.processes = []
+        self.configure()
+        if start:
+            self.start()
+
+    def configure(self):
+        rights = {"configure": ".*", "write": ".*", "read": ".*"}
+        definitions = {
+            "users": [{"name": USER, "password": PASSWORD, "tags": "administrator"}],
+            "vhosts": [{"name": vhost} for vhost in self.vhosts],
+            "permissions": [{"user": USER, "vhost": vhost, **rights} for vhost in self.vhosts],
+        }
+        self.write("definitions.json", json.dumps(definitions))
+        self.write("enabled_plugins", "[].")
+        self.write(
+            "rabbitmq.conf",
+            "\n".join(
+                [
+                    f"load_definitions = {self.dir}/definitions.json",
+                    "disk_free_limit.absolute = 1MB",
+                    "loopback_users = none",
+                    "log.console = true",
+                    "log.console.level = warning",
+                    "log.file = false",
+                ]
+            ),
+        )
+
+    def write(self, name, text):
+        path = self.dir / name
+        path.write_text(text)
+        shutil.chown(path, self.user)
+
+    def start(self):
+        self.env = env = {
+            "HOME": self.dir,
+            "ERL_EPMD_PORT": self.epmd,
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODENAME": f"test{self.port}@localhost",
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": self.port,
+            "RABBITMQ_DIST_PORT": self.dist,
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 2:2 +sbwt none +sbwtdcpu none +sbwtdio none",
+            "RABBITMQ_CONFIG_FILE": self.dir / "rabbitmq.conf",
+            "RABBITMQ_ADVANCED_CONFIG_FILE": self.dir / "none",
+            "RABBITMQ_CONF_ENV_FILE": self.dir / "none.conf",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": self.dir / "enabled_plugins",
+            "RABBITMQ_MNESIA_BASE": self.dir / "mnesia",
+            "RABBITMQ_LOG_BASE": self.dir / "log",
+            "RABBITMQ_FEATURE_FLAGS_FILE": self.dir / "feature_flags",
+            "RABBITMQ_PID_FILE": self.dir / "pid",
+            "RABBITMQ_GENERATED_CONFIG_DIR": self.dir / "config",
+        }
+        user = self.user if os.getuid() == 0 else None
+        self.processes = [Process("epmd", ["epmd", "-port", self.epmd], env=env, cwd=self.dir, user=user)]
+        wait_until(lambda: accepts(self.epmd), 10, "epmd answers")
+        self.processes.append(Process("rabbitmq", [SERVER], env=env, cwd=self.dir, user=user))
+
+    def wait(self):
+        """Once it serves its last virtual host it serves them all."""
+        wait_until(self.answers, 120, lambda: f"RabbitMQ answers\n{self.processes[-1].log()}")
+        return self
+
+    def answers(self):
+        try:
+            with self.connection(self.vhosts[-1]):
+                return True
+        except (OSError, amqp.AMQPError):
+            assert self.processes[-1].running, self.processes[-1].log()
+            return False
+
+    def connection(self, vhost):
+        connection = amqp.Connection(f"127.0.0.1:{self.port}", USER, PASSWORD, virtual_host=vhost, connect_timeout=5)
+        connection.connect()
+        return connection
+
+    def ctl(self, *command):
+        """What rabbitmqctl says; it takes some seconds."""
+        user = self.user if os.getuid() == 0 else None
+        return subprocess.run(
+            [SERVER.replace("rabbitmq-server", "rabbitmqctl"), "--quiet", *command],
+            cwd=self.dir,
+            user=user,
+            group=user,
+            extra_groups=[] if user else None,
+            env={**os.environ, **{key: str(value) for key, value in self.env.items()}},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
+
+    def vhost(self):
+        """A virtual host that nobody has used yet, as a broker of its own."""
+        return VirtualHost(self, next(self.unused))
+
+    def stop(self, number=signal.SIGKILL):
+        for process in reversed(self.processes):
+            if process.name == "rabbitmq":
+                process.stop(number, deadline=30)
+            else:
+                process.kill()
+        self.processes = []
+
+
+class VirtualHost:
+    name = "rabbitmq"
+    options = {}
+
+    def __init__(self, server, vhost):
+        self.server, self.vhost = server, vhost
+
+    @property
+    def url(self):
+        return f"amqp://{USER}:p%40ss%2Fw%3Ard%25@127.0.0.1:{self.server.port}/{self.vhost}"
+
+    def connection(self):
+        return self.server.connection(self.vhost)
+
+    def start(self):
+        self.server.start()
+        self.server.wait()
+
+    def stop(self, number=signal.SIGKILL):
+        self.server.stop(number)

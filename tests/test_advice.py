@@ -1,0 +1,40 @@
+"""What the exporter tells its user when it hears nothing. These take a minute: the promise is one of a minute."""
+
+import time
+
+from support import events as ev
+from support.processes import wait_until
+
+
+def test_silence_is_explained(lab, redis):
+    """In /healthz and the log, a minute after connecting, and withdrawn when all is well.
+
+    One exporter hears nothing at all, another that tasks are processed but no task event; a third has no complaint.
+    """
+    idle, well = lab.rig(redis), lab.rig(redis)
+    silent = lab.exporter(redis, {"events": {"exchange": "silence"}})
+    begun = time.monotonic()
+
+    def warnings(exporter):
+        said = exporter.healthz()[1]
+        return next(value for key, value in said.items() if "warning" in key)
+
+    def pulse():
+        processed = int(time.monotonic() - begun)
+        for rig in (idle, well):
+            rig.publisher.send(ev.heartbeat(processed=processed))
+        well.publisher.send(ev.succeeded(f"{processed}"))
+        return warnings(silent) and warnings(idle.exporter)
+
+    wait_until(pulse, 60 + 30, "both exporters warn")
+    assert time.monotonic() - begun > 50, "not before its time"
+    assert ev.W in str(warnings(idle.exporter)), "the worker is named"
+    assert not warnings(well.exporter)
+    for exporter in (silent, idle.exporter):
+        assert exporter.healthz()[0] == exporter.healthz(ready=True)[0] == 200
+        assert "WARN" in exporter.log()
+    assert "WARN" not in well.exporter.log()
+
+    lab.publisher(redis, "silence").send(ev.heartbeat())
+    idle.play(ev.received("now"))
+    wait_until(lambda: not warnings(silent) and not warnings(idle.exporter), 10, "the warnings are withdrawn")

@@ -1,0 +1,65 @@
+"""A burst into a Redis with its default limits, which disconnects a subscriber that lags 32 MB behind."""
+
+import json
+import re
+import subprocess
+
+from support import events as ev
+from support.exposition import EVENTS, PREFETCHED
+from support.processes import wait_until
+from support.publish import envelope
+
+EVENTS_SENT = 80_000
+
+
+def test_burst_is_counted_to_the_last(lab, redis):
+    """80,000 events in 46 MB through `redis-cli --pipe`."""
+    rig = lab.rig(redis)
+    kinds = [ev.sent, ev.received, ev.started, ev.succeeded]
+
+    def command(number):
+        uuid, kind = f"{number // len(kinds):032x}", kinds[number % len(kinds)]
+        event = kind(uuid, at=number / 1000)
+        # Of a size with what `redis-cli monitor` shows of a real cluster.
+        event["root_id"] = "x" * max(0, 190 - len(json.dumps(event)))
+        payload = json.dumps(envelope(json.dumps(event), exchange=rig.exchange)).encode()
+        parts = [b"PUBLISH", f"/0.{rig.exchange}/task.x".encode(), payload]
+        return b"*3\r\n" + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
+
+    burst = b"".join(map(command, range(EVENTS_SENT)))
+    assert 500 < len(burst) / EVENTS_SENT < 800
+    piped = subprocess.run(["redis-cli", "-p", str(redis.port), "--pipe"], input=burst, capture_output=True, timeout=60)
+    assert b"errors: 0" in piped.stdout, piped
+
+    samples = rig.exporter.wait_for(lambda m: m.total(EVENTS) >= EVENTS_SENT, 30, "all are counted")
+    samples = rig.play()
+    assert {
+        kind: samples.events(kind, task="add") for kind in ("sent", "received", "started", "succeeded")
+    } == dict.fromkeys(("sent", "received", "started", "succeeded"), EVENTS_SENT // 4)
+    assert samples.total(PREFETCHED) == 0
+    assert rig.exporter.healthz(ready=True)[0] == 200
+
+
+def test_small_backlog_on_rabbitmq(lab, vhost):
+    """RabbitMQ is made to wait: nothing is lost however small our queue is."""
+    rig = lab.rig(vhost, {"events": {"max_backlog": "64KiB"}})
+    samples = rig.play(*[[ev.received(f"{batch}-{n}") for n in range(24)] for batch in range(1500)], deadline=60)
+    assert samples.events("received") == samples.total(PREFETCHED) == 1500 * 24
+
+
+def test_small_backlog_on_redis(lab, redis):
+    """What does not fit is dropped and counted."""
+    rig = lab.rig(redis, {"events": {"max_backlog": "64KiB"}, "metrics": {"self_metrics": True}})
+    topic, sent = f"/0.{rig.exchange}/task.received", 20_000
+    pipe = redis.client().pipeline(transaction=False)
+    for number in range(sent):
+        pipe.publish(topic, json.dumps(envelope(json.dumps(ev.received(f"{number}")), exchange=rig.exchange)))
+    pipe.execute()
+
+    def accounted():
+        rig.play()
+        text = rig.exporter.text()
+        dropped = sum(float(n) for n in re.findall(r"^flower_exporter_\w*dropped\w*_total(?:{.*})? (\S+)$", text, re.M))
+        return rig.metrics().events("received") + dropped == sent
+
+    wait_until(accounted, 20, lambda: rig.exporter.text())

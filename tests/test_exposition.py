@@ -1,0 +1,242 @@
+"""What /metrics says, to the letter: strict parsers, Flower's own text, and a Prometheus server."""
+
+import gzip
+import json
+import re
+import subprocess
+import urllib.parse
+import urllib.request
+
+import pytest
+
+from support import events as ev
+from support.exposition import EXECUTING, FAMILIES, parse_openmetrics, parse_text
+from support.flower_reference import Flower
+from support.processes import Process, free_port, wait_until
+
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
+OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
+NASTY = 'quo"te back\\slash new\nline räkna.算 {x="y"}'
+
+
+def play_everything():
+    """A stream that fills all six families, odd labels and an odd number of everything."""
+    yield ev.heartbeat(active=3)
+    for number, (worker, name) in enumerate([(ev.W, "add"), (NASTY, NASTY), (ev.W, NASTY)]):
+        yield ev.sent(f"{number}", name=name)
+        yield ev.received(f"{number}", worker, name=name)
+        yield ev.received(f"{number}+", worker, name=name)
+        yield ev.started(f"{number}", worker, at=0.1 + number)
+        yield ev.succeeded(f"{number}", worker, at=9, runtime=[1e-7, 0.30000000000000004, 12345678.9][number])
+        yield ev.started(f"{number}+", worker, at=1 / 3)
+    yield ev.heartbeat(NASTY, active=1)
+    yield ev.offline("gone@tests")
+
+
+@pytest.fixture
+def full(rig):
+    rig.play(*play_everything())
+    return rig.exporter
+
+
+@pytest.fixture
+def flower():
+    return Flower().feed([*play_everything(), ev.marker(1001)])
+
+
+def lines(text):
+    """Without the names that Flower's client library adds, and sorted: the order of series is nobody's promise."""
+    wanted = re.compile(rf"(?:# (?:HELP|TYPE) )?({'|'.join(FAMILIES)})(?:_bucket|_sum|_count)?[ {{]")
+    return sorted(line for line in text.split("\n") if wanted.match(line))
+
+
+def test_text_is_flowers_to_the_letter(full, flower):
+    """HELP, TYPE, the order of labels, escapes, the text of `le` and numbers as Python writes them."""
+    ours, flowers = lines(full.text()), lines(flower.text())
+    numbers = re.compile(r" \S+$")
+    assert [numbers.sub("", line) for line in ours] == [numbers.sub("", line) for line in flowers]
+    assert parse_text(full.text()) == flower.metrics()
+    assert full.text().endswith("\n") and "\r" not in full.text() and "\n\n" not in full.text()
+
+
+def test_le(full):
+    found = re.findall(r'le="([^"]*)"', full.text())
+    assert found[:15] == "0.005 0.01 0.025 0.05 0.075 0.1 0.25 0.5 0.75 1.0 2.5 5.0 7.5 10.0 +Inf".split()
+
+
+def test_own_buckets(lab, shared_redis):
+    """`task_runtime_metric_buckets`, written as Python writes floats."""
+    rig = lab.rig(shared_redis, {"metrics": {"task_runtime_metric_buckets": [1, 20.5, 300, 1000000]}})
+    rig.play(ev.sent(), ev.succeeded(runtime=20.5))
+    found = [(le, float(number)) for le, number in re.findall(r'le="([^"]*)".*} (\S+)', rig.exporter.text())]
+    assert found == [("1.0", 0), ("20.5", 1), ("300.0", 1), ("1e+06", 1), ("+Inf", 1)]
+
+
+def test_families_are_in_one_piece(full):
+    """HELP and TYPE once, then all series of that family."""
+    families = [
+        re.sub("_(bucket|sum|count)$", "", re.split("[ {]", line.removeprefix("# HELP ").removeprefix("# TYPE "))[0])
+        for line in full.text().splitlines()
+    ]
+    changes = [family for family, before in zip(families, [None, *families]) if family != before]
+    assert sorted(changes) == sorted(FAMILIES)
+
+
+def test_content_types(full):
+    for accept, expected in [
+        (None, TEXT),
+        ("*/*", TEXT),
+        ("text/plain", TEXT),
+        ("text/plain;version=0.0.4", TEXT),
+        ("application/openmetrics-text", OPENMETRICS),
+        ("application/openmetrics-text;version=1.0.0", OPENMETRICS),
+        (
+            "application/openmetrics-text; version=1.0.0; charset=utf-8, text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+            OPENMETRICS,
+        ),
+        ("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.75", TEXT),
+        ("application/openmetrics-text;version=1.0.0;q=0.75,text/plain;version=0.0.4;q=0.5", OPENMETRICS),
+        ("application/openmetrics-text;version=1.0.0;q=0,text/plain;q=0.1", TEXT),
+        ("application/openmetrics-text;version=1.0.0;q=0", TEXT),
+        ("text/html", TEXT),
+        # What Prometheus sends: 2.42, and 3.x with names that we need not know.
+        (
+            "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+            "text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+            OPENMETRICS,
+        ),
+        (
+            "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,text/plain;version=1.0.0;"
+            "escaping=allow-utf-8;q=0.4,*/*;q=0.1",
+            OPENMETRICS,
+        ),
+    ]:
+        status, headers, body = full.request(headers={"Accept": accept} if accept else {})
+        assert (status, headers["Content-Type"]) == (200, expected), accept
+        assert (body.endswith(b"# EOF\n")) == (expected is OPENMETRICS), accept
+
+
+def test_openmetrics(full, flower):
+    """Valid for the strict parser, and the same samples; the counter's family goes without `_total`."""
+    _, _, body = full.request(headers={"Accept": "application/openmetrics-text;version=1.0.0"})
+    text = body.decode()
+    assert parse_openmetrics(text) == flower.metrics()
+    assert "# TYPE flower_events counter\n" in text
+    assert text.count("# EOF") == 1 and text.endswith("# EOF\n")
+
+
+@pytest.mark.parametrize("accept", [None, "application/openmetrics-text;version=1.0.0"])
+def test_gzip(full, accept):
+    plain = full.request(headers={"Accept": accept} if accept else {})[2]
+    for coding, packed in [
+        (None, False),
+        ("gzip", True),
+        ("gzip;q=0", False),
+        ("identity", False),
+        ("deflate, gzip;q=0.5", True),
+        ("*;q=0", False),
+        ("gzip;q=0, *", False),
+        ("br", False),
+        ("GZIP", True),
+    ]:
+        headers = {**({"Accept": accept} if accept else {}), **({"Accept-Encoding": coding} if coding else {})}
+        status, got, body = full.request(headers=headers)
+        assert status == 200
+        assert (got["Content-Encoding"] == "gzip") == packed, coding
+        assert (gzip.decompress(body) if packed else body) == plain, coding
+
+
+def test_nothing_heard_yet(lab, shared_redis):
+    """All six families print HELP and TYPE, as Flower does."""
+    exporter = lab.exporter(shared_redis, {"events": {"exchange": "silence"}})
+    assert exporter.text() == "".join(line + "\n" for line in exporter.text().splitlines() if line.startswith("#"))
+    assert lines(exporter.text()) == [line for line in lines(Flower().text()) if line.startswith("#")]
+    assert parse_openmetrics(exporter.request(headers={"Accept": "application/openmetrics-text"})[2].decode()) == {}
+
+
+def test_promtool(full):
+    """`promtool check metrics` has nothing to say against it but Flower's own names."""
+    found = subprocess.run(
+        ["promtool", "check", "metrics"], input=full.text(), text=True, capture_output=True, timeout=30
+    )
+    assert "error" not in found.stderr.lower(), found.stderr
+    # Lint remarks make 3, an exposition that cannot be parsed makes 1.
+    assert found.returncode in (0, 3), found.stderr
+
+
+def test_self_metrics(lab, shared_redis):
+    """flower_exporter_* and process_* come after the six, valid in both formats, and none of them without asking."""
+    rig = lab.rig(shared_redis, {"metrics": {"self_metrics": True}})
+    rig.play(*play_everything())
+    text = rig.exporter.text()
+    families = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+    assert sorted(families[:6]) == sorted(FAMILIES)
+    own = families[6:]
+    assert all(name.startswith(("flower_exporter_", "process_")) for name in own)
+    assert any(name.startswith("process_") for name in own)
+    for about in (
+        "messages",
+        "events",
+        "rejected",
+        "dropped",
+        "reconnect",
+        "connected",
+        "lag",
+        "tasks",
+        "workers",
+        "pairs",
+        "build_info",
+    ):
+        assert any(name.startswith("flower_exporter_") and about in name for name in own), about
+    parse_text(text)
+    openmetrics = rig.exporter.request(headers={"Accept": "application/openmetrics-text;version=1.0.0"})[2].decode()
+    parse_openmetrics(openmetrics)
+    assert "# TYPE process_cpu_seconds counter" in openmetrics
+    found = subprocess.run(["promtool", "check", "metrics"], input=text, text=True, capture_output=True, timeout=30)
+    assert found.returncode in (0, 3) and "flower_exporter" not in found.stderr, found.stderr
+
+
+def test_prometheus_scrapes_it(full, lab, flower):
+    """A real Prometheus answers a query for each family, odd labels and all."""
+    port = free_port()
+    config = full.config.with_name("prometheus.yml")
+    config.write_text(
+        json.dumps(
+            {
+                "global": {"scrape_interval": "1s"},
+                "scrape_configs": [{"job_name": "flower", "static_configs": [{"targets": [f"127.0.0.1:{full.port}"]}]}],
+            }
+        )
+    )
+    prometheus = Process(
+        "prometheus",
+        [
+            "prometheus",
+            f"--config.file={config}",
+            f"--storage.tsdb.path={config.with_name('tsdb')}",
+            f"--web.listen-address=127.0.0.1:{port}",
+        ],
+    )
+    lab.callback(prometheus.kill)
+
+    def ask(query):
+        url = f"http://127.0.0.1:{port}/api/v1/query?" + urllib.parse.urlencode({"query": query})
+        try:
+            with urllib.request.urlopen(url, timeout=5) as response:
+                return json.load(response)["data"]["result"]
+        except OSError:
+            return []
+
+    wait_until(lambda: [1 for found in ask("up") if found["value"][1] == "1"], 60, lambda: f"up\n{prometheus.log()}")
+    names = {name for name, _ in flower.metrics()}
+    assert len(names) == len(FAMILIES) + 2
+    for name in names:
+        found = {
+            frozenset(
+                (key, value) for key, value in result["metric"].items() if key not in ("__name__", "instance", "job")
+            ): float(result["value"][1])
+            for result in ask(name)
+        }
+        assert found == {labels: value for (sample, labels), value in flower.metrics().items() if sample == name}, name
+    assert EXECUTING in names

@@ -1,0 +1,41 @@
+"""Random streams through a real broker: all samples of all six families equal Flower 2.2.0's own."""
+
+import pytest
+
+from support.exposition import EXECUTING, FAMILIES, ONLINE
+from support.flower_reference import Flower
+from support.streams import stream
+
+
+def difference(ours, flowers):
+    return "\n".join(
+        f"{name}{dict(labels)}: here {ours.get((name, labels))}, Flower {flowers.get((name, labels))}"
+        for name, labels in sorted({*ours, *flowers}, key=str)
+        if ours.get((name, labels)) != flowers.get((name, labels))
+    )
+
+
+def test_equals_flower(lab, shared_brokers, seed):
+    """Every event shape, single and in batches, in an order that Flower gets right."""
+    print(f"again: tests/run.sh --parity-seed {seed} test_parity.py")
+    items = stream(seed)
+    rig = lab.rig(shared_brokers, {"state": {"worker_timeout": 0, "purge_offline_workers": 0}})
+    flower = Flower().feed(items)
+    ours, flowers = rig.play(*items), flower.metrics()
+    assert {name for name, _ in flowers} > {ONLINE, EXECUTING}
+    assert len(flowers) > 500
+    assert ours == flowers, difference(ours, flowers)
+    assert {line for line in rig.exporter.text().splitlines() if line.startswith("#")} == {
+        line for line in flower.text().splitlines() if line.startswith("#") and line.split()[2] in FAMILIES
+    }
+
+
+@pytest.fixture(params=["redis", "rabbitmq"])
+def shared_brokers(request):
+    """Streams keep apart by the names of their exchanges."""
+    if request.param == "redis":
+        return request.getfixturevalue("shared_redis")
+    node = request.getfixturevalue("rabbitmq_node")
+    if not hasattr(node, "parity"):
+        node.parity = node.vhost()
+    return node.parity

@@ -1,0 +1,102 @@
+"""A named queue on RabbitMQ goes on collecting while the exporter is away, and nothing is counted twice."""
+
+import threading
+import time
+
+from support import events as ev
+from support.events import W
+from support.exposition import EVENTS, PREFETCHED
+from support.processes import wait_until
+
+QUEUE = {"broker": {"amqp": {"queue": "flower-exporter"}, "reconnect_max": "1s"}}
+
+
+def test_it_collects_while_the_exporter_is_down(lab, vhost):
+    """What was sent meanwhile is counted by the next one; what was counted before is not handed out again."""
+    rig = lab.rig(vhost, QUEUE)
+    assert rig.play(ev.received("a"), ev.received("b")).events("received", W) == 2
+    rig.exporter.terminate()
+    for n in range(500):
+        rig.publisher.send(ev.received(f"meanwhile-{n}"))
+    settings = {**QUEUE, "events": {"exchange": rig.exchange}}
+    exporter = lab.exporter(vhost, settings)
+    after = exporter.wait_for(lambda m: m.events("received", W) >= 500)
+    assert after.events("received", W) == 500
+
+
+def test_a_cut_loses_nothing_and_counts_nothing_twice(lab, vhost):
+    """RabbitMQ closes the connection again and again under load: it hands out again what it has not seen acknowledged."""
+    rig = lab.rig(vhost, QUEUE)
+    total, done = 20_000, threading.Event()
+
+    def send():
+        with_batches = lab.publisher(vhost, rig.exchange)
+        for n in range(0, total, 20):
+            with_batches.send([ev.received(f"{n + k}") for k in range(20)])
+            if n % 1000 == 0:
+                time.sleep(0.05)
+        done.set()
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    cuts = 0
+    while not done.is_set():
+        log = rig.exporter.log()
+        vhost.server.ctl("eval", CLOSE_CONSUMERS)
+        cuts += 1
+        wait_until(lambda: rig.exporter.log().count("listening for events") > log.count("listening for events"), 10, "back")
+    sender.join()
+    assert cuts > 1
+    after = rig.exporter.wait_for(lambda m: m.events("received", W) >= total)
+    assert after.events("received", W) == total
+    assert after.one(PREFETCHED, worker=W, task="add") == total, "no gap, so the set is whole"
+    assert rig.play(ev.heartbeat()).events("received", W) == total
+
+
+# Every connection that holds a consumer.
+CLOSE_CONSUMERS = """
+[rabbit_networking:close_connection(Connection, "test") ||
+    Connection <- rabbit_networking:connections(),
+    {channels, Count} <- rabbit_networking:connection_info(Connection, [channels]), Count > 0,
+    {client_properties, Properties} <- rabbit_networking:connection_info(Connection, [client_properties]),
+    {<<"connection_name">>, longstr, <<"flower-exporter", _/binary>>} <- Properties].
+"""
+
+
+def test_a_second_consumer_is_a_warning(lab, vhost):
+    """In the log and in /healthz, for as long as it lasts."""
+    settings = {**QUEUE, "events": {"enable_interval": "200ms"}}
+    one = lab.exporter(vhost, settings)
+    assert one.healthz()[1]["warnings"] == []
+    other = lab.exporter(vhost, settings)
+    for exporter in (one, other):
+        wait_until(lambda: exporter.healthz()[1]["warnings"], 10, "a warning")  # noqa: B023
+        assert "broker.amqp.queue" in exporter.healthz()[1]["warnings"][0]
+        assert "another consumer" in exporter.log()
+    other.terminate()
+    wait_until(lambda: one.healthz()[1]["warnings"] == [], 10, "no warning")
+
+
+def test_changed_arguments_are_explained(lab, vhost):
+    """The server's 406 is not merely repeated: what it means and the way out are said, once."""
+    lab.exporter(vhost, QUEUE).terminate()
+    changed = {"broker": {"amqp": {"queue": "flower-exporter", "queue_max_bytes": "1MiB"}, "reconnect_max": "200ms"}}
+    exporter = lab.exporter(None, {"broker": {**changed["broker"], "url": vhost.url}})
+    wait_until(lambda: "delete_queue flower-exporter" in exporter.log(), 10, exporter.log)
+    assert exporter.healthz(ready=True)[0] == 503
+    with vhost.connection() as connection:
+        connection.channel().queue_delete("flower-exporter")
+    exporter.ready(10)
+    assert exporter.log().count("delete_queue") == 1
+
+
+def test_a_deleted_queue_comes_back(lab, vhost):
+    """Deleted under the consumer: declared again, and the gap is known."""
+    rig = lab.rig(vhost, QUEUE)
+    assert rig.play(ev.received("a")).one(PREFETCHED, worker=W, task="add") == 1
+    with vhost.connection() as connection:
+        connection.channel().queue_delete("flower-exporter")
+    wait_until(lambda: rig.exporter.log().count("listening for events") == 2, 10, rig.exporter.log)
+    after = rig.play(ev.heartbeat())
+    assert after.one(PREFETCHED, worker=W, task="add") == 0
+    assert after.total(EVENTS) == 1

@@ -1,0 +1,102 @@
+"""The sequences on which Flower is right and readers of its code go wrong: compared with Flower's own result."""
+
+import pytest
+
+from support import events as ev
+from support.events import W
+from support.flower_reference import Flower
+
+ADD = W, "add"
+
+#: events; what is left of them beside the events counter and the runtimes
+SEQUENCES = {
+    "an active of worker-online is no executing series": ([ev.online(active=3)], {("online", W): 1}),
+    "worker-offline of a stranger makes online 0 appear": ([ev.offline()], {("online", W): 0}),
+    "a stranger that leaves with active tasks has no executing series": ([ev.offline(active=2)], {("online", W): 0}),
+    "a heartbeat's active": ([ev.heartbeat(active=3)], {("online", W): 1, ("executing", W): 3}),
+    "a heartbeat without active, as workers answer the broadcast": (
+        [ev.without(ev.heartbeat(), "active", "processed", "loadavg")],
+        {("online", W): 1},
+    ),
+    "a heartbeat without timestamp": (
+        [ev.without(ev.heartbeat(active=1), "timestamp")],
+        {("online", W): 1, ("executing", W): 1},
+    ),
+    "an active that is a float": ([ev.heartbeat(active=2.5)], {("online", W): 1, ("executing", W): 2.5}),
+    "sent alone": ([ev.sent()], {}),
+    "received alone": ([ev.received()], {("prefetched", *ADD): 1}),
+    "received, started": (
+        [ev.received(), ev.started(at=1.25)],
+        {("prefetched", *ADD): 0, ("prefetch time", *ADD): 1.25},
+    ),
+    "received, started, succeeded": (
+        [ev.received(), ev.started(at=1), ev.succeeded(at=2, runtime=1.0)],
+        {("prefetched", *ADD): 0, ("prefetch time", *ADD): 0},
+    ),
+    "received, started, failed": (
+        [ev.received(), ev.started(at=1), ev.failed(at=2)],
+        {("prefetched", *ADD): 0, ("prefetch time", *ADD): 0},
+    ),
+    "started, succeeded, then sent": ([ev.started(), ev.succeeded(at=1, runtime=1.0), ev.sent(at=-1)], {}),
+    "received, started, then sent": (
+        [ev.received(), ev.started(at=1), ev.sent(at=-1)],
+        {("prefetched", *ADD): 0, ("prefetch time", *ADD): 1},
+    ),
+    "the last writer of a pair's prefetch time wins": (
+        [ev.received("a"), ev.received("b"), ev.started("a", at=1), ev.started("b", at=2), ev.succeeded("a", at=3)],
+        {("prefetched", *ADD): 0, ("prefetch time", *ADD): 0},
+    ),
+    "revoked without received": ([ev.revoked()], {}),
+    "rejected without received": ([ev.rejected()], {}),
+    "sent and revoked without received": ([ev.sent(), ev.revoked()], {}),
+    "received, revoked: no prefetch time": ([ev.received(), ev.revoked(at=1)], {("prefetched", *ADD): 0}),
+    "received, rejected: no prefetch time": ([ev.received(), ev.rejected(at=1)], {("prefetched", *ADD): 0}),
+    "received with an eta": ([ev.received(eta="2030-01-01T00:00:00"), ev.started(at=1), ev.succeeded(at=2)], {}),
+    "an eta that is empty": ([ev.received(eta="")], {("prefetched", *ADD): 1}),
+    "the eta of a later received replaces that of sent": (
+        [ev.sent(eta="2030-01-01T00:00:00"), ev.received(eta=None)],
+        {("prefetched", *ADD): 1},
+    ),
+    "the name of a later sent replaces that of received": (
+        [ev.received(name="b", eta="2030-01-01T00:00:00"), ev.sent(name="add"), ev.failed(at=1)],
+        {},
+    ),
+    "whole seconds": ([ev.received(at=1), ev.started(at=3)], {("prefetched", *ADD): 0, ("prefetch time", *ADD): 2}),
+    "a runtime of whole seconds": ([ev.succeeded(runtime=2)], {}),
+    "a runtime of nothing": ([ev.succeeded("a", runtime=0), ev.succeeded("b", runtime=0.0), ev.succeeded("c")], {}),
+    "a user-defined event of a known task": ([ev.sent(), ev.task("progress", percent=50)], {}),
+    "a user-defined event of a stranger": ([ev.task("progress", percent=float("nan"))], {}),
+    "other groups": ([ev.event("custom-thing"), ev.event("worker-thing"), ev.event("thing")], {}),
+    "no clock, pid or utcoffset": ([ev.without(ev.received(), "clock", "pid", "utcoffset")], {("prefetched", *ADD): 1}),
+    "worker and task names that only together look alike": (
+        [ev.received("1", "ab", name="c"), ev.received("2", "a", name="bc")],
+        {("prefetched", "ab", "c"): 1, ("prefetched", "a", "bc"): 1},
+    ),
+}
+
+
+def uncounted(samples):
+    return {key: value for key, value in samples.short().items() if key[0] not in ("events", "runtimes")}
+
+
+@pytest.mark.parametrize("events, left", SEQUENCES.values(), ids=SEQUENCES)
+def test_sequence(rig, events, left):
+    """Exactly these series are there, and every sample is Flower's."""
+    ours = rig.play(*events)
+    assert uncounted(ours) == left
+    assert ours == Flower().feed(events).metrics()
+
+
+def test_shadow_name(rig):
+    """received under a `shadow` name, then the client's `task-sent` under the real one.
+
+    All is as in Flower but for the set: an entry leaves under the name it came with.
+    """
+    events = [ev.received(name="shadow"), ev.sent(name="real"), ev.started(at=1), ev.succeeded(at=3, runtime=2.0)]
+    flower = Flower().feed(events).metrics().short()
+    ours = rig.play(*events).short()
+    assert flower.pop(("prefetched", W, "real")) == -1 and flower.pop(("prefetched", W, "shadow")) == 1
+    assert ours.pop(("prefetched", W, "shadow")) == 0
+    assert ours.pop(("prefetched", W, "real"), 0) == 0
+    assert ours == flower
+    assert ours["prefetch time", W, "real"] == 0 and ours["runtimes", W, "real"] == 1

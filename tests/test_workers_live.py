@@ -1,0 +1,184 @@
+"""Real applications: workers that send events only because the exporter tells them to."""
+
+import signal
+
+import pytest
+
+from support.exposition import EVENTS, EXECUTING, ONLINE, PREFETCH_TIME, PREFETCHED, RUNTIME
+from support.processes import wait_until
+from support.worker import MIDDLE, OLDEST, UNICODE, client
+
+
+def exporter_and_worker(lab, broker, settings=None, **options):
+    worker = lab.worker(broker, **options).ready()
+    exporter = lab.exporter(broker, {"events": {"enable_interval": "500ms"}, **(settings or {})})
+    exporter.wait_for(lambda m: m.one(ONLINE, worker=worker.hostname) == 1, 10, "the worker is online")
+    wait_until(lambda: "enabled by remote" in worker.log(), 10, worker.log)
+    return exporter, worker
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_day_in_the_life(lab, broker, pool):
+    """Success, failure, retry, reject, revoke, expiry, ETA, odd names: every sample is as the tasks' lives were."""
+    exporter, worker = exporter_and_worker(lab, broker, pool=pool)
+    host = worker.hostname
+    with client(broker, task_send_sent_event=True) as app:
+        for name, arguments in [
+            ("add", (1, 2)),
+            ("add", (3, 4)),
+            ("fail", ()),
+            ("retry", ()),
+            ("reject", ()),
+            (UNICODE, ()),
+        ]:
+            app.send_task(name, arguments)
+        # Expired when it arrives: revoked, and never received.
+        app.send_task("add", (1, 2), expires=-10)
+        app.send_task("add", (1, 2), countdown=1)
+        later = app.send_task("add", (1, 2), countdown=2)
+        exporter.wait_for(lambda m: m.events("received", host, "add") == 4, 10)
+        app.control.revoke(later.id)
+        exporter.wait_for(
+            lambda m: (
+                m.events("succeeded", host, "add") == 3
+                and m.events("succeeded", host, "retry") == 1
+                and m.events("rejected", host) == 1
+                and m.events("revoked", host, "add") == 2
+            ),
+            30,
+        )
+
+        # Both processes are busy; the rest waits.
+        for _ in range(2):
+            app.send_task("nap", (3,))
+        exporter.wait_for(lambda m: m.one(EXECUTING, worker=host) == 2, 10)
+        for n in range(4):
+            app.send_task("add", (n, n))
+        samples = exporter.wait_for(lambda m: m.one(PREFETCHED, worker=host, task="add") == 4, 10)
+        assert samples.one(PREFETCH_TIME, worker=host, task="nap") > 0
+        assert samples.one(PREFETCHED, worker=host, task="nap") == 0
+
+    samples = exporter.wait_for(
+        lambda m: (
+            m.events("succeeded", host, "add") == 7
+            and m.events("succeeded", host, "nap") == 2
+            and m.one(EXECUTING, worker=host) == 0
+        ),
+        30,
+    )
+    for kind, task, count in [
+        ("received", "add", 8),
+        ("started", "add", 7),
+        ("succeeded", "add", 7),
+        ("revoked", "add", 2),
+        ("failed", "fail", 1),
+        ("received", "retry", 2),
+        ("retried", "retry", 1),
+        ("started", "retry", 2),
+        ("rejected", "reject", 1),
+        ("succeeded", UNICODE, 1),
+        ("succeeded", "nap", 2),
+    ]:
+        assert samples.events(kind, host, task) == count, (kind, task)
+    [sender] = {dict(labels)["worker"] for name, labels in samples if name == EVENTS} - {host}
+    assert sender.startswith("gen") and samples.events("sent", sender, "add") == 9
+    assert samples.total(EVENTS, task="") == 0, "every name is known"
+    assert samples.total(PREFETCHED, worker=host) == 0
+    assert samples.total(PREFETCH_TIME, worker=host) == 0
+    assert samples.one(f"{RUNTIME}_count", worker=host, task="nap") == 2
+    assert samples.one(f"{RUNTIME}_sum", worker=host, task="nap") >= 6
+    assert samples.one(f"{RUNTIME}_bucket", worker=host, task="nap", le="2.5") == 0
+    assert samples.one(f"{RUNTIME}_bucket", worker=host, task="nap", le="+Inf") == 2
+    assert samples.one(f"{RUNTIME}_count", worker=host, task="add") == 7
+
+
+@pytest.mark.parametrize("version", [OLDEST, MIDDLE])
+def test_older_celery(lab, broker, version):
+    """The six series of the oldest Celery that runs here, and of one in between."""
+    exporter, worker = exporter_and_worker(lab, broker, version=version)
+    host = worker.hostname
+    with client(broker, task_send_sent_event=True) as app:
+        for name, arguments in [("add", (1, 2)), ("fail", ()), ("nap", (2,)), ("nap", (2,)), (UNICODE, ())]:
+            app.send_task(name, arguments)
+        exporter.wait_for(lambda m: m.one(EXECUTING, worker=host) == 2, 15)
+    samples = exporter.wait_for(
+        lambda m: (
+            m.events("succeeded", host, "nap") == 2
+            and m.events("succeeded", host, UNICODE) == 1
+            and m.one(EXECUTING, worker=host) == 0
+        ),
+        20,
+    )
+    assert samples.events("succeeded", host, "add") == samples.events("failed", host, "fail") == 1
+    assert samples.one(f"{RUNTIME}_count", worker=host, task="nap") == 2
+    assert samples.total(PREFETCHED, worker=host) == samples.total(PREFETCH_TIME, worker=host) == 0
+    assert {name for name, _ in samples} >= {EVENTS, PREFETCHED, PREFETCH_TIME, ONLINE, EXECUTING, f"{RUNTIME}_sum"}
+
+
+def test_first_tasks_show_within_ten_seconds(lab, broker):
+    """With defaults: all six series of a worker without -E, ten seconds after its first tasks at the most."""
+    worker = lab.worker(broker).ready()
+    exporter = lab.exporter(broker)
+    names = {EVENTS, f"{RUNTIME}_count", PREFETCH_TIME, PREFETCHED, ONLINE, EXECUTING}
+    with client(broker) as app:
+
+        def all_six(samples):
+            app.send_task("nap", (0.01,))
+            return names <= {name for name, labels in samples if ("worker", worker.hostname) in labels}
+
+        exporter.wait_for(all_six, 10)
+
+
+def test_sigkill(lab, broker):
+    """Online 0 within worker_timeout + 2 s, gone after purge_offline_workers, back when it heartbeats again."""
+    timeout, purge = 3, 6
+    exporter, worker = exporter_and_worker(
+        lab, broker, {"state": {"worker_timeout": timeout, "purge_offline_workers": purge}}
+    )
+    other = lab.worker(broker, args=["-Q", "other"]).ready()
+    host = worker.hostname
+    with client(broker) as app:
+        for _ in range(4):
+            app.send_task("nap", (60,))
+        exporter.wait_for(
+            lambda m: (
+                m.one(EXECUTING, worker=host) == 2
+                and m.one(PREFETCHED, worker=host, task="nap") == 2
+                and m.one(ONLINE, worker=other.hostname) == 1
+            ),
+            15,
+        )
+    worker.kill()
+    samples = exporter.wait_for(lambda m: m.one(ONLINE, worker=host) == 0, timeout + 2)
+    assert samples.one(EXECUTING, worker=host) == 0
+    assert (
+        samples.one(PREFETCHED, worker=host, task="nap") == 0
+        and samples.one(PREFETCH_TIME, worker=host, task="nap") == 0
+    )
+    assert samples.events("received", host, "nap") == 4
+    samples = exporter.wait_for(lambda m: host not in m.labels("worker"), purge + 3)
+    assert samples.one(ONLINE, worker=other.hostname) == 1
+
+    lab.worker(broker, hostname=host, args=["-Q", "other"])
+    samples = exporter.wait_for(lambda m: m.one(ONLINE, worker=host) == 1, 20)
+    assert samples.total(EVENTS, worker=host) == 0
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_warm_shutdown(lab, broker, pool):
+    """Offline at once, nothing prefetched, executing what it said last, and the running tasks still finish."""
+    exporter, worker = exporter_and_worker(lab, broker, pool=pool)
+    host = worker.hostname
+    with client(broker) as app:
+        for _ in range(5):
+            app.send_task("nap", (3,))
+    exporter.wait_for(
+        lambda m: m.one(EXECUTING, worker=host) == 2 and m.one(PREFETCHED, worker=host, task="nap") == 3, 10
+    )
+    worker.send(signal.SIGTERM)
+    samples = exporter.wait_for(lambda m: m.one(ONLINE, worker=host) == 0, 10)
+    assert samples.one(PREFETCHED, worker=host, task="nap") == 0
+    assert worker.wait(20) == 0
+    samples = exporter.wait_for(lambda m: m.events("succeeded", host) == 2, 5)
+    assert samples.one(PREFETCHED, worker=host, task="nap") == samples.one(PREFETCH_TIME, worker=host, task="nap") == 0
+    assert samples.one(EXECUTING, worker=host) <= 2
