@@ -8,7 +8,7 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use crate::broker::{self, AckToken, Batch, Control, Error, Subscription};
 use crate::celery::Broadcast;
@@ -75,6 +75,8 @@ pub struct Session {
 /// A session that was subscribed for so long was a healthy one.
 const HEALTHY_AFTER: Duration = Duration::from_secs(60);
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// How long is waited for a connection to be made or closed in good order.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// More messages than this waiting at the broker: what we hear is old news.
 const MANY_WAITING: u32 = 1000;
 const FOR_EVER: Duration = Duration::from_secs(365 * 86_400);
@@ -83,21 +85,23 @@ impl Session {
     /// Runs until it is told to stop.
     pub async fn run(mut self) {
         let room = Arc::new(Semaphore::new(capacity(&self.settings.borrow())));
-        let mut stop = self.stop.clone();
-        tokio::select! {
-            () = self.connect_for_ever(&room) => {}
-            _ = stop.wait_for(|stop| *stop) => {}
-        }
+        self.connect_until_stopped(&room).await;
         self.health.set_broker(BrokerStatus::Stopped);
         self.telemetry.connected.set(0);
     }
 
-    async fn connect_for_ever(&mut self, room: &Arc<Semaphore>) {
+    async fn connect_until_stopped(&mut self, room: &Arc<Semaphore>) {
+        let mut stop = self.stop.clone();
         let mut pause = Duration::ZERO;
         let mut complaint = Quiet::default();
         let (mut number, mut blind_since) = (0, None);
-        loop {
-            if let Some((url, subscription, control)) = self.try_all(&mut complaint).await {
+        while !*stop.borrow() {
+            let connected = tokio::select! {
+                connected = self.try_all(&mut complaint) => connected,
+                // A connection is not dropped half made, unless it takes long: lapin's thread would be left with it.
+                () = stopped_for(&mut stop, PATIENCE) => return,
+            };
+            if let Some((url, subscription, control)) = connected {
                 number += 1;
                 self.subscribed(&url, &subscription, number, blind_since.take());
                 let began = Instant::now();
@@ -109,7 +113,10 @@ impl Session {
                 }
             }
             pause = (pause * 2).max(FIRST_PAUSE).min(self.settings.borrow().broker.reconnect_max);
-            sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+            tokio::select! {
+                () = sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)) => {}
+                _ = stop.wait_for(|stop| *stop) => {}
+            }
         }
     }
 
@@ -167,17 +174,28 @@ impl Session {
             health: &self.health,
             heard: &mut heard,
         };
-        let ticker =
-            Ticker { control, settings: self.settings.clone(), acks: &mut self.acks, health: &self.health, number };
-        let error = tokio::select! {
-            error = reader.run() => error,
-            error = ticker.run(&self.arrivals) => error,
+        let mut stop = self.stop.clone();
+        let ticker = Ticker {
+            control: &control,
+            settings: self.settings.clone(),
+            acks: &mut self.acks,
+            health: &self.health,
+            number,
         };
+        let error = tokio::select! {
+            error = reader.run() => Some(error),
+            error = ticker.run(&self.arrivals) => Some(error),
+            _ = stop.wait_for(|stop| *stop) => None,
+        };
+        // The answer is of no use; what counts is that the other side was told.
+        let _ = timeout(PATIENCE, control.close()).await;
         self.health.set_broker(BrokerStatus::Connecting);
         self.telemetry.connected.set(0);
         self.send(Arrival::Disconnected);
-        self.telemetry.cutoffs.inc();
-        complain(complaint, "the connection to the broker is lost, trying again", None, &error);
+        if let Some(error) = error {
+            self.telemetry.cutoffs.inc();
+            complain(complaint, "the connection to the broker is lost, trying again", None, &error);
+        }
         heard
     }
 
@@ -203,6 +221,13 @@ fn complain(complaint: &mut Quiet, what: &str, broker: Option<&BrokerUrl>, error
     } else {
         tracing::debug!(broker, %error, "{what}");
     }
+}
+
+/// Ends so long after the stop.
+async fn stopped_for(stop: &mut watch::Receiver<bool>, duration: Duration) {
+    // A sender that is gone has nothing more to say: that is a stop, too.
+    let _ = stop.wait_for(|stop| *stop).await;
+    sleep(duration).await;
 }
 
 /// Moves messages from the subscription to the queue.
@@ -275,7 +300,7 @@ impl Reader<'_> {
 
 /// Broadcasts, acknowledges, and looks after the subscription.
 struct Ticker<'s> {
-    control: Control,
+    control: &'s Control,
     settings: watch::Receiver<Arc<Settings>>,
     acks: &'s mut mpsc::UnboundedReceiver<Ack>,
     health: &'s Health,
@@ -287,9 +312,9 @@ impl Ticker<'_> {
     async fn run(self, arrivals: &Sender<Arrival>) -> Error {
         let Self { control, settings, acks, health, number } = self;
         tokio::select! {
-            error = acknowledge(&control, acks, number) => error,
-            error = look_after(&control, settings.clone(), arrivals, health) => error,
-            error = heartbeats(&control, settings) => error,
+            error = acknowledge(control, acks, number) => error,
+            error = look_after(control, settings.clone(), arrivals, health) => error,
+            error = heartbeats(control, settings) => error,
         }
     }
 }

@@ -1,12 +1,13 @@
 """The least that suffices, as the README has it; with less, one clear line instead of a failure."""
 
 import re
+from pathlib import Path
 
 from support import events as ev
 from support.events import W
 from support.processes import wait_until
 
-# The README's table, word for word.
+README = (Path(__file__).parents[1] / "README.md").read_text().replace(r"\|", "|")
 RABBITMQ = {
     "configure": r"^(celeryev(\..*)?|celery\.pidbox)$",
     "write": r"^(celeryev\..*|celery\.pidbox)$",
@@ -41,6 +42,7 @@ def check(lab, broker, exporter):
 
 
 def test_rabbitmq_least(lab, vhost):
+    assert all(f"`{pattern}`" in README for pattern in RABBITMQ.values())
     url = grant(vhost, **RABBITMQ)
     check(lab, vhost, lab.exporter(None, {"broker": {"url": url}}))
 
@@ -61,6 +63,7 @@ def test_rabbitmq_without_broadcasts_and_declaring(lab, vhost):
 
 
 def test_redis_least(lab, redis):
+    assert f"`{REDIS}`" in README
     redis.client().execute_command("ACL", "SETUSER", "least", "on", ">secret", *REDIS.split())
     url = redis.url.replace("//", "//least:secret@")
     check(lab, redis, lab.exporter(None, {"broker": {"url": url}}))

@@ -44,7 +44,9 @@ def test_a_cut_loses_nothing_and_counts_nothing_twice(lab, vhost):
         log = rig.exporter.log()
         vhost.server.ctl("eval", CLOSE_CONSUMERS)
         cuts += 1
-        wait_until(lambda: rig.exporter.log().count("listening for events") > log.count("listening for events"), 10, "back")
+        wait_until(
+            lambda: rig.exporter.log().count("listening for events") > log.count("listening for events"), 10, "back"
+        )
     sender.join()
     assert cuts > 1
     after = rig.exporter.wait_for(lambda m: m.events("received", W) >= total)

@@ -181,6 +181,19 @@ def test_no_sign_of_a_restart(rig):
     assert (prefetched(samples), prefetch_time(samples)) == (1, 1)
 
 
+@pytest.mark.parametrize("processed, left", [(9, 1), (2, 0)], ids=["rose", "fell"])
+def test_processed_of_worker_offline_is_not_compared(rig, processed, left):
+    """Only what the last worker-online or heartbeat said is: 5 here, and the next heartbeat says 5, or 2."""
+    samples = rig.play(
+        ev.heartbeat(processed=5),
+        ev.received(),
+        ev.started(at=1),
+        ev.offline(at=2, processed=processed),
+        ev.heartbeat(at=3, processed=min(processed, 5)),
+    )
+    assert prefetch_time(samples) == left
+
+
 def test_worker_offline_empties_the_set(rig):
     """But a warm shutdown finishes its tasks: prefetch times stay until their runs end."""
     samples = rig.play(ev.heartbeat(), ev.received("a"), ev.received("b"), ev.started("b", at=1), ev.offline(at=2))

@@ -165,6 +165,14 @@ impl Control {
         }
     }
 
+    /// Takes leave of the broker.
+    pub async fn close(&self) {
+        match self {
+            Self::Redis(redis) => redis.close().await,
+            Self::Amqp(amqp) => amqp.close().await,
+        }
+    }
+
     /// Makes sure that what the subscription hangs on is still there, and tells how the queue stands. Nobody tells a
     /// consumer that the exchange it was bound to is gone.
     ///

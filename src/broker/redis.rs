@@ -18,7 +18,6 @@ use redis_protocol::resp2::decode::decode_range;
 use redis_protocol::resp2::types::RangeFrame;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
-use tokio::runtime::Handle;
 use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout, timeout_at};
 use uuid::Uuid;
@@ -357,6 +356,14 @@ impl Control {
         }
     }
 
+    /// A fred client that is merely dropped keeps its connection.
+    pub(super) async fn close(&self) {
+        if let Some(client) = self.client.lock().await.take() {
+            // It ends either way.
+            let _ = client.quit().await;
+        }
+    }
+
     async fn connect(&self) -> Result<Client, Error> {
         let performance = PerformanceConfig { default_command_timeout: self.limit, ..PerformanceConfig::default() };
         let connection = ConnectionConfig {
@@ -368,15 +375,6 @@ impl Control {
         let client = Client::new(self.config.clone(), Some(performance), Some(connection), None);
         client.init().await.map_err(|error| refused(&error, "a second connection, for broadcasts"))?;
         Ok(client)
-    }
-}
-
-/// A fred client that is merely dropped keeps its connection.
-impl Drop for Control {
-    fn drop(&mut self) {
-        if let (Some(client), Ok(runtime)) = (self.client.get_mut().take(), Handle::try_current()) {
-            runtime.spawn(async move { client.quit().await });
-        }
     }
 }
 

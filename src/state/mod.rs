@@ -263,8 +263,8 @@ impl State {
         let Sender::Known(slot) = self.sender(event, true, now) else { return };
         let worker = &mut self.workers[slot];
         let row = worker.row;
-        let restarted = event.kind == EventKind::WorkerOnline
-            || matches!((worker.processed, event.processed), (Some(before), Some(after)) if after < before);
+        let fallen = matches!((worker.processed, event.processed), (Some(before), Some(after)) if after < before);
+        let restarted = event.kind == EventKind::WorkerOnline || fallen;
         worker.learn(event);
         let active = event.active.filter(|active| *active >= 0.0);
         match event.kind {

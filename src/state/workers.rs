@@ -7,7 +7,7 @@ use foldhash::fast::RandomState;
 use hashbrown::{HashMap, HashTable};
 use slab::Slab;
 
-use crate::celery::{Event, cut};
+use crate::celery::{Event, EventKind, cut};
 use crate::metrics::{MAX_TYPES, WorkerRow};
 
 /// A worker that is or was known. Never used twice: one that comes back after its purge is another.
@@ -90,13 +90,15 @@ impl Worker {
 
     /// Takes over what a worker event says, apart from `online`.
     pub(super) fn learn(&mut self, event: &Event) {
-        // The answer to a `heartbeat` broadcast has a `freq` that is not the worker's own, and neither of these two.
-        let periodic = event.active.is_some() || event.processed.is_some();
-        if let Some(freq) = event.freq.filter(|freq| periodic && *freq > 0.0) {
-            self.freq = Some(freq.min(MAX_FREQ));
+        if event.kind != EventKind::WorkerOffline {
+            // The answer to a `heartbeat` broadcast has a `freq` that is not the worker's own, and neither of these two.
+            let periodic = event.active.is_some() || event.processed.is_some();
+            if let Some(freq) = event.freq.filter(|freq| periodic && *freq > 0.0) {
+                self.freq = Some(freq.min(MAX_FREQ));
+            }
+            self.processed = event.processed.or(self.processed);
         }
         self.active = event.active.or(self.active);
-        self.processed = event.processed.or(self.processed);
         self.loadavg = event.loadavg.or(self.loadavg);
         for (known, told) in self.software.iter_mut().zip([&event.sw_ident, &event.sw_ver, &event.sw_sys]) {
             if let Some(told) = told.as_deref()

@@ -230,6 +230,11 @@ impl Control {
         Ok(())
     }
 
+    pub(super) async fn close(&self) {
+        // It ends either way.
+        let _ = self.connection.close(200, "bye".into()).await;
+    }
+
     pub(super) async fn acknowledge(&self, token: AckToken) -> Result<(), Error> {
         self.consuming.basic_ack(token.0, BasicAckOptions { multiple: true }).await.map_err(failed)
     }
