@@ -11,9 +11,10 @@ use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ExchangeDeclareOptions,
     QueueBindOptions, QueueDeclareOptions,
 };
+use lapin::tcp::RustlsConnector;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo};
-use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Consumer, ExchangeKind};
+use lapin::{AsyncTcpStream, BasicProperties, Channel, Connection, ConnectionProperties, Consumer, ExchangeKind};
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
@@ -22,6 +23,7 @@ use crate::celery::envelope::Refusal;
 use crate::celery::{Broadcast, Reject, envelope};
 use crate::settings::url::Address;
 use crate::settings::{BrokerUrl, Settings};
+use crate::tls;
 
 /// Messages and bytes of one batch, about.
 const MAX_BATCH: usize = 1024;
@@ -65,10 +67,19 @@ struct Topology {
     arguments: FieldTable,
 }
 
-pub(super) async fn connect(url: &BrokerUrl, settings: &Settings) -> Result<(Subscription, Control), Error> {
+pub(super) async fn connect(
+    url: &BrokerUrl,
+    settings: &Settings,
+    tls: Option<&tls::Client>,
+) -> Result<(Subscription, Control), Error> {
     let name = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
     let properties = ConnectionProperties::default().with_connection_name(name.into());
-    let connection = Connection::connect_uri(uri(url, settings), properties).await.map_err(failed)?;
+    let uri = uri(url, settings);
+    let connection = match tls {
+        None => Connection::connect_uri(uri, properties).await,
+        Some(tls) => connect_by_tls(uri, properties, tls, settings.broker.connect_timeout).await,
+    };
+    let connection = connection.map_err(failed)?;
     let consuming = connection.create_channel().await.map_err(failed)?;
     let topology = Topology::of(settings);
     topology.declare(&consuming).await?;
@@ -88,6 +99,28 @@ pub(super) async fn connect(url: &BrokerUrl, settings: &Settings) -> Result<(Sub
     };
     let pidbox = format!("{}.pidbox", settings.events.control_exchange);
     Ok((subscription, Control { connection, consuming, publishing: Mutex::new(None), topology, pidbox }))
+}
+
+async fn connect_by_tls(
+    uri: AMQPUri,
+    properties: ConnectionProperties,
+    tls: &tls::Client,
+    limit: Duration,
+) -> lapin::Result<Connection> {
+    let connector = RustlsConnector::from(tls.config());
+    let runtime = lapin::runtime::default_runtime()?;
+    let connect = Connection::connector(
+        uri,
+        runtime,
+        async move |uri, runtime| {
+            let AMQPAuthority { host, port, .. } = uri.authority;
+            let addresses = runtime.to_socket_addrs((host.clone(), port));
+            let stream = AsyncTcpStream::connect(&runtime, addresses).await?;
+            Ok(tls::within(limit, stream.into_rustls(&connector, tls::server_name(&host))).await?)
+        },
+        properties,
+    );
+    connect.await
 }
 
 fn uri(url: &BrokerUrl, settings: &Settings) -> AMQPUri {
@@ -160,6 +193,7 @@ fn milliseconds(duration: Duration) -> AMQPValue {
 fn failed(error: lapin::Error) -> Error {
     match error.kind() {
         lapin::ErrorKind::ProtocolError(refusal) => Error::Refused(refusal.to_string()),
+        lapin::ErrorKind::IOError(error) => Error::from(&**error),
         _ => Error::Lost(error.to_string()),
     }
 }
