@@ -13,6 +13,7 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use crate::broker;
 use crate::daemon::Exporter;
 use crate::logging::Logging;
 use crate::settings::cli::Cli;
@@ -33,6 +34,9 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Err(error) => return fail(MISTAKE, &error),
     };
     if cli.check_config {
+        if let Err(error) = broker::check(&loaded.settings) {
+            return fail(MISTAKE, &error);
+        }
         print!("{}", loaded.report());
         return ExitCode::SUCCESS;
     }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
+use crate::broker;
 use crate::http::{self, Endpoints};
 use crate::ingest::{Asker, Ingest, Observer};
 use crate::metrics::FlowerCollector;
@@ -25,6 +26,9 @@ pub const STOP_WITHIN: Duration = Duration::from_secs(4);
 /// Why the exporter could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
+    /// Settings that no connection can be made with.
+    #[error("{0}")]
+    Broker(#[from] broker::StartError),
     /// The address is taken, or not one of ours.
     #[error("http.listen = \"{address}\": cannot listen there: {error}: choose another address or stop what uses it")]
     Bind {
@@ -59,9 +63,10 @@ impl Exporter {
     /// and for the events. `observers` are called with every event.
     ///
     /// # Errors
-    /// The socket is bound first: a taken port is an error at once. A broker that is not there is none; it is tried for
+    /// Files that the settings name are looked at, and the socket is bound: a taken port is an error at once. A broker that is not there is none; it is tried for
     /// ever.
     pub fn start(settings: Settings, observers: Vec<Observer>) -> Result<Self, StartError> {
+        broker::check(&settings)?;
         let address = settings.http.listen;
         let bind = |error| StartError::Bind { address, error };
         let listener = http::bind(address).map_err(bind)?;

@@ -5,7 +5,7 @@
 //! - [`celery`]: what Celery puts on the wire, as pure functions.
 //! - [`state`]: workers, tasks and how events move them; pure, bounded, time is passed in.
 //! - [`metrics`]: the six families and their text.
-//! - [`broker`]: one module a transport; [`session`] connects, reconnects and marks the gaps.
+//! - [`broker`]: one module a transport, all by the same [`tls`]; [`session`] connects, reconnects and marks the gaps.
 //! - [`ingest`]: the hot loop, which alone owns the state.
 //! - [`http`]: `/metrics` and `/healthz`.
 //! - [`daemon`]: puts the parts together: [`daemon::Exporter`] is where an embedding program starts.
@@ -53,3 +53,4 @@ pub mod settings;
 mod signals;
 pub mod state;
 pub mod telemetry;
+pub mod tls;

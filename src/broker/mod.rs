@@ -6,6 +6,7 @@
 mod amqp;
 mod redis;
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -13,7 +14,8 @@ use bytes::Bytes;
 use crate::celery::Broadcast;
 use crate::celery::envelope::Refusal;
 use crate::settings::url::Transport;
-use crate::settings::{BrokerUrl, Settings};
+use crate::settings::{self, BrokerUrl, Settings};
+use crate::tls;
 
 /// How a message's bytes are to be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,6 +78,17 @@ impl Batch {
     }
 }
 
+/// Why no connection can be made with these settings, told in one line.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The URLs, or what contradicts them.
+    #[error("{0}")]
+    Url(#[from] settings::Error),
+    /// A file that TLS needs.
+    #[error("{0}")]
+    Tls(#[from] tls::Error),
+}
+
 /// Why a connection could not be made or came to its end. The text is fit for the log and names no secret.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
@@ -85,9 +98,18 @@ pub enum Error {
     /// The connection could not be made or broke.
     #[error("{0}")]
     Lost(String),
+    /// TLS could not be agreed on.
+    #[error("TLS: {0}")]
+    Tls(String),
     /// No answer in time.
     #[error("no answer from the broker for {} s", .0.as_secs_f64())]
     Silent(Duration),
+}
+
+impl From<&io::Error> for Error {
+    fn from(error: &io::Error) -> Self {
+        tls::explain(error).map_or_else(|| Self::Lost(error.to_string()), Self::Tls)
+    }
 }
 
 /// The half that receives.
@@ -186,27 +208,46 @@ impl Control {
     }
 }
 
+/// Finds mistakes in the settings that only a look at their files can find, and warns of what is let in by them.
+///
+/// # Errors
+/// The first mistake.
+pub fn check(settings: &Settings) -> Result<(), StartError> {
+    for url in settings.broker.urls()?.iter().filter(|url| settings.broker.tls_for(url)) {
+        if !tls::Client::new(url, &settings.broker.tls)?.verifies() {
+            tracing::warn!(broker = %url, "the broker's certificate is not verified: anyone can pose as the broker");
+        }
+    }
+    Ok(())
+}
+
 /// Connects and subscribes; when it returns, the server has confirmed the subscription.
 ///
 /// # Errors
 /// Within `broker.connect_timeout`.
 pub async fn connect(url: &BrokerUrl, settings: &Settings) -> Result<(Subscription, Control), Error> {
-    // The settings refuse both at the start; a URL file may bring them in later.
-    if url.tls || url.transport == Transport::Sentinel {
-        return Err(Error::Refused("TLS and Sentinel are not available yet".to_owned()));
-    }
     let limit = settings.broker.connect_timeout;
+    let tls = if settings.broker.tls_for(url) {
+        Some(tls::Client::new(url, &settings.broker.tls).map_err(|error| Error::Tls(error.to_string()))?)
+    } else {
+        None
+    };
     let connecting = async {
         match url.transport {
             Transport::Amqp => {
-                let (subscription, control) = amqp::connect(url, settings).await?;
+                let (subscription, control) = amqp::connect(url, settings, tls.as_ref()).await?;
                 Ok((Subscription::Amqp(Box::new(subscription)), Control::Amqp(Box::new(control))))
             }
             Transport::Redis | Transport::Sentinel => {
-                let (subscription, control) = redis::connect(url, settings).await?;
+                let (subscription, control) = redis::connect(url, settings, tls.as_ref()).await?;
                 Ok((Subscription::Redis(Box::new(subscription)), Control::Redis(Box::new(control))))
             }
         }
     };
-    tokio::time::timeout(limit, connecting).await.unwrap_or(Err(Error::Silent(limit)))
+    match tokio::time::timeout(limit, connecting).await.unwrap_or(Err(Error::Silent(limit))) {
+        Err(Error::Lost(problem)) if let Some(hint) = tls.as_ref().and_then(tls::Client::hint) => {
+            Err(Error::Tls(format!("{problem}: {hint}")))
+        }
+        connected => connected,
+    }
 }

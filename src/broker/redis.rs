@@ -20,12 +20,14 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout, timeout_at};
+use tokio_rustls::TlsConnector;
 use uuid::Uuid;
 
 use super::{Batch, Error, Message, Wire};
 use crate::celery::{Broadcast, Reject};
 use crate::settings::url::Address;
 use crate::settings::{BrokerUrl, FanoutPrefix, Settings};
+use crate::tls;
 
 /// A quiet server is asked for a sign of life after this long.
 const PING_AFTER: Duration = Duration::from_secs(5);
@@ -102,9 +104,13 @@ impl Channel {
 }
 
 /// Connects both halves.
-pub(super) async fn connect(url: &BrokerUrl, settings: &Settings) -> Result<(Subscription, Control), Error> {
+pub(super) async fn connect(
+    url: &BrokerUrl,
+    settings: &Settings,
+    tls: Option<&tls::Client>,
+) -> Result<(Subscription, Control), Error> {
     let mut subscription = Subscription {
-        stream: open(&url.address).await.map_err(|error| lost(&error))?,
+        stream: open(&url.address, tls, settings.broker.connect_timeout).await.map_err(|error| Error::from(&error))?,
         buffer: BytesMut::with_capacity(READ_SIZE),
         max_message: settings.events.max_message,
         skip: 0,
@@ -121,7 +127,7 @@ pub(super) async fn connect(url: &BrokerUrl, settings: &Settings) -> Result<(Sub
     subscription.request(&channel.command()).await?;
     let pidbox = fanout_name(settings, url, &format!("{}.pidbox", settings.events.control_exchange));
     let control = Control {
-        config: client_config(url),
+        config: client_config(url, tls),
         limit: settings.broker.connect_timeout,
         exchange: format!("{}.pidbox", settings.events.control_exchange),
         channel: pidbox,
@@ -130,19 +136,18 @@ pub(super) async fn connect(url: &BrokerUrl, settings: &Settings) -> Result<(Sub
     Ok((subscription, control))
 }
 
-async fn open(address: &Address) -> io::Result<Box<dyn Stream>> {
+async fn open(address: &Address, tls: Option<&tls::Client>, limit: Duration) -> io::Result<Box<dyn Stream>> {
     match address {
         Address::Tcp { host, port } => {
             let stream = TcpStream::connect((host.as_str(), *port)).await?;
             stream.set_nodelay(true)?;
-            Ok(Box::new(stream))
+            match tls {
+                Some(tls) => Ok(Box::new(tls.handshake(host, stream, limit).await?)),
+                None => Ok(Box::new(stream)),
+            }
         }
         Address::Unix(path) => Ok(Box::new(UnixStream::connect(path).await?)),
     }
-}
-
-fn lost(error: &io::Error) -> Error {
-    Error::Lost(error.to_string())
 }
 
 impl Subscription {
@@ -155,7 +160,7 @@ impl Subscription {
 
     /// Sends a command and waits for its answer.
     async fn request(&mut self, command: &[&str]) -> Result<(), Error> {
-        self.stream.write_all(&encode(command)).await.map_err(|error| lost(&error))?;
+        self.write(command).await.map_err(|error| Error::from(&error))?;
         loop {
             if let Some((frame, length)) = decode(&self.buffer)? {
                 let head = self.buffer.split_to(length).freeze();
@@ -168,6 +173,11 @@ impl Subscription {
             }
             self.read().await?;
         }
+    }
+
+    async fn write(&mut self, command: &[&str]) -> io::Result<()> {
+        self.stream.write_all(&encode(command)).await?;
+        self.stream.flush().await
     }
 
     pub(super) async fn next(&mut self) -> Result<Batch, Error> {
@@ -189,8 +199,8 @@ impl Subscription {
             Err(_) => {
                 self.pinged = true;
                 let rest = SILENCE.saturating_sub(PING_AFTER);
-                match timeout(rest, self.stream.write_all(&encode(&["PING"]))).await {
-                    Ok(written) => written.map_err(|error| lost(&error)),
+                match timeout(rest, self.write(&["PING"])).await {
+                    Ok(written) => written.map_err(|error| Error::from(&error)),
                     Err(_) => Err(Error::Silent(SILENCE)),
                 }
             }
@@ -200,7 +210,7 @@ impl Subscription {
     async fn read(&mut self) -> Result<(), Error> {
         // Doubling keeps the copying of a large message's beginning linear.
         self.buffer.reserve(READ_SIZE.max(self.buffer.len()));
-        let read = self.stream.read_buf(&mut self.buffer).await.map_err(|error| lost(&error))?;
+        let read = self.stream.read_buf(&mut self.buffer).await.map_err(|error| Error::from(&error))?;
         if read == 0 {
             return Err(Error::Lost("the server closed the connection".to_owned()));
         }
@@ -320,9 +330,12 @@ impl fmt::Debug for Control {
     }
 }
 
-fn client_config(url: &BrokerUrl) -> Config {
+fn client_config(url: &BrokerUrl, tls: Option<&tls::Client>) -> Config {
     let server = match &url.address {
-        Address::Tcp { host, port } => ServerConfig::Centralized { server: Server::new(host.as_str(), *port) },
+        Address::Tcp { host, port } => {
+            let tls_server_name = Some(tls::server_name(host).into());
+            ServerConfig::Centralized { server: Server { host: host.into(), port: *port, tls_server_name } }
+        }
         Address::Unix(path) => ServerConfig::Unix { path: path.clone() },
     };
     Config {
@@ -331,6 +344,7 @@ fn client_config(url: &BrokerUrl) -> Config {
         password: url.password.as_ref().map(|password| password.expose().to_owned()),
         version: RespVersion::RESP2,
         fail_fast: true,
+        tls: tls.map(|tls| TlsConnector::from(tls.config()).into()),
         ..Config::default()
     }
 }

@@ -10,11 +10,11 @@ use figment::providers::{Format, Toml};
 use figment::value::{Dict, Empty, Map, Tag, Value};
 use figment::{Figment, Metadata, Profile, Provider, error::Kind as Mistake, util::nest};
 
-use super::Settings;
 use super::cli::Cli;
 use super::schema::{self, KEYS, Key, Kind, quoted};
-use super::url::{BrokerUrls, Transport};
+use super::url::{Address, BrokerUrls, Transport};
 use super::value::Secret;
+use super::{Broker, BrokerUrl, Settings};
 
 const DEFAULT_FILE: &str = "/etc/flower-exporter/flower-exporter.toml";
 const PREFIX: &str = "FLOWER_EXPORTER_";
@@ -129,6 +129,8 @@ pub(super) fn load_from(
     }
     let settings: Settings = figment.extract().map_err(|error| value_error(&figment, error))?;
     not_available_yet(&settings)?;
+    // A URL file must be readable at the start.
+    settings.broker.urls()?;
     let sources = KEYS.iter().map(|key| source(&figment, key)).collect();
     Ok(Loaded { settings, sources })
 }
@@ -193,7 +195,7 @@ fn file_error(path: &Path, problem: &dyn Display) -> Error {
 }
 
 /// A path for printing; a URL that strayed where a path belongs may hold a password.
-fn masked(path: &Path) -> String {
+pub(crate) fn masked(path: &Path) -> String {
     let text = path.to_string_lossy();
     if text.contains("://") { Secret::MASK.to_owned() } else { text.escape_debug().to_string() }
 }
@@ -324,19 +326,32 @@ pub(super) fn read_urls(path: &Path) -> Result<BrokerUrls, Error> {
     }
 }
 
-/// Refuses settings whose feature is still to come; reads `url_file`, which must be readable at start.
-fn not_available_yet(settings: &Settings) -> Result<(), Error> {
-    let broker = &settings.broker;
-    let urls = broker.urls()?;
+/// Refuses URLs that other settings contradict.
+pub(super) fn check_urls(broker: &Broker, urls: &BrokerUrls) -> Result<(), Error> {
+    let refuse = |subject: &str, value: &str, expected: &str| {
+        Err(Error::Value { subject: subject.to_owned(), value: value.to_owned(), expected: expected.to_owned() })
+    };
     let url_key = if broker.url_file.is_some() { "broker.url_file" } else { "broker.url" };
-    let sentinel = urls.iter().any(|url| url.transport == Transport::Sentinel);
-    let tls = urls.iter().any(|url| url.tls);
-    let wishes = [
-        (sentinel, url_key, "Sentinel"),
-        (tls, url_key, "TLS (amqps://, rediss:// or an ssl_ parameter)"),
-        (broker.tls.enabled == Some(true), "broker.tls.enabled", "TLS"),
-        (settings.state.persistent, "state.persistent", "state that outlives the process"),
-    ];
+    if urls.iter().any(|url| url.transport == Transport::Sentinel) {
+        return Err(Error::NotYet { key: url_key, feature: "Sentinel" });
+    }
+    let unix = |url: &BrokerUrl| matches!(url.address, Address::Unix(_));
+    match broker.tls.enabled {
+        Some(false) if urls.iter().any(|url| url.tls) => {
+            let asks =
+                format!("{url_key} asks for TLS, by amqps://, rediss:// or an ssl_ parameter: expected one of both");
+            refuse("broker.tls.enabled", " = false", &asks)
+        }
+        Some(true) if urls.iter().any(unix) => {
+            refuse("broker.tls.enabled", " = true", "there is no TLS on redis+socket://: expected a URL with a host")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Refuses settings whose feature is still to come.
+fn not_available_yet(settings: &Settings) -> Result<(), Error> {
+    let wishes = [(settings.state.persistent, "state.persistent", "state that outlives the process")];
     match wishes.into_iter().find(|(wished, ..)| *wished) {
         Some((_, key, feature)) => Err(Error::NotYet { key, feature }),
         None => Ok(()),

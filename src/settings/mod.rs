@@ -18,6 +18,7 @@ mod tests;
 pub mod url;
 mod value;
 
+pub(crate) use load::masked;
 pub use load::{Error, Loaded, ReloadPlan, load, reload};
 pub use url::{BrokerUrl, BrokerUrls};
 pub use value::{FanoutPrefix, Hostnames, Level, LogFormat, Secret};
@@ -73,13 +74,14 @@ pub struct Broker {
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Tls {
-    /// `None`: as the URL's scheme says. `Some(true)` turns TLS on for Sentinel too.
+    /// `None`: as the URL says, by its scheme or an `ssl_*` parameter. `Some(true)` turns TLS on, for Sentinels and
+    /// their master too.
     pub enabled: Option<bool>,
     /// PEM file of trusted roots; the system's when `None`.
     pub ca_file: Option<PathBuf>,
     /// PEM file of the client certificate.
     pub cert_file: Option<PathBuf>,
-    /// PEM file of the client certificate's key.
+    /// PEM file of the client certificate's key; that of the certificate when `None`.
     pub key_file: Option<PathBuf>,
     /// Whether the certificate must name the host in the URL.
     pub check_hostname: bool,
@@ -248,12 +250,21 @@ impl Broker {
     /// The URLs in force: what `url_file` holds at this moment (64 KiB at most), else `url`.
     ///
     /// # Errors
-    /// When the file cannot be read or does not hold broker URLs; it is named, its content is not.
+    /// When the file cannot be read or does not hold broker URLs; it is named, its content is not. When other settings
+    /// contradict them.
     pub fn urls(&self) -> Result<BrokerUrls, Error> {
-        match &self.url_file {
-            Some(path) => load::read_urls(path),
-            None => Ok(self.url.clone()),
-        }
+        let urls = match &self.url_file {
+            Some(path) => load::read_urls(path)?,
+            None => self.url.clone(),
+        };
+        load::check_urls(self, &urls)?;
+        Ok(urls)
+    }
+
+    /// Whether the broker at `url` is spoken to by TLS.
+    #[must_use]
+    pub fn tls_for(&self, url: &BrokerUrl) -> bool {
+        url.tls || self.tls.enabled == Some(true)
     }
 }
 

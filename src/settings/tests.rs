@@ -433,13 +433,34 @@ fn a_url_file_wins_and_is_read_every_time() {
 #[test]
 fn features_to_come_are_refused_by_name() {
     for (file, expected) in [
-        ("broker.url = 'amqps://h'", "broker.url: TLS (amqps://, rediss:// or an ssl_ parameter)"),
-        ("broker.url = 'redis://h;rediss://h'", "broker.url: TLS (amqps://, rediss:// or an ssl_ parameter)"),
         ("broker.url = 'sentinel://h'", "broker.url: Sentinel"),
-        ("broker.tls.enabled = true", "broker.tls.enabled: TLS"),
         ("state.persistent = true", "state.persistent: state that outlives the process"),
     ] {
         assert_refused(file, &[], &format!("{expected} is not available yet"));
+    }
+}
+
+#[test]
+fn tls_is_wanted_or_not() {
+    let off = "broker.tls.enabled = false: broker.url asks for TLS, by amqps://, rediss:// or an ssl_ parameter: \
+               expected one of both";
+    for url in ["amqps://h", "redis://h;rediss://h", "redis://h?ssl_cert_reqs=none"] {
+        assert_refused(&format!("broker = {{ url = '{url}', tls.enabled = false }}"), &[], off);
+    }
+    assert_refused(
+        "broker = { url = 'redis+socket:///s', tls.enabled = true }",
+        &[],
+        "broker.tls.enabled = true: there is no TLS on redis+socket://: expected a URL with a host",
+    );
+    for (file, expected) in [
+        ("broker.url = 'redis://h'", false),
+        ("broker.url = 'redis://h?ssl_ca_certs=/ca'", true),
+        ("broker.url = 'amqps://h'", true),
+        ("broker = { url = 'redis://h', tls.enabled = true }", true),
+        ("broker = { url = 'redis://h', tls.enabled = false }", false),
+    ] {
+        let broker = settings(file, &[], &[]).broker;
+        assert_eq!(broker.tls_for(&broker.urls().unwrap()[0]), expected, "{file}");
     }
 }
 

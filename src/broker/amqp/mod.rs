@@ -4,6 +4,7 @@ mod topology;
 
 use std::borrow::Cow;
 use std::fmt;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt};
@@ -13,9 +14,10 @@ use lapin::options::{
     ExchangeDeclareOptions,
 };
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
+use lapin::tcp::RustlsConnector;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo};
-use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Consumer, ExchangeKind};
+use lapin::{AsyncTcpStream, BasicProperties, Channel, Connection, ConnectionProperties, Consumer, ExchangeKind};
 use tokio::sync::Mutex;
 
 use topology::Topology;
@@ -25,6 +27,7 @@ use crate::celery::envelope::Refusal;
 use crate::celery::{Broadcast, Reject, envelope};
 use crate::settings::url::Address;
 use crate::settings::{BrokerUrl, Settings};
+use crate::tls;
 
 /// Messages and bytes of one batch, about.
 const MAX_BATCH: usize = 1024;
@@ -61,10 +64,19 @@ impl fmt::Debug for Control {
     }
 }
 
-pub(super) async fn connect(url: &BrokerUrl, settings: &Settings) -> Result<(Subscription, Control), Error> {
+pub(super) async fn connect(
+    url: &BrokerUrl,
+    settings: &Settings,
+    tls: Option<&tls::Client>,
+) -> Result<(Subscription, Control), Error> {
     let name = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
     let properties = ConnectionProperties::default().with_connection_name(name.into());
-    let connection = Connection::connect_uri(uri(url, settings), properties).await.map_err(failed)?;
+    let uri = uri(url, settings);
+    let connection = match tls {
+        None => Connection::connect_uri(uri, properties).await,
+        Some(tls) => connect_by_tls(uri, properties, tls, settings.broker.connect_timeout).await,
+    };
+    let connection = connection.map_err(failed)?;
     let topology = Topology::find(&connection, settings).await?;
     let consuming = connection.create_channel().await.map_err(failed)?;
     topology.declare(&consuming).await?;
@@ -85,6 +97,28 @@ pub(super) async fn connect(url: &BrokerUrl, settings: &Settings) -> Result<(Sub
     };
     let pidbox = format!("{}.pidbox", settings.events.control_exchange);
     Ok((subscription, Control { connection, consuming, publishing: Mutex::new(None), topology, pidbox }))
+}
+
+async fn connect_by_tls(
+    uri: AMQPUri,
+    properties: ConnectionProperties,
+    tls: &tls::Client,
+    limit: Duration,
+) -> lapin::Result<Connection> {
+    let connector = RustlsConnector::from(tls.config());
+    let runtime = lapin::runtime::default_runtime()?;
+    let connect = Connection::connector(
+        uri,
+        runtime,
+        async move |uri, runtime| {
+            let AMQPAuthority { host, port, .. } = uri.authority;
+            let addresses = runtime.to_socket_addrs((host.clone(), port));
+            let stream = AsyncTcpStream::connect(&runtime, addresses).await?;
+            Ok(tls::within(limit, stream.into_rustls(&connector, tls::server_name(&host))).await?)
+        },
+        properties,
+    );
+    connect.await
 }
 
 fn uri(url: &BrokerUrl, settings: &Settings) -> AMQPUri {
@@ -118,6 +152,7 @@ fn is(error: &lapin::Error, reason: &AMQPSoftError) -> bool {
 fn failed(error: lapin::Error) -> Error {
     match error.kind() {
         lapin::ErrorKind::ProtocolError(refusal) => Error::Refused(refusal.to_string()),
+        lapin::ErrorKind::IOError(error) => Error::from(&**error),
         _ => Error::Lost(error.to_string()),
     }
 }

@@ -1,0 +1,61 @@
+"""A certificate authority of one's own, by the openssl command."""
+
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+from .processes import directory
+
+CONFIG = """
+[req]
+distinguished_name = dn
+[dn]
+[ca]
+default_ca = own
+[own]
+database = index.txt
+new_certs_dir = .
+rand_serial = yes
+unique_subject = no
+default_md = sha256
+policy = any
+[any]
+commonName = supplied
+"""
+KEY = "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"
+
+
+class Authority:
+    """`file` is its certificate; what it issues is a pair of files that everyone may read."""
+
+    def __init__(self, name="ca"):
+        self.dir = directory("certificates")
+        (self.dir / "config").write_text(CONFIG)
+        (self.dir / "index.txt").touch()
+        self.file = self.dir / "ca.pem"
+        self._openssl("req", "-x509", *KEY, "-keyout", "ca.key", "-out", self.file, "-days", 2, "-subj", f"/CN={name}",
+                      "-addext", "basicConstraints=critical,CA:TRUE")
+
+    def issue(self, name, alternative="IP:127.0.0.1,DNS:localhost", expired=False):
+        """The files `cert` and `key`; `both` is the two in one."""
+        files = SimpleNamespace(**{part: self.dir / f"{name}-{part}.pem" for part in ("cert", "key", "both")})
+        self._openssl("req", *KEY, "-keyout", files.key, "-out", "request", "-subj", f"/CN={name}")
+        (self.dir / "extensions").write_text(f"basicConstraints = critical,CA:FALSE\nsubjectAltName = {alternative}\n")
+        end = ("-enddate", "20200102000000Z") if expired else ("-days", 2)
+        self._openssl("ca", "-batch", "-notext", "-in", "request", "-out", files.cert, "-cert", self.file, "-keyfile", "ca.key",
+                      "-startdate", "20200101000000Z", *end, "-extfile", "extensions")
+        files.both.write_bytes(files.cert.read_bytes() + files.key.read_bytes())
+        for path in vars(files).values():
+            path.chmod(0o644)
+        return files
+
+    def _openssl(self, command, *args):
+        done = subprocess.run(["openssl", command, "-config", "config", *map(str, args)], cwd=self.dir, capture_output=True,
+                              text=True, stdin=subprocess.DEVNULL, timeout=30)
+        assert done.returncode == 0, done.stderr
+
+
+def junk(text="no PEM"):
+    path = Path(directory("junk")) / "junk.pem"
+    path.write_text(text)
+    return path
