@@ -1,6 +1,7 @@
 //! What the `flower-exporter` command does, behind its arguments.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -37,8 +38,10 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         if let Err(error) = broker::check(&loaded.settings) {
             return fail(MISTAKE, &error);
         }
-        print!("{}", loaded.report());
-        return ExitCode::SUCCESS;
+        return match std::io::stdout().write_all(loaded.report().as_bytes()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(1, &error),
+        };
     }
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,

@@ -107,7 +107,7 @@ impl Exporter {
             Ok(())
         })?;
         let asker = Asker::new(queries, arrivals);
-        let endpoints = Endpoints { asker: asker.clone(), settings: watched, telemetry, health: Arc::clone(&health) };
+        let endpoints = Endpoints::new(asker.clone(), watched, telemetry, Arc::clone(&health));
         let http = tokio::spawn(http::serve(listener, Arc::new(endpoints), stopped));
         Ok(Self { asker, address, settings, health, stop, http, drained, session_over })
     }
@@ -166,7 +166,9 @@ impl Exporter {
             asker.stop();
             let _ = drained.await;
         };
-        tokio::time::timeout(STOP_WITHIN, stopping).await.is_ok()
+        let done = tokio::time::timeout(STOP_WITHIN, stopping).await.is_ok();
+        asker.stop();
+        done
     }
 }
 

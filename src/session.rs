@@ -28,10 +28,12 @@ pub enum Arrival {
     },
     /// Messages, and the room they take in the queue.
     Batch(Batch, Room),
-    /// So many messages were dropped.
-    Dropped(u64),
+    /// Messages were dropped here.
+    Dropped,
     /// Whether many messages wait at the broker.
     Behind(bool),
+    /// The broker has answered.
+    Pulse(Instant),
     /// The subscription is gone.
     Disconnected,
     /// Nothing: look at the other queue.
@@ -72,6 +74,8 @@ pub struct Session {
     pub health: Arc<Health>,
 }
 
+/// How often the broker is asked for a sign of life.
+pub const PULSE: Duration = Duration::from_millis(500);
 /// A session that was subscribed for so long was a healthy one.
 const HEALTHY_AFTER: Duration = Duration::from_secs(60);
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
@@ -94,7 +98,7 @@ impl Session {
         let mut stop = self.stop.clone();
         let mut pause = Duration::ZERO;
         let mut complaint = Quiet::default();
-        let (mut number, mut blind_since) = (0, None);
+        let (mut number, mut blind_since, mut last_url) = (0, None, None);
         while !*stop.borrow() {
             let connected = tokio::select! {
                 connected = self.try_all(&mut complaint) => connected,
@@ -103,9 +107,12 @@ impl Session {
             };
             if let Some((url, subscription, control)) = connected {
                 number += 1;
-                self.subscribed(&url, &subscription, number, blind_since.take());
+                // Another broker's queue has collected other events.
+                let continues = subscription.continues() && last_url.as_ref().is_none_or(|last| *last == url);
+                self.subscribed(&url, &subscription, number, continues, blind_since.take());
                 let began = Instant::now();
-                let healthy = self.listen(subscription, control, room, number, &mut complaint).await;
+                let healthy = self.listen(&url, subscription, control, room, number, &mut complaint).await;
+                last_url = Some(url);
                 blind_since = Some(Instant::now());
                 if healthy || began.elapsed() >= HEALTHY_AFTER {
                     pause = Duration::ZERO;
@@ -140,24 +147,32 @@ impl Session {
         None
     }
 
-    fn subscribed(&self, url: &BrokerUrl, subscription: &Subscription, number: u64, blind_since: Option<Instant>) {
+    fn subscribed(
+        &self,
+        url: &BrokerUrl,
+        subscription: &Subscription,
+        number: u64,
+        continues: bool,
+        blind_since: Option<Instant>,
+    ) {
         tracing::info!(broker = %url, "listening for events on {}", subscription.describe());
         if let Some(since) = blind_since {
             let blind = since.elapsed().as_secs_f64();
             self.telemetry.reconnects.inc();
             self.telemetry.blind_seconds.inc_by(blind);
-            if !subscription.continues() {
+            if !continues {
                 tracing::info!(blind_seconds = blind, "events sent in the meantime are missing");
             }
         }
         self.telemetry.connected.set(1);
-        self.send(Arrival::Connected { session: number, continues: subscription.continues() });
+        self.send(Arrival::Connected { session: number, continues });
         self.health.set_broker(BrokerStatus::Connected);
     }
 
     /// Works on one subscription until it ends. Whether any message came.
     async fn listen(
         &mut self,
+        url: &BrokerUrl,
         subscription: Subscription,
         control: Control,
         room: &Arc<Semaphore>,
@@ -173,6 +188,7 @@ impl Session {
             telemetry: &self.telemetry,
             health: &self.health,
             heard: &mut heard,
+            gap: false,
         };
         let mut stop = self.stop.clone();
         let ticker = Ticker {
@@ -194,7 +210,7 @@ impl Session {
         self.send(Arrival::Disconnected);
         if let Some(error) = error {
             self.telemetry.cutoffs.inc();
-            complain(complaint, "the connection to the broker is lost, trying again", None, &error);
+            complain(complaint, "the connection to the broker is lost, trying again", Some(url), &error);
         }
         heard
     }
@@ -216,7 +232,8 @@ fn send(arrivals: &Sender<Arrival>, arrival: Arrival) {
 
 fn complain(complaint: &mut Quiet, what: &str, broker: Option<&BrokerUrl>, error: &dyn std::error::Error) {
     let broker = broker.map(ToString::to_string);
-    if let Some(kept_back) = complaint.speak() {
+    let topic = format!("{what} {broker:?} {error}");
+    if let Some(kept_back) = complaint.speak(&topic) {
         tracing::warn!(broker, %error, kept_back, "{what}");
     } else {
         tracing::debug!(broker, %error, "{what}");
@@ -239,6 +256,8 @@ struct Reader<'s> {
     telemetry: &'s Telemetry,
     health: &'s Health,
     heard: &'s mut bool,
+    /// Messages were dropped since the last that was taken.
+    gap: bool,
 }
 
 impl Reader<'_> {
@@ -260,7 +279,7 @@ impl Reader<'_> {
     }
 
     /// Waits for room if the broker can wait, else drops what does not fit: all but one message beyond the bound.
-    async fn make_room(&self, mut batch: Batch, overflow: &mut Quiet) -> Option<(Batch, Room)> {
+    async fn make_room(&mut self, mut batch: Batch, overflow: &mut Quiet) -> Option<(Batch, Room)> {
         let available = self.room.available_permits();
         if !self.subscription.can_wait() && batch.bytes > available {
             self.drop_beyond(available, &mut batch, overflow);
@@ -268,13 +287,16 @@ impl Reader<'_> {
         if batch.messages.is_empty() {
             return None;
         }
+        if std::mem::take(&mut self.gap) {
+            send(self.arrivals, Arrival::Dropped);
+        }
         let bound = if self.subscription.can_wait() { self.capacity } else { available };
         let wanted = u32::try_from(batch.bytes.min(bound)).unwrap_or(u32::MAX);
         let permit = Arc::clone(self.room).acquire_many_owned(wanted).await.ok()?;
         Some((batch, Room { _permit: permit }))
     }
 
-    fn drop_beyond(&self, available: usize, batch: &mut Batch, overflow: &mut Quiet) {
+    fn drop_beyond(&mut self, available: usize, batch: &mut Batch, overflow: &mut Quiet) {
         let mut taken = 0;
         let fitting = batch.messages.iter().take_while(|message| {
             let fits = taken < available;
@@ -288,8 +310,8 @@ impl Reader<'_> {
         }
         batch.truncate(fitting);
         self.telemetry.dropped.inc_by(count);
-        send(self.arrivals, Arrival::Dropped(count));
-        if overflow.speak().is_some() {
+        self.gap = true;
+        if overflow.speak("overflow").is_some() {
             tracing::warn!(
                 dropped_total = self.telemetry.dropped.get(),
                 "events come in faster than they are processed: events.max_backlog is reached and messages are dropped"
@@ -315,6 +337,7 @@ impl Ticker<'_> {
             error = acknowledge(control, acks, number) => error,
             error = look_after(control, settings.clone(), arrivals, health) => error,
             error = heartbeats(control, settings) => error,
+            error = pulse(control, arrivals) => error,
         }
     }
 }
@@ -356,14 +379,28 @@ async fn look_after(
             send(arrivals, Arrival::Behind(is_behind));
             was_behind = is_behind;
         }
-        let events = settings.borrow_and_update().events.clone();
+        let now = Arc::clone(&settings.borrow_and_update());
+        let (events, limit) = (&now.events, now.broker.connect_timeout);
         if events.enable_events {
-            broadcast(control, Broadcast::EnableEvents, &mut complaint).await;
+            broadcast(control, Broadcast::EnableEvents, limit, &mut complaint).await;
         }
         pause(events.enable_interval, &mut settings, |now| {
             (now.events.enable_events, now.events.enable_interval) != (events.enable_events, events.enable_interval)
         })
         .await;
+    }
+}
+
+/// Asks the broker for a sign of life: while it gives none, silence of the workers means nothing.
+async fn pulse(control: &Control, arrivals: &Sender<Arrival>) -> Error {
+    loop {
+        let asked = Instant::now();
+        match control.pulse().await {
+            Ok(()) => send(arrivals, Arrival::Pulse(asked)),
+            // Whether the subscription has suffered is for the subscription to say.
+            Err(error) => tracing::debug!(%error, "no sign of life from the broker"),
+        }
+        sleep(PULSE).await;
     }
 }
 
@@ -375,7 +412,7 @@ async fn heartbeats(control: &Control, mut settings: watch::Receiver<Arc<Setting
         let now = Arc::clone(&settings.borrow_and_update());
         let (enabled, timeout) = (now.events.enable_events, now.state.worker_timeout);
         if enabled && (first || timeout.is_some()) {
-            broadcast(control, Broadcast::Heartbeat, &mut complaint).await;
+            broadcast(control, Broadcast::Heartbeat, now.broker.connect_timeout, &mut complaint).await;
         }
         first = false;
         let changed = |now: &Settings| (now.events.enable_events, now.state.worker_timeout) != (enabled, timeout);
@@ -383,8 +420,9 @@ async fn heartbeats(control: &Control, mut settings: watch::Receiver<Arc<Setting
     }
 }
 
-async fn broadcast(control: &Control, command: Broadcast, complaint: &mut Quiet) {
-    match control.broadcast(command).await {
+async fn broadcast(control: &Control, command: Broadcast, limit: Duration, complaint: &mut Quiet) {
+    let sent = timeout(limit, control.broadcast(command)).await;
+    match sent.unwrap_or(Err(Error::Silent(limit))) {
         Ok(()) => tracing::trace!(command = command.method(), "broadcast"),
         Err(error) => {
             let what = format!("the broadcast of {} to the workers failed", command.method());

@@ -171,7 +171,7 @@ impl Control {
     /// It could not be sent; the next one may well be.
     pub async fn broadcast(&self, command: Broadcast) -> Result<(), Error> {
         match self {
-            Self::Redis(redis) => redis.broadcast(command).await,
+            Self::Redis(redis) => Box::pin(redis.broadcast(command)).await,
             Self::Amqp(amqp) => amqp.broadcast(command).await,
         }
     }
@@ -187,10 +187,22 @@ impl Control {
         }
     }
 
+    /// Asks the broker for a sign of life; returns when it has answered.
+    ///
+    /// # Errors
+    /// It has not.
+    pub async fn pulse(&self) -> Result<(), Error> {
+        match self {
+            // fred's futures are large.
+            Self::Redis(redis) => Box::pin(redis.pulse()).await,
+            Self::Amqp(amqp) => amqp.pulse().await,
+        }
+    }
+
     /// Takes leave of the broker.
     pub async fn close(&self) {
         match self {
-            Self::Redis(redis) => redis.close().await,
+            Self::Redis(redis) => Box::pin(redis.close()).await,
             Self::Amqp(amqp) => amqp.close().await,
         }
     }

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use fred::clients::Client;
+use fred::error::ErrorKind;
 use fred::interfaces::{ClientLike, PubsubInterface};
 use fred::types::RespVersion;
 use fred::types::config::{Config, ConnectionConfig, PerformanceConfig, Server, ServerConfig};
@@ -321,7 +322,12 @@ pub struct Control {
     limit: Duration,
     exchange: String,
     channel: String,
-    client: Mutex<Option<Client>>,
+    client: Mutex<Option<Kept>>,
+}
+
+struct Kept {
+    client: Client,
+    ready: bool,
 }
 
 impl fmt::Debug for Control {
@@ -352,33 +358,56 @@ fn client_config(url: &BrokerUrl, tls: Option<&tls::Client>) -> Config {
 impl Control {
     pub(super) async fn broadcast(&self, command: Broadcast) -> Result<(), Error> {
         let envelope = command.envelope(&self.exchange, &Uuid::new_v4().to_string());
-        let mut kept = self.client.lock().await;
-        let client = match kept.take() {
-            Some(client) => client,
-            None => self.connect().await?,
-        };
+        let client = self.client().await?;
         let published: Result<i64, _> = client.publish(self.channel.as_str(), envelope).await;
-        match published {
-            Ok(_) => {
-                *kept = Some(client);
-                Ok(())
-            }
+        self.answered(published, &format!("PUBLISH {}", self.channel)).await
+    }
+
+    /// A server that refuses the PING has answered it, too.
+    pub(super) async fn pulse(&self) -> Result<(), Error> {
+        let client = self.client().await?;
+        let answer: Result<String, _> = client.ping(None).await;
+        match answer {
+            Err(error) if matches!(error.kind(), ErrorKind::Auth | ErrorKind::Unknown | ErrorKind::Protocol) => Ok(()),
+            answer => self.answered(answer, "PING").await,
+        }
+    }
+
+    async fn answered<T>(&self, answer: Result<T, fred::error::Error>, what: &str) -> Result<(), Error> {
+        match answer {
+            Ok(_) => Ok(()),
             Err(error) => {
-                let _ = client.quit().await;
-                Err(refused(&error, &format!("PUBLISH {}", self.channel)))
+                self.close().await;
+                Err(refused(&error, what))
             }
         }
     }
 
     /// A fred client that is merely dropped keeps its connection.
     pub(super) async fn close(&self) {
-        if let Some(client) = self.client.lock().await.take() {
+        if let Some(kept) = self.client.lock().await.take() {
             // It ends either way.
-            let _ = client.quit().await;
+            let _ = kept.client.quit().await;
         }
     }
 
-    async fn connect(&self) -> Result<Client, Error> {
+    /// The client, connected. It is kept before it is connected, so that one given up on the way can be closed.
+    async fn client(&self) -> Result<Client, Error> {
+        let mut kept = self.client.lock().await;
+        if let Some(kept) = kept.as_ref().filter(|kept| kept.ready) {
+            return Ok(kept.client.clone());
+        }
+        if let Some(kept) = kept.take() {
+            let _ = kept.client.quit().await;
+        }
+        let client = self.new_client();
+        *kept = Some(Kept { client: client.clone(), ready: false });
+        client.init().await.map_err(|error| refused(&error, "a second connection, for broadcasts"))?;
+        *kept = Some(Kept { client: client.clone(), ready: true });
+        Ok(client)
+    }
+
+    fn new_client(&self) -> Client {
         let performance = PerformanceConfig { default_command_timeout: self.limit, ..PerformanceConfig::default() };
         let connection = ConnectionConfig {
             connection_timeout: self.limit,
@@ -386,9 +415,7 @@ impl Control {
             max_command_attempts: 1,
             ..ConnectionConfig::default()
         };
-        let client = Client::new(self.config.clone(), Some(performance), Some(connection), None);
-        client.init().await.map_err(|error| refused(&error, "a second connection, for broadcasts"))?;
-        Ok(client)
+        Client::new(self.config.clone(), Some(performance), Some(connection), None)
     }
 }
 

@@ -358,11 +358,8 @@ struct LoadAverage(Option<[f64; 3]>);
 
 impl<'de> Deserialize<'de> for LoadAverage {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let serde_json::Value::Array(values) = serde_json::Value::deserialize(deserializer)? else {
-            return Ok(Self(None));
-        };
-        let numbers: Option<Vec<f64>> = values.iter().map(serde_json::Value::as_f64).collect();
-        Ok(Self(numbers.and_then(|numbers| numbers.try_into().ok())))
+        let text = <&RawValue>::deserialize(deserializer)?;
+        Ok(Self(serde_json::from_str(text.get()).ok()))
     }
 }
 

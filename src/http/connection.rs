@@ -31,7 +31,7 @@ const MAX_HEAD: usize = 16 << 10;
 enum Phase {
     /// Waiting for a request.
     Resting,
-    /// A request has begun to come.
+    /// A request has begun to come, or the connection is new: nobody connects for nothing.
     Head,
     /// A response is being made or sent.
     Responding,
@@ -122,7 +122,7 @@ pub async fn serve(listener: TcpListener, endpoints: Arc<Endpoints>, mut stop: w
                     _ = stop.wait_for(|stop| *stop) => break,
                 }
                 next_id += 1;
-                let (sender, _) = watch::channel((Phase::Resting, Instant::now()));
+                let (sender, _) = watch::channel((Phase::Head, Instant::now()));
                 let connection = Arc::new(Connection { watch: Watch(sender), close: Notify::new() });
                 table.lock().insert(next_id, Arc::clone(&connection));
                 tokio::spawn(run(
@@ -168,7 +168,8 @@ async fn run(
         }
     });
     let io = TokioIo::new(Watched { stream, connection: Arc::clone(&connection) });
-    let mut serving = std::pin::pin!(http1::Builder::new().max_buf_size(MAX_HEAD).serve_connection(io, service));
+    let mut serving =
+        std::pin::pin!(http1::Builder::new().half_close(true).max_buf_size(MAX_HEAD).serve_connection(io, service));
     let mut stopping = false;
     loop {
         tokio::select! {

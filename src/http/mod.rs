@@ -6,15 +6,16 @@ mod negotiate;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 use hyper::header::{ACCEPT, ACCEPT_ENCODING, ALLOW, CONTENT_ENCODING, CONTENT_TYPE, HeaderValue, VARY};
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 
 use crate::ingest::Asker;
+use crate::metrics::Snapshot;
 use crate::metrics::text::Exposition;
 use crate::settings::Settings;
 use crate::telemetry::{BrokerStatus, Health, Telemetry};
@@ -23,19 +24,30 @@ use body::Payload;
 
 pub use connection::serve;
 
+/// How long scrapes share a copy of the numbers that is still being sent.
+const SHARED_FOR: Duration = Duration::from_secs(1);
+
 /// What the endpoints answer from.
 pub struct Endpoints {
-    /// To the ingest loop.
-    pub asker: Asker,
-    /// The settings in force; live ones may change.
-    pub settings: watch::Receiver<Arc<Settings>>,
-    /// The exporter's own metrics.
-    pub telemetry: Arc<Telemetry>,
-    /// The facts behind `/healthz`.
-    pub health: Arc<Health>,
+    asker: Asker,
+    settings: watch::Receiver<Arc<Settings>>,
+    telemetry: Arc<Telemetry>,
+    health: Arc<Health>,
+    last: Mutex<Option<(Instant, Weak<Snapshot>)>>,
 }
 
 impl Endpoints {
+    /// Over the ingest loop, the settings in force, the exporter's own metrics and the facts behind `/healthz`.
+    #[must_use]
+    pub fn new(
+        asker: Asker,
+        settings: watch::Receiver<Arc<Settings>>,
+        telemetry: Arc<Telemetry>,
+        health: Arc<Health>,
+    ) -> Self {
+        Self { asker, settings, telemetry, health, last: Mutex::new(None) }
+    }
+
     async fn respond<B>(&self, request: Request<B>) -> Result<Response<Payload>, Infallible> {
         let path = request.uri().path();
         if !matches!(path, "/metrics" | "/healthz") {
@@ -47,7 +59,10 @@ impl Endpoints {
             return Ok(response);
         }
         if path == "/healthz" {
-            let ready = request.uri().query().is_some_and(|query| query.split('&').any(|name| name == "ready"));
+            let ready = request
+                .uri()
+                .query()
+                .is_some_and(|query| query.split('&').any(|pair| pair.split('=').next() == Some("ready")));
             return Ok(self.healthz(ready));
         }
         Ok(self.metrics(request.method(), request.headers()).await)
@@ -59,7 +74,7 @@ impl Endpoints {
         let mut response = if method == Method::HEAD {
             Response::new(Payload::empty())
         } else {
-            let Some(snapshot) = self.asker.snapshot().await else {
+            let Some(snapshot) = self.snapshot().await else {
                 return text(StatusCode::SERVICE_UNAVAILABLE, "The exporter is stopping.\n");
             };
             let own = if self.settings.borrow().metrics.self_metrics { self.telemetry.gather() } else { Vec::new() };
@@ -72,6 +87,21 @@ impl Endpoints {
             headers.insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
         }
         response
+    }
+
+    /// A copy of the numbers. Scrapes that come while another is being sent share its copy for a second, so that slow
+    /// readers do not hold one each.
+    async fn snapshot(&self) -> Option<Arc<Snapshot>> {
+        let mut last = self.last.lock().await;
+        if let Some((taken, snapshot)) = &*last
+            && taken.elapsed() < SHARED_FOR
+            && let Some(snapshot) = snapshot.upgrade()
+        {
+            return Some(snapshot);
+        }
+        let snapshot = self.asker.snapshot().await?;
+        *last = Some((Instant::now(), Arc::downgrade(&snapshot)));
+        Some(snapshot)
     }
 
     fn healthz(&self, ready: bool) -> Response<Payload> {

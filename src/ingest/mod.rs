@@ -5,7 +5,6 @@ mod ask;
 mod attention;
 mod recent;
 
-use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
@@ -21,7 +20,7 @@ pub use ask::{Asker, Query, Reply};
 
 use crate::broker::{Batch, Message, Wire};
 use crate::celery::envelope::Refusal;
-use crate::celery::{Event, Reject, envelope, event};
+use crate::celery::{Event, envelope, event};
 use crate::metrics::{Copying, Snapshot};
 use crate::quiet::Quiet;
 use crate::session::{Ack, Arrival};
@@ -78,8 +77,7 @@ struct Work {
     copying: Option<(Copying, Vec<Reply<Arc<Snapshot>>>)>,
     base64: Vec<u8>,
     recent: Recent,
-    quiet: HashMap<Reject, Quiet>,
-    panics: Quiet,
+    quiet: Quiet,
 }
 
 impl Work {
@@ -101,8 +99,7 @@ impl Work {
             copying: None,
             base64: Vec::new(),
             recent: Recent::new(settings),
-            quiet: HashMap::new(),
-            panics: Quiet::default(),
+            quiet: Quiet::default(),
         }
     }
 
@@ -143,6 +140,7 @@ impl Work {
                 self.session = session;
                 self.attention.listening = true;
                 self.attention.behind = false;
+                self.attention.pulse = Instant::now();
                 self.connected_at = Some(self.attention.elapsed);
                 self.heard_since_connect = false;
                 if !continues {
@@ -155,8 +153,11 @@ impl Work {
                 self.connected_at = None;
             }
             Arrival::Behind(behind) => self.attention.behind = behind,
-            Arrival::Dropped(_) => self.state.gap(),
+            Arrival::Pulse(at) => self.attention.pulse = at,
+            Arrival::Dropped => self.state.gap(),
             Arrival::Batch(batch, room) => {
+                self.heard_since_connect = true;
+                self.attention.pulse = self.attention.pulse.max(batch.arrived);
                 self.batch(&batch);
                 drop(room);
             }
@@ -218,7 +219,6 @@ impl Work {
         });
         self.io.telemetry.events.inc_by(count);
         if let Some(timestamp) = last {
-            self.heard_since_connect = true;
             self.io.health.heard_event();
             self.io.telemetry.event_lag.set(unix_now() - timestamp);
         }
@@ -228,7 +228,7 @@ impl Work {
         for observer in &mut self.io.observers {
             if catch_unwind(AssertUnwindSafe(|| observer(event))).is_err() {
                 self.io.telemetry.observer_panics.inc();
-                if let Some(kept_back) = self.panics.speak() {
+                if let Some(kept_back) = self.quiet.speak("panic") {
                     tracing::error!(kept_back, event = &*event.name_of_type, "the observer panicked");
                 }
             }
@@ -237,7 +237,7 @@ impl Work {
 
     fn reject(&mut self, refusal: &Refusal, bytes: &[u8]) {
         self.io.telemetry.rejected(refusal.reason).inc();
-        if let Some(kept_back) = self.quiet.entry(refusal.reason).or_default().speak() {
+        if let Some(kept_back) = self.quiet.speak(refusal.reason.as_str()) {
             let beginning = bytes[..bytes.len().min(64)].escape_ascii();
             let (reason, name) = (refusal.reason.as_str(), refusal.name.as_deref());
             tracing::warn!(reason, name, %beginning, kept_back, "a message or event is skipped");
@@ -299,11 +299,10 @@ impl Work {
             .mute_workers(self.attention.elapsed)
             .into_iter()
             .take(10)
-            .map(|worker| {
+            .map(|hostname| {
                 format!(
-                    "{} processes tasks but sends no task events: start it with -E, set worker_send_task_events, or \
-                     leave events.enable_events on and let it read its control queue",
-                    worker.hostname
+                    "{hostname} processes tasks but sends no task events: start it with -E, set worker_send_task_events, or \
+                     leave events.enable_events on and let it read its control queue"
                 )
             })
             .collect();

@@ -43,10 +43,14 @@ pub struct Series {
     index: HashMap<(WorkerRow, u32), PairId, RandomState>,
     max_pairs: usize,
     capped: bool,
+    /// How many rows have ever been made.
+    pub(super) made: u64,
 }
 
 #[derive(Debug)]
 pub(super) struct Worker {
+    /// Its number among the rows ever made.
+    pub(super) number: u64,
     pub(super) label: Arc<str>,
     pub(super) online: Option<bool>,
     pub(super) executing: Option<f64>,
@@ -58,6 +62,8 @@ pub(super) struct Worker {
 
 #[derive(Debug)]
 pub(super) struct Pair {
+    /// Its number among the rows ever made.
+    pub(super) number: u64,
     /// `task="…",worker="…"`; `split` is where the comma stands.
     pub(super) label: Arc<str>,
     pub(super) split: u32,
@@ -81,6 +87,7 @@ impl Series {
             index: HashMap::default(),
             max_pairs,
             capped: false,
+            made: 0,
         }
     }
 
@@ -94,7 +101,9 @@ impl Series {
     pub fn add_worker(&mut self, text: &str) -> WorkerRow {
         let mut label = String::with_capacity(text.len() + 10);
         label::append(&mut label, "worker", text);
+        self.made += 1;
         let worker = Worker {
+            number: self.made,
             label: label.into(),
             text: text.into(),
             online: None,
@@ -128,17 +137,20 @@ impl Series {
     /// A row for a pair that [`Series::find_pair`] does not know, and whether it holds the task's name: beyond the bound
     /// it is the worker's row under task `(other)`.
     pub fn add_pair(&mut self, row: WorkerRow, task: TaskLabel) -> (PairId, bool) {
-        if self.pairs.len() < self.max_pairs {
+        if self.pairs.len() < self.max_pairs && task.text != OTHER {
             let pair = self.make_pair(row, task.text, Some(task.id));
             self.index.insert((row, task.id), pair);
             return (pair, true);
         }
-        self.warn_capped();
+        if task.text != OTHER {
+            self.warn_capped();
+        }
         let pair = self.workers[row.0 as usize].other.unwrap_or_else(|| self.make_pair(row, OTHER, None));
         (pair, false)
     }
 
     fn make_pair(&mut self, row: WorkerRow, text: &str, task: Option<u32>) -> PairId {
+        self.made += 1;
         let worker = &mut self.workers[row.0 as usize];
         let mut label = String::with_capacity(text.len() + worker.text.len() + 20);
         label::append(&mut label, "task", text);
@@ -146,6 +158,7 @@ impl Series {
         label.push(',');
         label::append(&mut label, "worker", &worker.text);
         let id = PairId(small(self.pairs.insert(Pair {
+            number: self.made,
             label: label.into(),
             split,
             events: Vec::new(),
@@ -283,7 +296,8 @@ impl Types {
         let name = cut(name);
         let id = match self.ids.get(&*name) {
             Some(id) => *id,
-            None if self.labels.len() < MAX_TYPES => self.add(&name),
+            // Celery's own types are few.
+            None if self.labels.len() < MAX_TYPES || kind != EventKind::TaskCustom => self.add(&name),
             None => self.other(),
         };
         if let Some(known) = self.known.get_mut(kind as usize) {
@@ -302,7 +316,7 @@ impl Types {
     fn add(&mut self, name: &str) -> u8 {
         let mut label = String::new();
         label::append(&mut label, "type", name);
-        #[allow(clippy::cast_possible_truncation, reason = "at most 65 types")]
+        #[allow(clippy::cast_possible_truncation, reason = "at most 74 types")]
         let id = self.labels.len() as u8;
         self.labels.push(label.into());
         self.ids.insert(name.into(), id);

@@ -51,12 +51,15 @@ impl Snapshot {
     }
 }
 
-/// A copy under way. Series that come or go between two slices are in it or not; each row is copied whole.
+/// A copy under way. Series that go between two slices are in it or not, those that come are not: one that goes and
+/// comes back would be in it twice. Each row is copied whole.
 #[derive(Debug)]
 pub struct Copying {
     snapshot: Snapshot,
     next_worker: usize,
     next_pair: usize,
+    /// Rows made later are left out.
+    made: u64,
 }
 
 impl Copying {
@@ -72,7 +75,7 @@ impl Copying {
             buckets: Vec::new(),
             sums: Vec::new(),
         };
-        Self { snapshot, next_worker: 0, next_pair: 0 }
+        Self { snapshot, next_worker: 0, next_pair: 0, made: series.made }
     }
 
     /// Copies at most `rows` rows more. Whether all are copied.
@@ -80,14 +83,14 @@ impl Copying {
         let end = (self.next_worker + rows).min(series.workers.capacity());
         let left = rows - (end - self.next_worker);
         for slot in self.next_worker..end {
-            if let Some(worker) = series.workers.get(slot) {
+            if let Some(worker) = series.workers.get(slot).filter(|worker| worker.number <= self.made) {
                 self.snapshot.workers.push(WorkerSample::of(worker));
             }
         }
         self.next_worker = end;
         let end = (self.next_pair + left).min(series.pairs.capacity());
         for slot in self.next_pair..end {
-            if let Some(pair) = series.pairs.get(slot) {
+            if let Some(pair) = series.pairs.get(slot).filter(|pair| pair.number <= self.made) {
                 self.snapshot.push_pair(pair);
             }
         }
@@ -128,7 +131,7 @@ impl WorkerSample {
     }
 }
 
-#[allow(clippy::cast_possible_truncation, reason = "pairs are bounded at 10 million, types at 65")]
+#[allow(clippy::cast_possible_truncation, reason = "pairs are bounded at 10 million, types at 74")]
 fn small(number: usize) -> u32 {
     number as u32
 }

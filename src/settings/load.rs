@@ -115,6 +115,9 @@ pub(super) fn load_from(
         match name.strip_prefix(PREFIX) {
             Some("CONFIG") if !value.is_empty() => named_file = Some(PathBuf::from(value)),
             Some(rest) if rest.contains("__") => {
+                if rest.eq_ignore_ascii_case("BROKER__URL") {
+                    variables.insert(0, variable_layer(&name, "BROKER__URL_FILE", OsStr::new(""))?);
+                }
                 variables.push(variable_layer(&name, rest, &value)?);
             }
             _ => {}
@@ -264,6 +267,8 @@ fn list(text: &str, item: fn(&str) -> Value) -> Value {
 fn option_layers(cli: &Cli) -> impl Iterator<Item = Layer> {
     let options = [
         ("broker.url", "--broker", cli.broker.as_ref().map(Secret::expose)),
+        // A URL of a later layer replaces the file of an earlier one.
+        ("broker.url_file", "--broker", cli.broker.as_ref().map(|_| "")),
         ("http.listen", "--listen", cli.listen.as_deref()),
         ("log.level", "--log-level", cli.log_level.as_deref()),
         ("log.format", "--log-format", cli.log_format.as_deref()),

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use names::{NameId, Names};
 use tasks::{Task, TaskId, Tasks};
-use workers::{Presence, Workers};
+use workers::{Mute, Presence, Workers};
 
 pub use tasks::{TaskState, TaskView};
 pub use workers::{WorkerId, WorkerView};
@@ -44,13 +44,6 @@ pub struct Timeouts {
     pub purge_offline_workers: Option<Duration>,
 }
 
-/// A worker that works without sending task events.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MuteWorker {
-    /// Its hostname.
-    pub hostname: String,
-}
-
 /// How long `processed` must have been rising without a task event before a worker is called mute.
 const MUTE_AFTER: Duration = Duration::from_secs(60);
 
@@ -63,6 +56,7 @@ pub struct State {
     series: Series,
     /// The row of worker `(other)`, which has totals and no gauges.
     other: Option<WorkerRow>,
+    said_full: bool,
 }
 
 /// Who sent an event: a worker we hold, or one of those beyond the bound.
@@ -82,6 +76,7 @@ impl State {
             tasks: Tasks::new(limits.max_tasks),
             series: Series::new(&limits.buckets, limits.max_label_pairs),
             other: None,
+            said_full: false,
         }
     }
 
@@ -126,6 +121,7 @@ impl State {
         if event.kind.is_task() && event.kind != EventKind::TaskCustom {
             let slot = self.task(&event.uuid);
             self.learn_task(slot, event);
+            self.tasks.relist(slot);
         }
     }
 
@@ -133,12 +129,14 @@ impl State {
         let is_client = event.kind == EventKind::TaskSent;
         let sender = self.sender(event, !is_client, now);
         let slot = self.task(&event.uuid);
+        self.tasks.get_mut(slot).is_ours = true;
         if event.kind != EventKind::TaskCustom {
             self.learn_task(slot, event);
         }
         let pair = self.pair(sender, slot, event);
         self.series.count_event(pair, event.kind, &event.name_of_type);
         if event.kind == EventKind::TaskCustom {
+            self.tasks.relist(slot);
             return;
         }
         if let Some(seconds) = event.runtime.filter(|seconds| *seconds > 0.0) {
@@ -153,7 +151,11 @@ impl State {
     /// The sender of an event, heard now.
     #[inline]
     fn sender(&mut self, event: &Event, is_worker: bool, now: Duration) -> Sender {
+        if event.hostname == OTHER {
+            return Sender::Other;
+        }
         let Some(slot) = self.workers.find(&event.hostname).or_else(|| self.add_worker(&event.hostname, now)) else {
+            self.warn_full();
             return Sender::Other;
         };
         let worker = &mut self.workers[slot];
@@ -253,10 +255,13 @@ impl State {
     }
 
     fn other_row(&mut self) -> WorkerRow {
-        *self.other.get_or_insert_with(|| {
+        *self.other.get_or_insert_with(|| self.series.add_worker(OTHER))
+    }
+
+    fn warn_full(&mut self) {
+        if !std::mem::replace(&mut self.said_full, true) {
             tracing::warn!("the hostnames reached state.max_workers: new ones are recorded under worker {OTHER}");
-            self.series.add_worker(OTHER)
-        })
+        }
     }
 
     fn apply_worker(&mut self, event: &Event, now: Duration) {
@@ -292,22 +297,20 @@ impl State {
     /// Remembers since when a worker's `processed` rises without a task event.
     fn watch_mute(&mut self, slot: usize, now: Duration) {
         let worker = &mut self.workers[slot];
-        match (worker.mute, worker.processed) {
-            (None, Some(processed)) => worker.mute = Some((now, processed)),
-            (Some((_, before)), Some(processed)) if processed < before => worker.mute = Some((now, processed)),
-            _ => {}
+        let rising = matches!((&worker.mute, worker.processed), (Some(mute), Some(now)) if now > mute.processed);
+        if !rising {
+            worker.mute = worker.processed.map(|processed| Mute { since: now, processed });
         }
     }
 
-    /// The workers that have processed tasks for a minute without sending an event of one.
+    /// The hostnames of the workers that have processed tasks for a minute without sending an event of one.
     #[must_use]
-    pub fn mute_workers(&self, now: Duration) -> Vec<MuteWorker> {
+    pub fn mute_workers(&self, now: Duration) -> Vec<String> {
         let is_mute = |worker: &&workers::Worker| {
-            matches!((worker.mute, worker.processed), (Some((since, before)), Some(processed))
-                if processed > before && now.saturating_sub(since) >= MUTE_AFTER)
+            matches!((&worker.mute, worker.processed), (Some(mute), Some(processed))
+                if processed > mute.processed && now.saturating_sub(mute.since) >= MUTE_AFTER)
         };
-        let mute = |worker: &workers::Worker| MuteWorker { hostname: worker.hostname.to_string() };
-        self.workers.iter().filter(is_mute).map(mute).collect()
+        self.workers.iter().filter(is_mute).map(|worker| worker.hostname.to_string()).collect()
     }
 
     /// Applies the timeouts. To be called a few times a second with the same clock as the events.
@@ -318,7 +321,9 @@ impl State {
             if worker.presence == Presence::Online {
                 worker.presence = Presence::Worker;
             }
-            tracing::info!(worker = &*worker.hostname, "nothing heard from a worker for its timeout: offline");
+            if worker.presence != Presence::Offline {
+                tracing::info!(worker = &*worker.hostname, "nothing heard from a worker for its timeout: offline");
+            }
             let row = worker.row;
             self.empty_set(slot);
             self.series.lose_worker(row);
@@ -334,6 +339,8 @@ impl State {
         let Self { workers, series, .. } = self;
         for worker in workers.iter_mut() {
             worker.epoch = worker.epoch.wrapping_add(1);
+            // Its task events may be among the missing ones.
+            worker.mute = None;
             series.empty_prefetched(worker.row);
         }
     }

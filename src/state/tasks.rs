@@ -113,6 +113,8 @@ pub(super) struct Task {
     /// Who started it last, at `last_start`.
     pub(super) last_runner: WorkerId,
     pub(super) last_start: f64,
+    /// An event of it was counted here; otherwise only its name is of use.
+    pub(super) is_ours: bool,
     older: u32,
     newer: u32,
     listed_finished: bool,
@@ -137,6 +139,7 @@ impl Task {
             run: None,
             last_runner: WorkerId::NONE,
             last_start: 0.0,
+            is_ours: false,
             older: NOBODY,
             newer: NOBODY,
             listed_finished: false,
@@ -247,7 +250,7 @@ impl Tasks {
     /// Moves a task to the list of its state, where it is the newest.
     pub(super) fn relist(&mut self, slot: u32) {
         let task = self.get(slot);
-        let finished = task.state.is_finished();
+        let finished = task.state.is_finished() || !task.is_ours;
         if finished != task.listed_finished {
             self.unlink(slot);
             self.link(slot, finished);

@@ -35,6 +35,15 @@ pub enum Presence {
     Offline,
 }
 
+/// The last heartbeat before `processed` rose, without a task event since.
+#[derive(Clone, Copy, Debug)]
+pub struct Mute {
+    /// When it came in.
+    pub since: Duration,
+    /// What it said.
+    pub processed: f64,
+}
+
 /// One hostname.
 #[derive(Debug)]
 pub struct Worker {
@@ -64,8 +73,8 @@ pub struct Worker {
     pub software: [Option<Box<str>>; 3],
     /// Events by type.
     pub events: Vec<(Box<str>, u64)>,
-    /// Since when, and from which `processed` on, it works without sending task events.
-    pub mute: Option<(Duration, f64)>,
+    /// Its heartbeats since its last task event.
+    pub mute: Option<Mute>,
 }
 
 impl Worker {
@@ -144,8 +153,8 @@ pub struct Workers {
     last: usize,
     next_id: u32,
     max: usize,
-    /// Slots to evict next, worst last, as of the last look at all workers.
-    victims: Vec<(u32, WorkerId)>,
+    /// Slots to evict next, worst last, all of one kind, as of the last look at all workers.
+    victims: Vec<(u32, WorkerId, u8)>,
 }
 
 impl Workers {
@@ -184,6 +193,8 @@ impl Workers {
         #[allow(clippy::cast_possible_truncation, reason = "at most a million workers")]
         let small = slot as u32;
         let hash = self.hasher.hash_one(&*hostname);
+        // It begins as a client, and those give way first.
+        self.victims.retain(|(.., kind)| *kind == 0);
         self.index.insert_unique(hash, small, |slot| self.hasher.hash_one(&*self.slots[*slot as usize].hostname));
         self.slot_of.insert(id, small);
         slot
@@ -199,9 +210,9 @@ impl Workers {
         if self.victims.is_empty() {
             self.look_for_victims();
         }
-        while let Some((slot, id)) = self.victims.pop() {
+        while let Some((slot, id, kind)) = self.victims.pop() {
             let still = self.slots.get(slot as usize);
-            if still.is_some_and(|worker| worker.id == id && worker.dispensable().is_some()) {
+            if still.is_some_and(|worker| worker.id == id && worker.dispensable() == Some(kind)) {
                 return Some(slot as usize);
             }
         }
@@ -215,9 +226,11 @@ impl Workers {
             .filter_map(|(slot, worker)| Some((worker.dispensable()?, worker.heard, slot, worker.id)))
             .collect();
         ranked.sort_unstable_by_key(|(kind, heard, ..)| (*kind, *heard));
-        ranked.truncate(self.max / 16 + 1);
+        let first = ranked.first().map(|(kind, ..)| *kind);
+        let of_first_kind = ranked.iter().take_while(|(kind, ..)| Some(*kind) == first).take(self.max / 16 + 1);
         #[allow(clippy::cast_possible_truncation, reason = "at most a million workers")]
-        self.victims.extend(ranked.iter().rev().map(|(_, _, slot, id)| (*slot as u32, *id)));
+        self.victims.extend(of_first_kind.map(|(kind, _, slot, id)| (*slot as u32, *id, *kind)));
+        self.victims.reverse();
     }
 
     /// Forgets a worker.

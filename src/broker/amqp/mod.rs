@@ -4,8 +4,11 @@ mod topology;
 
 use std::borrow::Cow;
 use std::fmt;
-use std::time::Duration;
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::AsFd;
 
+use async_compat::Compat;
 use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt};
 use lapin::message::Delivery;
@@ -18,6 +21,7 @@ use lapin::tcp::RustlsConnector;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo};
 use lapin::{AsyncTcpStream, BasicProperties, Channel, Connection, ConnectionProperties, Consumer, ExchangeKind};
+use tokio::net::TcpStream;
 use tokio::sync::Mutex;
 
 use topology::Topology;
@@ -41,6 +45,8 @@ pub struct Subscription {
     exchange: String,
     queue: String,
     continues: bool,
+    /// How it ended, told after the last messages.
+    failed: Option<Error>,
 }
 
 impl fmt::Debug for Subscription {
@@ -56,6 +62,8 @@ pub struct Control {
     publishing: Mutex<Option<Channel>>,
     topology: Topology,
     pidbox: String,
+    prefetch: u16,
+    _leash: Leash,
 }
 
 impl fmt::Debug for Control {
@@ -69,14 +77,7 @@ pub(super) async fn connect(
     settings: &Settings,
     tls: Option<&tls::Client>,
 ) -> Result<(Subscription, Control), Error> {
-    let name = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
-    let properties = ConnectionProperties::default().with_connection_name(name.into());
-    let uri = uri(url, settings);
-    let connection = match tls {
-        None => Connection::connect_uri(uri, properties).await,
-        Some(tls) => connect_by_tls(uri, properties, tls, settings.broker.connect_timeout).await,
-    };
-    let connection = connection.map_err(failed)?;
+    let (connection, leash) = open(url, settings, tls).await?;
     let topology = Topology::find(&connection, settings).await?;
     let consuming = connection.create_channel().await.map_err(failed)?;
     topology.declare(&consuming).await?;
@@ -94,31 +95,57 @@ pub(super) async fn connect(
         exchange: topology.exchange.to_string(),
         queue: topology.queue.to_string(),
         continues: topology.continues,
+        failed: None,
     };
     let pidbox = format!("{}.pidbox", settings.events.control_exchange);
-    Ok((subscription, Control { connection, consuming, publishing: Mutex::new(None), topology, pidbox }))
+    let publishing = Mutex::new(None);
+    Ok((subscription, Control { connection, consuming, publishing, topology, pidbox, prefetch, _leash: leash }))
 }
 
-async fn connect_by_tls(
-    uri: AMQPUri,
-    properties: ConnectionProperties,
-    tls: &tls::Client,
-    limit: Duration,
-) -> lapin::Result<Connection> {
-    let connector = RustlsConnector::from(tls.config());
-    let runtime = lapin::runtime::default_runtime()?;
-    let connect = Connection::connector(
-        uri,
-        runtime,
-        async move |uri, runtime| {
-            let AMQPAuthority { host, port, .. } = uri.authority;
-            let addresses = runtime.to_socket_addrs((host.clone(), port));
-            let stream = AsyncTcpStream::connect(&runtime, addresses).await?;
-            Ok(tls::within(limit, stream.into_rustls(&connector, tls::server_name(&host))).await?)
-        },
-        properties,
-    );
-    connect.await
+/// Makes the connection on a socket of our own. A connection that lapin has begun and we have given up would keep its
+/// thread and its socket for as long as the other side is silent; the [`Leash`] cuts it.
+async fn open(url: &BrokerUrl, settings: &Settings, tls: Option<&tls::Client>) -> Result<(Connection, Leash), Error> {
+    let name = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
+    let properties = ConnectionProperties::default().with_connection_name(name.into());
+    let uri = uri(url, settings);
+    let AMQPAuthority { host, port, .. } = &uri.authority;
+    let lost = |error: io::Error| Error::Lost(error.to_string());
+    let socket = TcpStream::connect((host.as_str(), *port)).await.map_err(lost)?;
+    socket.set_nodelay(true).map_err(lost)?;
+    let leash = Leash::on(&socket).map_err(lost)?;
+    let socket = std::sync::Mutex::new(Some(socket));
+    let (connector, limit) = (tls.map(|tls| RustlsConnector::from(tls.config())), settings.broker.connect_timeout);
+    let connect = async move |uri: AMQPUri, _| {
+        let socket = socket.lock().ok().and_then(|mut socket| socket.take());
+        let socket = socket.ok_or_else(|| io::Error::other("the connection is not made twice"))?;
+        let stream = AsyncTcpStream::Plain(Compat::new(socket));
+        match &connector {
+            None => Ok(stream),
+            Some(connector) => {
+                let name = tls::server_name(&uri.authority.host);
+                Ok(tls::within(limit, stream.into_rustls(connector, name)).await?)
+            }
+        }
+    };
+    let runtime = lapin::runtime::default_runtime().map_err(failed)?;
+    let connection = Connection::connector(uri, runtime, connect, properties).await.map_err(failed)?;
+    Ok((connection, leash))
+}
+
+/// Shuts a socket down when dropped, whoever else holds it.
+struct Leash(std::net::TcpStream);
+
+impl Leash {
+    fn on(socket: &TcpStream) -> io::Result<Self> {
+        Ok(Self(socket.as_fd().try_clone_to_owned()?.into()))
+    }
+}
+
+impl Drop for Leash {
+    fn drop(&mut self) {
+        // It may be down already.
+        let _ = self.0.shutdown(Shutdown::Both);
+    }
 }
 
 fn uri(url: &BrokerUrl, settings: &Settings) -> AMQPUri {
@@ -168,15 +195,26 @@ impl Subscription {
     }
 
     pub(super) async fn next(&mut self) -> Result<Batch, Error> {
+        if let Some(error) = self.failed.take() {
+            return Err(error);
+        }
         let first = self.consumer.next().await;
         let mut deliveries = vec![Self::delivery(first)?];
         let mut bytes = deliveries[0].data.len();
         while deliveries.len() < MAX_BATCH
             && bytes < self.max_batch_bytes
-            && let Some(Some(Ok(delivery))) = self.consumer.next().now_or_never()
+            && let Some(next) = self.consumer.next().now_or_never()
         {
-            bytes += delivery.data.len();
-            deliveries.push(delivery);
+            match Self::delivery(next) {
+                Ok(delivery) => {
+                    bytes += delivery.data.len();
+                    deliveries.push(delivery);
+                }
+                Err(error) => {
+                    self.failed = Some(error);
+                    break;
+                }
+            }
         }
         let ack = deliveries.last().map(|delivery| AckToken(delivery.delivery_tag));
         let messages = deliveries.into_iter().map(|delivery| self.message(delivery)).collect();
@@ -263,6 +301,11 @@ impl Control {
             .map_err(failed)?;
         confirmation.await.map_err(failed)?;
         Ok(())
+    }
+
+    /// Any question that changes nothing: here, the prefetch that is set already.
+    pub(super) async fn pulse(&self) -> Result<(), Error> {
+        self.consuming.basic_qos(self.prefetch, BasicQosOptions { global: false }).await.map_err(failed)
     }
 
     pub(super) async fn close(&self) {
