@@ -281,6 +281,7 @@ impl Ticker<'_> {
             error = acknowledge(&control, acks, number) => error,
             error = look_after(&control, settings.clone(), arrivals) => error,
             error = heartbeats(&control, settings) => error,
+            error = control.moved() => error,
         }
     }
 }

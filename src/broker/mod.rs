@@ -5,6 +5,8 @@
 
 mod amqp;
 mod redis;
+mod resp;
+mod sentinel;
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -97,6 +99,18 @@ pub enum Error {
     Silent(Duration),
 }
 
+impl Error {
+    /// The same, said of `subject`.
+    fn of(self, subject: &str) -> Self {
+        match self {
+            Self::Refused(problem) => Self::Refused(format!("{subject}: {problem}")),
+            Self::Lost(problem) => Self::Lost(format!("{subject}: {problem}")),
+            Self::Tls(problem) => Self::Tls(format!("{subject}: {problem}")),
+            silent @ Self::Silent(_) => silent,
+        }
+    }
+}
+
 impl From<&io::Error> for Error {
     fn from(error: &io::Error) -> Self {
         tls::explain(error).map_or_else(|| Self::Lost(error.to_string()), Self::Tls)
@@ -169,6 +183,15 @@ impl Control {
         match self {
             Self::Redis(_) => Ok(()),
             Self::Amqp(amqp) => amqp.acknowledge(token).await,
+        }
+    }
+
+    /// Ends once the broker is no longer the one to listen to: for Sentinel, when there is another master. Never
+    /// elsewhere.
+    pub async fn moved(&self) -> Error {
+        match self {
+            Self::Redis(redis) => Box::pin(redis.moved()).await,
+            Self::Amqp(_) => std::future::pending().await,
         }
     }
 

@@ -133,7 +133,7 @@ pub struct Redis {
     pub sentinel_username: Option<String>,
     /// Password at the Sentinels themselves.
     pub sentinel_password: Option<Secret>,
-    /// Name channels as kombu's Sentinel transport does.
+    /// Listen and send also under the names that kombu before 5.4 has on Sentinel.
     pub sentinel_fanout_compat: bool,
 }
 

@@ -433,7 +433,6 @@ fn a_url_file_wins_and_is_read_every_time() {
 #[test]
 fn features_to_come_are_refused_by_name() {
     for (file, expected) in [
-        ("broker.url = 'sentinel://h'", "broker.url: Sentinel"),
         ("broker.amqp.queue = 'q'", "broker.amqp.queue: a named queue"),
         ("state.persistent = true", "state.persistent: state that outlives the process"),
     ] {
@@ -463,6 +462,13 @@ fn tls_is_wanted_or_not() {
         let broker = settings(file, &[], &[]).broker;
         assert_eq!(broker.tls_for(&broker.urls().unwrap()[0]), expected, "{file}");
     }
+}
+
+#[test]
+fn sentinel_needs_the_name_of_its_master() {
+    let unset = "broker.redis.master_name: unset: expected the master's name, which sentinel:// needs";
+    assert_refused("broker.url = 'sentinel://h;sentinel://i'", &[], unset);
+    settings("broker = { url = 'sentinel://h', redis.master_name = 'm' }", &[], &[]);
 }
 
 #[test]
