@@ -211,13 +211,16 @@ impl Subscription {
     pub(super) async fn next(&mut self) -> Result<Batch, Error> {
         loop {
             let mut messages = self.parse()?;
+            if messages.is_empty() {
+                self.read_or_ping().await?;
+                continue;
+            }
             if let Some(seen) = &mut self.seen {
                 messages.retain(|message| seen.is_new(&message.bytes));
             }
             if !messages.is_empty() {
                 return Ok(Batch::new(messages, None));
             }
-            self.read_or_ping().await?;
         }
     }
 
