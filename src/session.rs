@@ -83,6 +83,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const PATIENCE: Duration = Duration::from_secs(1);
 /// More messages than this waiting at the broker: what we hear is old news.
 const MANY_WAITING: u32 = 1000;
+/// Every worker answers a `heartbeat`: however short its timeout, it is not asked more often.
+const HEARTBEAT_PAUSE: Duration = Duration::from_millis(200);
 const FOR_EVER: Duration = Duration::from_secs(365 * 86_400);
 
 impl Session {
@@ -338,6 +340,7 @@ impl Ticker<'_> {
             error = look_after(control, settings.clone(), arrivals, health) => error,
             error = heartbeats(control, settings) => error,
             error = pulse(control, arrivals) => error,
+            error = control.moved() => error,
         }
     }
 }
@@ -416,7 +419,7 @@ async fn heartbeats(control: &Control, mut settings: watch::Receiver<Arc<Setting
         }
         first = false;
         let changed = |now: &Settings| (now.events.enable_events, now.state.worker_timeout) != (enabled, timeout);
-        pause(timeout.map_or(FOR_EVER, |timeout| timeout / 3), &mut settings, changed).await;
+        pause(timeout.map_or(FOR_EVER, |timeout| (timeout / 3).max(HEARTBEAT_PAUSE)), &mut settings, changed).await;
     }
 }
 

@@ -30,6 +30,7 @@ need() { [ -e "$1" ] || missing+=("$2"); }
 need /usr/bin/redis-server redis-server
 need /usr/bin/redis-cli redis-tools
 need /usr/lib/rabbitmq/bin/rabbitmq-server rabbitmq-server
+need /usr/bin/openssl openssl
 need /usr/bin/prometheus prometheus
 need /usr/bin/promtool prometheus
 /usr/bin/python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)

@@ -195,14 +195,7 @@ def test_transports_we_do_not_have(url):
     assert all(name in line for name in ("redis", "redis+socket", "amqp", "pyamqp"))
 
 
-NOT_YET = [
-    key("broker.url", "rediss://127.0.0.1/0"),
-    key("broker.url", "amqps://127.0.0.1//"),
-    {"broker": {"url": "sentinel://127.0.0.1:26379/0", "redis": {"master_name": "m"}}},
-    key("broker.tls.enabled", True),
-    key("broker.tls.ca_file", "/ca.pem"),
-    key("state.persistent", True),
-]
+NOT_YET = [key("state.persistent", True)]
 
 
 @pytest.mark.parametrize("settings", NOT_YET, ids=str)

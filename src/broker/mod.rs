@@ -5,6 +5,8 @@
 
 mod amqp;
 mod redis;
+mod resp;
+mod sentinel;
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -104,6 +106,18 @@ pub enum Error {
     /// No answer in time.
     #[error("no answer from the broker for {} s", .0.as_secs_f64())]
     Silent(Duration),
+}
+
+impl Error {
+    /// The same, said of `subject`.
+    fn of(self, subject: &str) -> Self {
+        match self {
+            Self::Refused(problem) => Self::Refused(format!("{subject}: {problem}")),
+            Self::Lost(problem) => Self::Lost(format!("{subject}: {problem}")),
+            Self::Tls(problem) => Self::Tls(format!("{subject}: {problem}")),
+            silent @ Self::Silent(_) => silent,
+        }
+    }
 }
 
 impl From<&io::Error> for Error {
@@ -207,6 +221,15 @@ impl Control {
         }
     }
 
+    /// Ends once the broker is no longer the one to listen to: for Sentinel, when there is another master. Never
+    /// elsewhere.
+    pub async fn moved(&self) -> Error {
+        match self {
+            Self::Redis(redis) => Box::pin(redis.moved()).await,
+            Self::Amqp(_) => std::future::pending().await,
+        }
+    }
+
     /// Makes sure that what the subscription hangs on is still there, and tells how the queue stands. Nobody tells a
     /// consumer that the exchange it was bound to is gone.
     ///
@@ -225,10 +248,12 @@ impl Control {
 /// # Errors
 /// The first mistake.
 pub fn check(settings: &Settings) -> Result<(), StartError> {
+    let mut verified = true;
     for url in settings.broker.urls()?.iter().filter(|url| settings.broker.tls_for(url)) {
-        if !tls::Client::new(url, &settings.broker.tls)?.verifies() {
-            tracing::warn!(broker = %url, "the broker's certificate is not verified: anyone can pose as the broker");
-        }
+        verified &= tls::Client::new(url, &settings.broker.tls)?.verifies();
+    }
+    if !verified {
+        tracing::warn!("the broker's certificate is not verified: anyone can pose as the broker");
     }
     Ok(())
 }

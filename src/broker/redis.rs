@@ -1,11 +1,11 @@
 //! Redis pub/sub, and what speaks its protocol.
 //!
-//! The subscription reads frames with fred's own codec, one layer below its client: that client hands messages out on a
-//! channel that drops them when its reader is slow, and shows neither the server's confirmation of a subscription nor
-//! its refusal. Broadcasts go through a fred client on a connection of their own.
+//! The subscription reads frames itself: fred's client hands messages out on a channel that drops them when its reader is
+//! slow, shows neither the server's confirmation of a subscription nor its refusal, and knows no bound for a message. Broadcasts go through a fred client on a connection of their own.
 
+use std::collections::{HashSet, VecDeque};
 use std::fmt;
-use std::io;
+use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 use std::time::Duration;
 
@@ -15,18 +15,16 @@ use fred::error::ErrorKind;
 use fred::interfaces::{ClientLike, PubsubInterface};
 use fred::types::RespVersion;
 use fred::types::config::{Config, ConnectionConfig, PerformanceConfig, Server, ServerConfig};
-use redis_protocol::resp2::decode::decode_range;
-use redis_protocol::resp2::types::RangeFrame;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsConnector;
 use uuid::Uuid;
 
+use super::resp::{Access, Connection, Frame, READ_SIZE, Scan, text};
+use super::sentinel::Sentinels;
 use super::{Batch, Error, Message, Wire};
-use crate::celery::{Broadcast, Reject};
-use crate::settings::url::Address;
+use crate::celery::{Broadcast, Reject, envelope};
+use crate::settings::url::{Address, Transport};
 use crate::settings::{BrokerUrl, FanoutPrefix, Settings};
 use crate::tls;
 
@@ -34,74 +32,84 @@ use crate::tls;
 const PING_AFTER: Duration = Duration::from_secs(5);
 /// A server from which no byte has come for this long is given up.
 const SILENCE: Duration = Duration::from_secs(15);
-/// Room for reading: below what allocators take from the system at each call.
-const READ_SIZE: usize = 64 << 10;
 /// Messages of one batch at most.
 const MAX_BATCH: usize = 1024;
-/// What a message's frame may hold beside its payload.
-const MAX_FRAME_HEAD: usize = 16 << 10;
+/// Bytes that are kept of a message that is too large.
+const SAMPLE: usize = 64;
 
-trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+/// Messages remembered where each comes in under two names, as many as kombu remembers.
+const REMEMBERED: usize = 1000;
 
 /// The receiving half: a connection in subscribed state.
 pub struct Subscription {
-    stream: Box<dyn Stream>,
-    buffer: BytesMut,
+    connection: Connection,
     max_message: usize,
     /// Bytes of an oversized message that are still to come and to be thrown away.
     skip: usize,
     last_byte: Instant,
     pinged: bool,
-    channel: Channel,
+    channels: Channels,
+    /// Where the Sentinels have led us.
+    master: Option<Address>,
+    /// With `sentinel_fanout_compat` only.
+    seen: Option<Seen>,
 }
 
 impl fmt::Debug for Subscription {
     fn fmt(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
-        formatter.debug_struct("Subscription").field("channel", &self.channel).finish_non_exhaustive()
+        formatter.debug_struct("Subscription").field("channels", &self.channels).finish_non_exhaustive()
     }
 }
 
-/// What is subscribed to: a pattern, or without kombu's `fanout_patterns` the channel itself.
+/// What is subscribed to: patterns, or without kombu's `fanout_patterns` the channels themselves.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Channel {
-    Pattern(String),
-    Plain(String),
+enum Channels {
+    Patterns(Vec<String>),
+    Plain(Vec<String>),
 }
 
-/// The name of a fanout exchange on Redis (`kombu.transport.redis`): `/{db}.` before it unless set otherwise.
-fn fanout_name(settings: &Settings, url: &BrokerUrl, exchange: &str) -> String {
+/// The names of a fanout exchange on Redis (`kombu.transport.redis`): one, with `/{db}.` before it unless set otherwise.
+/// With `sentinel_fanout_compat` also the one that kombu before 5.4 has on Sentinel, braces and all.
+fn fanout_names(settings: &Settings, url: &BrokerUrl, exchange: &str) -> Vec<String> {
     let redis = &settings.broker.redis;
-    let prefix = match &redis.fanout_prefix {
-        FanoutPrefix::On => format!("/{}.", url.db),
-        FanoutPrefix::Custom(text) => text.replace("{db}", &url.db.to_string()),
-        FanoutPrefix::Off => String::new(),
+    let template = match &redis.fanout_prefix {
+        FanoutPrefix::On => "/{db}.",
+        FanoutPrefix::Custom(text) => text,
+        FanoutPrefix::Off => "",
     };
-    format!("{}{prefix}{exchange}", redis.global_keyprefix)
+    let prefix = template.replace("{db}", &url.db.to_string());
+    let mut prefixes = vec![prefix.as_str()];
+    if redis.sentinel_fanout_compat && prefix != template {
+        prefixes.push(template);
+    }
+    prefixes.into_iter().map(|prefix| format!("{}{prefix}{exchange}", redis.global_keyprefix)).collect()
 }
 
-impl Channel {
+impl Channels {
     fn of(settings: &Settings, url: &BrokerUrl) -> Self {
-        let name = fanout_name(settings, url, &settings.events.exchange);
+        let names = fanout_names(settings, url, &settings.events.exchange);
         if !settings.broker.redis.fanout_patterns {
-            return Self::Plain(name);
+            return Self::Plain(names);
         }
-        let escaped: String = name
-            .chars()
-            .flat_map(|character| {
-                let special = matches!(character, '*' | '?' | '[' | ']' | '\\');
-                special.then_some('\\').into_iter().chain([character])
-            })
-            .collect();
-        Self::Pattern(format!("{escaped}/*"))
+        Self::Patterns(names.iter().map(|name| format!("{}/*", escaped(name))).collect())
     }
 
-    fn command(&self) -> [&str; 2] {
+    fn names(&self) -> &[String] {
         match self {
-            Self::Pattern(pattern) => ["PSUBSCRIBE", pattern],
-            Self::Plain(name) => ["SUBSCRIBE", name],
+            Self::Patterns(names) | Self::Plain(names) => names,
         }
     }
+
+    /// One command for all: its answers come before any message.
+    fn command(&self) -> Vec<&str> {
+        let verb = if matches!(self, Self::Patterns(_)) { "PSUBSCRIBE" } else { "SUBSCRIBE" };
+        [verb].into_iter().chain(self.names().iter().map(String::as_str)).collect()
+    }
+}
+
+fn escaped(name: &str) -> String {
+    let escape = |character| matches!(character, '*' | '?' | '[' | ']' | '\\').then_some('\\');
+    name.chars().flat_map(|character| escape(character).into_iter().chain([character])).collect()
 }
 
 /// Connects both halves.
@@ -110,84 +118,117 @@ pub(super) async fn connect(
     settings: &Settings,
     tls: Option<&tls::Client>,
 ) -> Result<(Subscription, Control), Error> {
-    let mut subscription = Subscription {
-        stream: open(&url.address, tls, settings.broker.connect_timeout).await.map_err(|error| Error::from(&error))?,
-        buffer: BytesMut::with_capacity(READ_SIZE),
+    let limit = settings.broker.connect_timeout;
+    let access = Access { username: url.username.clone(), password: url.password.clone(), tls: tls.cloned(), limit };
+    let (address, mut connection, sentinels) = if url.transport == Transport::Sentinel {
+        let sentinels = sentinels(url, settings, access)?;
+        let (master, connection) = sentinels.master().await?;
+        (master, connection, Some(sentinels))
+    } else {
+        (url.address.clone(), access.open(&url.address).await?, None)
+    };
+    let channels = Channels::of(settings, url);
+    subscribe(&mut connection, &channels).await?;
+    let subscription = Subscription {
+        connection,
         max_message: settings.events.max_message,
         skip: 0,
         last_byte: Instant::now(),
         pinged: false,
-        channel: Channel::of(settings, url),
+        master: sentinels.is_some().then(|| address.clone()),
+        seen: (channels.names().len() > 1).then(Seen::default),
+        channels,
     };
-    if let Some(password) = &url.password {
-        let user = url.username.as_deref();
-        let command: Vec<&str> = ["AUTH"].into_iter().chain(user).chain([password.expose()]).collect();
-        subscription.request(&command).await?;
-    }
-    let channel = subscription.channel.clone();
-    subscription.request(&channel.command()).await?;
-    let pidbox = fanout_name(settings, url, &format!("{}.pidbox", settings.events.control_exchange));
+    let exchange = format!("{}.pidbox", settings.events.control_exchange);
     let control = Control {
-        config: client_config(url, tls),
-        limit: settings.broker.connect_timeout,
-        exchange: format!("{}.pidbox", settings.events.control_exchange),
-        channel: pidbox,
+        config: client_config(url, &address, tls),
+        limit,
+        channels: fanout_names(settings, url, &exchange),
+        exchange,
         client: Mutex::new(None),
+        address,
+        sentinels,
     };
     Ok((subscription, control))
 }
 
-async fn open(address: &Address, tls: Option<&tls::Client>, limit: Duration) -> io::Result<Box<dyn Stream>> {
-    match address {
-        Address::Tcp { host, port } => {
-            let stream = TcpStream::connect((host.as_str(), *port)).await?;
-            stream.set_nodelay(true)?;
-            match tls {
-                Some(tls) => Ok(Box::new(tls.handshake(host, stream, limit).await?)),
-                None => Ok(Box::new(stream)),
-            }
+/// Subscribes, and sees that the server confirms it.
+async fn subscribe(connection: &mut Connection, channels: &Channels) -> Result<(), Error> {
+    let command = channels.command();
+    let answer = connection.request(&command).await?;
+    match answer.as_slice() {
+        [verb, name, ..] if verb.eq_ignore_ascii_case(command[0]) && name == command[1] => Ok(()),
+        _ => Err(Error::Refused(format!("{}: the server answers {answer:?}", command[0]))),
+    }
+}
+
+/// The whole set, beginning with the one at `url`. The `ssl_*` parameters of a URL are about the master, as in kombu.
+fn sentinels(url: &BrokerUrl, settings: &Settings, server: Access) -> Result<Sentinels, Error> {
+    let redis = &settings.broker.redis;
+    let urls = settings.broker.urls().map_err(|error| Error::Lost(error.to_string()))?;
+    let others = urls.iter().map(|url| url.address.clone()).filter(|address| *address != url.address);
+    Ok(Sentinels {
+        members: [url.address.clone()].into_iter().chain(others).collect(),
+        name: redis.master_name.clone().unwrap_or_default(),
+        access: Access {
+            username: redis.sentinel_username.clone(),
+            password: redis.sentinel_password.clone(),
+            tls: server.tls.clone().filter(|_| settings.broker.tls.enabled == Some(true)),
+            limit: server.limit,
+        },
+        server,
+    })
+}
+
+/// The messages that came in last, by their delivery tags.
+#[derive(Default)]
+struct Seen {
+    order: VecDeque<u64>,
+    hashes: HashSet<u64>,
+    hasher: RandomState,
+}
+
+impl Seen {
+    /// Whether this message has not come in before. One without a tag never has.
+    fn is_new(&mut self, payload: &[u8]) -> bool {
+        let Some(tag) = envelope::delivery_tag(payload) else { return true };
+        let hash = self.hasher.hash_one(tag);
+        if !self.hashes.insert(hash) {
+            return false;
         }
-        Address::Unix(path) => Ok(Box::new(UnixStream::connect(path).await?)),
+        self.order.push_back(hash);
+        if self.order.len() > REMEMBERED
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.hashes.remove(&oldest);
+        }
+        true
     }
 }
 
 impl Subscription {
     pub(super) fn describe(&self) -> String {
-        match &self.channel {
-            Channel::Pattern(pattern) => format!("channels {pattern}"),
-            Channel::Plain(name) => format!("channel {name}"),
+        let noun = if matches!(self.channels, Channels::Patterns(_)) { "channels" } else { "channel" };
+        let names = self.channels.names().join(" and ");
+        match &self.master {
+            Some(master) => format!("{noun} {names} of the master at {master}"),
+            None => format!("{noun} {names}"),
         }
-    }
-
-    /// Sends a command and waits for its answer.
-    async fn request(&mut self, command: &[&str]) -> Result<(), Error> {
-        self.write(command).await.map_err(|error| Error::from(&error))?;
-        loop {
-            if let Some((frame, length)) = decode(&self.buffer)? {
-                let head = self.buffer.split_to(length).freeze();
-                return match frame {
-                    RangeFrame::Error((start, end)) => {
-                        Err(Error::Refused(format!("{}: {}", command[0], text(&head[start..end]))))
-                    }
-                    _ => Ok(()),
-                };
-            }
-            self.read().await?;
-        }
-    }
-
-    async fn write(&mut self, command: &[&str]) -> io::Result<()> {
-        self.stream.write_all(&encode(command)).await?;
-        self.stream.flush().await
     }
 
     pub(super) async fn next(&mut self) -> Result<Batch, Error> {
         loop {
-            let messages = self.parse()?;
+            let mut messages = self.parse()?;
+            if messages.is_empty() {
+                self.read_or_ping().await?;
+                continue;
+            }
+            if let Some(seen) = &mut self.seen {
+                messages.retain(|message| seen.is_new(&message.bytes));
+            }
             if !messages.is_empty() {
                 return Ok(Batch::new(messages, None));
             }
-            self.read_or_ping().await?;
         }
     }
 
@@ -200,45 +241,43 @@ impl Subscription {
             Err(_) => {
                 self.pinged = true;
                 let rest = SILENCE.saturating_sub(PING_AFTER);
-                match timeout(rest, self.write(&["PING"])).await {
-                    Ok(written) => written.map_err(|error| Error::from(&error)),
-                    Err(_) => Err(Error::Silent(SILENCE)),
-                }
+                timeout(rest, self.connection.send(&["PING"])).await.unwrap_or(Err(Error::Silent(SILENCE)))
             }
         }
     }
 
     async fn read(&mut self) -> Result<(), Error> {
-        // Doubling keeps the copying of a large message's beginning linear.
-        self.buffer.reserve(READ_SIZE.max(self.buffer.len()));
-        let read = self.stream.read_buf(&mut self.buffer).await.map_err(|error| Error::from(&error))?;
-        if read == 0 {
-            return Err(Error::Lost("the server closed the connection".to_owned()));
-        }
+        self.connection.read().await?;
         self.last_byte = Instant::now();
         self.pinged = false;
-        let skipped = self.skip.min(self.buffer.len());
-        let _ = self.buffer.split_to(skipped);
+        let skipped = self.skip.min(self.connection.buffer.len());
+        let _ = self.connection.buffer.split_to(skipped);
         self.skip -= skipped;
         Ok(())
     }
 
-    /// Takes every whole message out of the buffer.
+    /// Takes every whole message out of the buffer, and the beginning of one that is too large.
     fn parse(&mut self) -> Result<Vec<Message>, Error> {
         let mut found: Vec<Range<usize>> = Vec::new();
-        let mut parsed = 0;
-        while found.len() < MAX_BATCH
-            && let Some((frame, length)) = decode(&self.buffer[parsed..])?
-        {
-            let payload = payload(&frame, &self.buffer[parsed..])?;
-            found.extend(payload.map(|range| parsed + range.start..parsed + range.end));
-            parsed += length;
+        let (mut parsed, mut oversized) = (0, None);
+        while found.len() < MAX_BATCH {
+            let rest = &self.connection.buffer[parsed..];
+            match Frame::scan(rest)? {
+                Scan::Whole(frame) => {
+                    found.extend(payload(&frame, rest)?.map(|text| parsed + text.start..parsed + text.end));
+                    parsed += frame.length;
+                }
+                Scan::Partial(text) => {
+                    oversized = text.filter(|text| text.len() > self.max_message && text.start + SAMPLE <= rest.len());
+                    break;
+                }
+            }
         }
-        let whole = self.buffer.split_to(parsed).freeze();
-        let mut messages: Vec<Message> = found.into_iter().map(|range| self.message(whole.slice(range))).collect();
-        if self.buffer.len() > self.max_message + MAX_FRAME_HEAD {
-            messages.push(self.skip_oversized()?);
-        }
+        let taken = self.connection.buffer.split_to(parsed);
+        // Few bytes are not to keep a whole buffer.
+        let taken = if parsed < READ_SIZE / 4 { Bytes::copy_from_slice(&taken) } else { taken.freeze() };
+        let mut messages: Vec<Message> = found.into_iter().map(|range| self.message(taken.slice(range))).collect();
+        messages.extend(oversized.map(|text| self.skip_oversized(&text)));
         Ok(messages)
     }
 
@@ -248,72 +287,25 @@ impl Subscription {
         Message { bytes, wire, redelivered: false }
     }
 
-    /// The buffer holds more than the largest message and no whole frame: what is still to come of it is not kept.
-    fn skip_oversized(&mut self) -> Result<Message, Error> {
-        let extent = oversized(&self.buffer)
-            .ok_or_else(|| Error::Lost("the server sent something that is no message".to_owned()))?;
-        let beginning = Bytes::copy_from_slice(&self.buffer[extent.start..extent.start + 64]);
-        let frame_end = extent.end + 2;
-        let here = frame_end.min(self.buffer.len());
-        self.skip = frame_end - here;
-        self.buffer = BytesMut::from(&self.buffer[here..]);
-        Ok(Message { bytes: beginning, wire: Wire::Refused(Reject::TooLarge.into()), redelivered: false })
+    /// What is still to come of a message that is too large is not kept.
+    fn skip_oversized(&mut self, text: &Range<usize>) -> Message {
+        let buffer = &mut self.connection.buffer;
+        let beginning = Bytes::copy_from_slice(&buffer[text.start..text.start + SAMPLE]);
+        let here = buffer.len().min(text.end + 2);
+        self.skip = text.end + 2 - here;
+        *buffer = BytesMut::from(&buffer[here..]);
+        Message { bytes: beginning, wire: Wire::Refused(Reject::TooLarge.into()), redelivered: false }
     }
-}
-
-fn encode(command: &[&str]) -> Vec<u8> {
-    let mut frame = format!("*{}\r\n", command.len());
-    for word in command {
-        for piece in ["$", &word.len().to_string(), "\r\n", word, "\r\n"] {
-            frame.push_str(piece);
-        }
-    }
-    frame.into_bytes()
-}
-
-fn decode(buffer: &[u8]) -> Result<Option<(RangeFrame, usize)>, Error> {
-    decode_range(buffer).map_err(|error| Error::Lost(format!("the server's answer is not understood: {error}")))
 }
 
 /// Where a frame's payload is, if it is a message.
-fn payload(frame: &RangeFrame, buffer: &[u8]) -> Result<Option<Range<usize>>, Error> {
-    let parts = match frame {
-        RangeFrame::Array(parts) => parts,
-        RangeFrame::Error((start, end)) => return Err(Error::Refused(text(&buffer[*start..*end]))),
-        _ => return Ok(None),
-    };
-    let part = |index: usize| match parts.get(index) {
-        Some(RangeFrame::BulkString((start, end))) => Some(*start..*end),
-        _ => None,
-    };
-    Ok(match part(0).map(|kind| &buffer[kind]) {
-        Some(b"pmessage") => part(3),
-        Some(b"message") => part(2),
-        _ => None,
-    })
-}
-
-/// Where the payload of the unfinished message at the start of `buffer` will be.
-fn oversized(buffer: &[u8]) -> Option<Range<usize>> {
-    let (parts, mut at) = number(buffer, 0, b'*')?;
-    for _ in 1..parts.min(4) {
-        let (length, start) = number(buffer, at, b'$')?;
-        at = start.checked_add(length)?.checked_add(2)?;
+fn payload(frame: &Frame, buffer: &[u8]) -> Result<Option<Range<usize>>, Error> {
+    match (frame.kind, frame.texts()) {
+        (b'-', [refusal, ..]) => Err(Error::Refused(text(buffer, refusal))),
+        (b'*', [kind, _, _, payload]) if buffer[kind.clone()] == *b"pmessage" => Ok(Some(payload.clone())),
+        (b'*', [kind, _, payload]) if buffer[kind.clone()] == *b"message" => Ok(Some(payload.clone())),
+        _ => Ok(None),
     }
-    let (length, start) = number(buffer, at, b'$')?;
-    (start + 64 <= buffer.len()).then_some(start..start.checked_add(length)?)
-}
-
-/// The number behind `mark` at `at`, and where the line after it starts.
-fn number(buffer: &[u8], at: usize, mark: u8) -> Option<(usize, usize)> {
-    let line = buffer.get(at..)?.strip_prefix(&[mark])?;
-    let end = line.iter().take(20).position(|byte| *byte == b'\r')?;
-    let number = std::str::from_utf8(&line[..end]).ok()?.parse().ok()?;
-    Some((number, at + 1 + end + 2))
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// The sending half: a fred client, connected when it is first needed and again after it broke.
@@ -321,8 +313,10 @@ pub struct Control {
     config: Config,
     limit: Duration,
     exchange: String,
-    channel: String,
+    channels: Vec<String>,
     client: Mutex<Option<Kept>>,
+    address: Address,
+    sentinels: Option<Sentinels>,
 }
 
 struct Kept {
@@ -332,12 +326,12 @@ struct Kept {
 
 impl fmt::Debug for Control {
     fn fmt(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
-        formatter.debug_struct("Control").field("channel", &self.channel).finish_non_exhaustive()
+        formatter.debug_struct("Control").field("channels", &self.channels).finish_non_exhaustive()
     }
 }
 
-fn client_config(url: &BrokerUrl, tls: Option<&tls::Client>) -> Config {
-    let server = match &url.address {
+fn client_config(url: &BrokerUrl, address: &Address, tls: Option<&tls::Client>) -> Config {
+    let server = match address {
         Address::Tcp { host, port } => {
             let tls_server_name = Some(tls::server_name(host).into());
             ServerConfig::Centralized { server: Server { host: host.into(), port: *port, tls_server_name } }
@@ -359,8 +353,11 @@ impl Control {
     pub(super) async fn broadcast(&self, command: Broadcast) -> Result<(), Error> {
         let envelope = command.envelope(&self.exchange, &Uuid::new_v4().to_string());
         let client = self.client().await?;
-        let published: Result<i64, _> = client.publish(self.channel.as_str(), envelope).await;
-        self.answered(published, &format!("PUBLISH {}", self.channel)).await
+        for channel in &self.channels {
+            let published: Result<i64, _> = client.publish(channel.as_str(), envelope.as_str()).await;
+            self.answered(published, &format!("PUBLISH {channel}")).await?;
+        }
+        Ok(())
     }
 
     /// A server that refuses the PING has answered it, too.
@@ -380,6 +377,14 @@ impl Control {
                 self.close().await;
                 Err(refused(&error, what))
             }
+        }
+    }
+
+    /// Ends once the Sentinels know another master.
+    pub(super) async fn moved(&self) -> Error {
+        match &self.sentinels {
+            Some(sentinels) => sentinels.moved(&self.address).await,
+            None => std::future::pending().await,
         }
     }
 
@@ -427,37 +432,51 @@ fn refused(error: &fred::error::Error, what: &str) -> Error {
 mod tests {
     use super::*;
 
-    fn channel(url: &str, change: impl FnOnce(&mut Settings)) -> Channel {
+    fn channels(url: &str, change: impl FnOnce(&mut Settings)) -> Channels {
         let mut settings = Settings::default();
         change(&mut settings);
         let urls: crate::settings::BrokerUrls = url.parse().unwrap();
-        Channel::of(&settings, urls.iter().next().unwrap())
+        Channels::of(&settings, urls.iter().next().unwrap())
     }
 
     #[test]
     fn channels_are_named_as_kombu_names_them() {
-        let pattern = |text: &str| Channel::Pattern(text.to_owned());
-        assert_eq!(channel("redis://h", |_| ()), pattern("/0.celeryev/*"));
+        let pattern = |text: &str| Channels::Patterns(vec![text.to_owned()]);
+        assert_eq!(channels("redis://h", |_| ()), pattern("/0.celeryev/*"));
         assert_eq!(
-            channel("redis://h/3", |s| s.broker.redis.global_keyprefix = "a*".into()),
+            channels("redis://h/3", |s| s.broker.redis.global_keyprefix = "a*".into()),
             pattern(r"a\*/3.celeryev/*")
         );
         let custom = FanoutPrefix::Custom("x{db}[y]".to_owned());
-        assert_eq!(channel("redis://h/7", |s| s.broker.redis.fanout_prefix = custom), pattern(r"x7\[y\]celeryev/*"));
-        assert_eq!(channel("redis://h", |s| s.broker.redis.fanout_prefix = FanoutPrefix::Off), pattern("celeryev/*"));
+        assert_eq!(channels("redis://h/7", |s| s.broker.redis.fanout_prefix = custom), pattern(r"x7\[y\]celeryev/*"));
+        assert_eq!(channels("redis://h", |s| s.broker.redis.fanout_prefix = FanoutPrefix::Off), pattern("celeryev/*"));
         assert_eq!(
-            channel("redis://h/1", |s| s.broker.redis.fanout_patterns = false),
-            Channel::Plain("/1.celeryev".to_owned())
+            channels("redis://h/1", |s| s.broker.redis.fanout_patterns = false),
+            Channels::Plain(vec!["/1.celeryev".to_owned()])
         );
     }
 
     #[test]
-    fn the_payload_of_an_unfinished_message_is_found() {
-        let head = "*4\r\n$8\r\npmessage\r\n$2\r\n/*\r\n$3\r\n/ab\r\n$1000000\r\n";
-        let buffer = format!("{head}{}", "x".repeat(100));
-        assert_eq!(oversized(buffer.as_bytes()), Some(head.len()..head.len() + 1_000_000));
-        assert_eq!(oversized(b"$1000000\r\nxxxx"), None);
-        assert_eq!(oversized(b"*4\r\n$8"), None);
-        assert_eq!(oversized(b"*4\r\n$99999999999999999999\r\n"), None);
+    fn compat_adds_the_name_of_old_kombu() {
+        let named = |prefix| {
+            channels("sentinel://h/2", |settings| {
+                settings.broker.redis.sentinel_fanout_compat = true;
+                settings.broker.redis.fanout_prefix = prefix;
+            })
+        };
+        assert_eq!(named(FanoutPrefix::On).names(), ["/2.celeryev/*", "/{db}.celeryev/*"]);
+        assert_eq!(named(FanoutPrefix::Custom("x.".to_owned())).names(), ["x.celeryev/*"]);
+    }
+
+    #[test]
+    fn the_last_thousand_messages_are_told_apart() {
+        let mut seen = Seen::default();
+        let message = |tag: usize| format!(r#"{{"body": "", "properties": {{"delivery_tag": "{tag}"}}}}"#).into_bytes();
+        assert!((0..=REMEMBERED).all(|tag| seen.is_new(&message(tag))));
+        assert!((1..=REMEMBERED).all(|tag| !seen.is_new(&message(tag))));
+        assert!(seen.is_new(&message(0)), "forgotten by now");
+        for untagged in [&b"{}"[..], b"[]", b"no JSON", br#"{"properties": null}"#, br#"{"properties": {}}"#] {
+            assert!(seen.is_new(untagged) && seen.is_new(untagged));
+        }
     }
 }

@@ -26,6 +26,20 @@ pub fn open<'a>(payload: &'a [u8], buffer: &'a mut Vec<u8>) -> Result<Cow<'a, [u
     }
 }
 
+/// What tells this message from all others; `None` where it has no tag.
+#[must_use]
+pub fn delivery_tag(payload: &[u8]) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Tagged {
+        properties: Properties,
+    }
+    #[derive(serde::Deserialize)]
+    struct Properties {
+        delivery_tag: String,
+    }
+    serde_json::from_slice(payload).ok().map(|tagged: Tagged| tagged.properties.delivery_tag)
+}
+
 /// Whether a message's properties allow to read its body: JSON, not compressed. The same rule on both brokers.
 ///
 /// # Errors

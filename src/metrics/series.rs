@@ -296,8 +296,7 @@ impl Types {
         let name = cut(name);
         let id = match self.ids.get(&*name) {
             Some(id) => *id,
-            // Celery's own types are few.
-            None if self.labels.len() < MAX_TYPES || kind != EventKind::TaskCustom => self.add(&name),
+            None if self.labels.len() < MAX_TYPES => self.add(&name),
             None => self.other(),
         };
         if let Some(known) = self.known.get_mut(kind as usize) {
@@ -316,7 +315,7 @@ impl Types {
     fn add(&mut self, name: &str) -> u8 {
         let mut label = String::new();
         label::append(&mut label, "type", name);
-        #[allow(clippy::cast_possible_truncation, reason = "at most 74 types")]
+        #[allow(clippy::cast_possible_truncation, reason = "at most 65 types")]
         let id = self.labels.len() as u8;
         self.labels.push(label.into());
         self.ids.insert(name.into(), id);

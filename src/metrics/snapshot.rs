@@ -131,7 +131,7 @@ impl WorkerSample {
     }
 }
 
-#[allow(clippy::cast_possible_truncation, reason = "pairs are bounded at 10 million, types at 74")]
+#[allow(clippy::cast_possible_truncation, reason = "pairs are bounded at 10 million, types at 65")]
 fn small(number: usize) -> u32 {
     number as u32
 }

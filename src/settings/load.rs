@@ -337,8 +337,8 @@ pub(super) fn check_urls(broker: &Broker, urls: &BrokerUrls) -> Result<(), Error
         Err(Error::Value { subject: subject.to_owned(), value: value.to_owned(), expected: expected.to_owned() })
     };
     let url_key = if broker.url_file.is_some() { "broker.url_file" } else { "broker.url" };
-    if urls.iter().any(|url| url.transport == Transport::Sentinel) {
-        return Err(Error::NotYet { key: url_key, feature: "Sentinel" });
+    if urls.iter().any(|url| url.transport == Transport::Sentinel) && broker.redis.master_name.is_none() {
+        return refuse("broker.redis.master_name", "", "unset: expected the master's name, which sentinel:// needs");
     }
     let unix = |url: &BrokerUrl| matches!(url.address, Address::Unix(_));
     match broker.tls.enabled {

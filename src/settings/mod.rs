@@ -133,7 +133,7 @@ pub struct Redis {
     pub sentinel_username: Option<String>,
     /// Password at the Sentinels themselves.
     pub sentinel_password: Option<Secret>,
-    /// Name channels as kombu's Sentinel transport does.
+    /// Listen and send also under the names that kombu before 5.4 has on Sentinel.
     pub sentinel_fanout_compat: bool,
 }
 
@@ -173,10 +173,10 @@ pub struct State {
     /// Tasks held in memory, from 1 to 100,000,000.
     #[serde(deserialize_with = "checked::<Count<1, 100_000_000>, _, _>")]
     pub max_tasks: usize,
-    /// Silence after which a worker is offline, from 1 s; `None` (written 0): never.
+    /// Silence after which a worker is offline; `None` (written 0): never.
     #[serde(deserialize_with = "checked::<Never, _, _>")]
     pub worker_timeout: Option<Duration>,
-    /// Silence after which a worker's series go, from 1 s; `None` (written 0): never.
+    /// Silence after which a worker's series go; `None` (written 0): never.
     #[serde(deserialize_with = "checked::<Never, _, _>")]
     pub purge_offline_workers: Option<Duration>,
     /// Whether state outlives the process.

@@ -424,7 +424,12 @@ fn a_url_file_wins_and_is_read_every_time() {
     assert_eq!(load("", &variables, &[]).unwrap_err(), format!("{named}: longer than 64 KiB"));
 
     fs::write(&path, "\n redis://a\n").unwrap();
-    let broker = settings("", &variables, &["-b", "redis://ignored"]).broker;
+    let on_top = settings("", &variables, &["-b", "redis://later"]).broker;
+    assert_eq!(on_top.urls().unwrap().to_string(), "redis://later:6379/0", "a later layer wins");
+    let file = format!("broker.url_file = {path:?}");
+    let on_top = settings(&file, &["BROKER__URL=redis://later"], &[]).broker;
+    assert_eq!(on_top.urls().unwrap().to_string(), "redis://later:6379/0");
+    let broker = settings("broker.url = 'redis://ignored'", &variables, &[]).broker;
     assert_eq!(broker.urls().unwrap().to_string(), "redis://a:6379/0");
     fs::write(&path, "redis://b;amqp://c").unwrap();
     assert_eq!(broker.urls().unwrap().len(), 2);
@@ -432,12 +437,8 @@ fn a_url_file_wins_and_is_read_every_time() {
 
 #[test]
 fn features_to_come_are_refused_by_name() {
-    for (file, expected) in [
-        ("broker.url = 'sentinel://h'", "broker.url: Sentinel"),
-        ("state.persistent = true", "state.persistent: state that outlives the process"),
-    ] {
-        assert_refused(file, &[], &format!("{expected} is not available yet"));
-    }
+    let expected = "state.persistent: state that outlives the process is not available yet";
+    assert_refused("state.persistent = true", &[], expected);
 }
 
 #[test]
@@ -462,6 +463,13 @@ fn tls_is_wanted_or_not() {
         let broker = settings(file, &[], &[]).broker;
         assert_eq!(broker.tls_for(&broker.urls().unwrap()[0]), expected, "{file}");
     }
+}
+
+#[test]
+fn sentinel_needs_the_name_of_its_master() {
+    let unset = "broker.redis.master_name: unset: expected the master's name, which sentinel:// needs";
+    assert_refused("broker.url = 'sentinel://h;sentinel://i'", &[], unset);
+    settings("broker = { url = 'sentinel://h', redis.master_name = 'm' }", &[], &[]);
 }
 
 #[test]

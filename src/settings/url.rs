@@ -380,6 +380,17 @@ fn decode(text: &str) -> Result<String, Problem> {
 const USER: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 const PATH: &AsciiSet = &USER.remove(b'/');
 
+/// As in a URL.
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => utf8_percent_encode(&path.to_string_lossy(), PATH).fmt(f),
+            Self::Tcp { host, port } if host.contains(':') => write!(f, "[{}]:{port}", host.replace('%', "%25")),
+            Self::Tcp { host, port } => write!(f, "{host}:{port}"),
+        }
+    }
+}
+
 impl fmt::Display for BrokerUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match (self.transport, &self.address, self.tls) {
@@ -399,17 +410,9 @@ impl fmt::Display for BrokerUrl {
                 write!(f, "{}:{password}@", utf8_percent_encode(user, USER))?;
             }
         }
-        match &self.address {
-            Address::Unix(path) => {
-                let path = path.to_string_lossy();
-                return write!(f, "{}?virtual_host={}", utf8_percent_encode(&path, PATH), self.db);
-            }
-            Address::Tcp { host, port } if host.contains(':') => {
-                write!(f, "[{}]:{port}", host.replace('%', "%25"))?;
-            }
-            Address::Tcp { host, port } => write!(f, "{host}:{port}")?,
-        }
+        self.address.fmt(f)?;
         match self.transport {
+            _ if matches!(self.address, Address::Unix(_)) => return write!(f, "?virtual_host={}", self.db),
             Transport::Amqp => write!(f, "/{}", utf8_percent_encode(&self.vhost, PATH))?,
             Transport::Redis | Transport::Sentinel => write!(f, "/{}", self.db)?,
         }

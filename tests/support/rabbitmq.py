@@ -21,18 +21,18 @@ SERVER = next(filter(os.path.exists, ["/usr/lib/rabbitmq/bin/rabbitmq-server"]),
 
 
 class RabbitMQ:
-    def __init__(self, vhosts=1, start=True):
+    def __init__(self, vhosts=1, start=True, conf=()):
         self.port, self.dist, self.epmd = free_port(), free_port(), free_port()
         self.user = "rabbitmq" if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name
         self.dir = directory("rabbitmq", self.user)
         self.vhosts = [f"v{n}" for n in range(vhosts)]
         self.unused = itertools.chain(self.vhosts)
         self.processes = []
-        self.configure()
+        self.configure(conf)
         if start:
             self.start()
 
-    def configure(self):
+    def configure(self, conf):
         rights = {"configure": ".*", "write": ".*", "read": ".*"}
         definitions = {
             "users": [{"name": USER, "password": PASSWORD, "tags": "administrator"}],
@@ -51,6 +51,7 @@ class RabbitMQ:
                     "log.console = true",
                     "log.console.level = warning",
                     "log.file = false",
+                    *conf,
                 ]
             ),
         )

@@ -11,8 +11,8 @@ from .processes import Process, directory, free_port, wait_until
 class Redis:
     name = "redis"
 
-    def __init__(self, *, password=None, db=0, start=True, options=None):
-        self.port, self.password, self.db = free_port(), password, db
+    def __init__(self, *, password=None, db=0, start=True, options=None, args=()):
+        self.port, self.password, self.db, self.args = free_port(), password, db, args
         self.dir = directory("redis")
         self.socket = self.dir / "redis.sock"
         self.options = dict(options or {})  # kombu's transport options
@@ -45,6 +45,7 @@ class Redis:
                 "--daemonize",
                 "no",
                 *password,
+                *self.args,
             ],
             cwd=self.dir,
         )
