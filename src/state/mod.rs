@@ -1,7 +1,7 @@
 //! The cluster as its events tell it: workers, tasks, and the series they move. Bounded, and pure: time is passed in.
 //!
 //! The rules follow Celery's `celery.events.state` and Flower's `flower/events.py`, and differ from them on purpose
-//! where the README's table says so. Prefetched tasks are a set: each task holds at most one [`tasks::Entry`], and each
+//! where the README's table says so. Prefetched tasks are a set: each task holds at most one entry, and each
 //! gauge is the number of entries that were counted under it and are still there.
 
 mod names;

@@ -1,0 +1,19 @@
+"""The crate as a library: the example of the README, as it is."""
+
+from support import events as ev
+from support.exporter import BINARY
+from support.processes import Process, free_port, wait_until
+
+
+def test_failed_tasks_are_printed(lab, redis):
+    """Every failed task with its exception, once, by an observer that reads the fields that the daemon skips."""
+    example = BINARY.parent / "examples" / "failed_tasks"
+    address = f"127.0.0.1:{free_port()}"
+    process = Process("example", ["sh", "-c", f"tail -f /dev/null | exec {example} {redis.url} {address}"])
+    lab.callback(process.kill)
+    wait_until(lambda: redis.client().pubsub_numpat() == 1, 20, process.log)
+    publisher = lab.publisher(redis)
+    failure = ev.task("task-failed", "some-id", exception="ValueError('\ud800 böse')", traceback="Traceback …")
+    publisher.send([ev.received("some-id"), failure, ev.received("other-id")])
+    wait_until(lambda: "some-id failed: ValueError('\ufffd böse')" in process.log(), 10, process.log)
+    assert process.log().count(" failed: ") == 1
