@@ -13,7 +13,7 @@ def test_failed_tasks_are_printed(lab, redis):
     lab.callback(process.kill)
     wait_until(lambda: redis.client().pubsub_numpat() == 1, 20, process.log)
     publisher = lab.publisher(redis)
-    failure = ev.task("task-failed", "some-id", exception="ValueError('\ud800 böse')", traceback="Traceback …")
+    failure = ev.failed("some-id", exception="ValueError('\ud800 böse')", traceback="Traceback …")
     publisher.send([ev.received("some-id"), failure, ev.received("other-id")])
     wait_until(lambda: "some-id failed: ValueError('\ufffd böse')" in process.log(), 10, process.log)
     assert process.log().count(" failed: ") == 1

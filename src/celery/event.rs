@@ -128,7 +128,14 @@ impl<'a> Event<'a> {
     /// Reads the event's text again at each call: meant for observers, not for every event of a busy cluster.
     #[must_use]
     pub fn field(&self, name: &str) -> Option<serde_json::Value> {
-        serde_json::Deserializer::from_slice(self.raw?).deserialize_map(FieldVisitor(name)).ok()?
+        let raw = self.raw?;
+        let read = serde_json::Deserializer::from_slice(raw).deserialize_map(FieldVisitor(name));
+        // What was skipped when the event was read may be what JSON forbids.
+        let read = read.or_else(|_| {
+            let mended = json::mend(raw);
+            serde_json::Deserializer::from_str(&mended).deserialize_map(FieldVisitor(name))
+        });
+        read.ok()?
     }
 
     /// The Python repr of the positional arguments, of `task-sent` and `task-received`.
@@ -461,6 +468,8 @@ mod tests {
                 assert_eq!((event.retries, &event.eta), (Some(3), &Eta::At("2026-01-01T00:00:00".into())));
             },
         );
+        let body = r#"{"type": "task-failed", "hostname": "w", "timestamp": 1, "uuid": "a", "exception": "\ud800"}"#;
+        one(body, |event| assert_eq!(event.exception().as_deref(), Some("\u{fffd}")));
     }
 
     #[test]
