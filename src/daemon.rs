@@ -45,7 +45,7 @@ pub enum StartError {
     Metrics(#[from] prometheus::Error),
 }
 
-/// A running exporter.
+/// A running exporter. Dropping it stops it, without waiting for the end; [`Exporter::stop`] waits.
 pub struct Exporter {
     asker: Asker,
     address: SocketAddr,

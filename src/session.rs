@@ -101,7 +101,7 @@ impl Session {
         let mut pause = Duration::ZERO;
         let mut complaint = Quiet::default();
         let (mut number, mut blind_since, mut last_url) = (0, None, None);
-        while !*stop.borrow() {
+        while !is_stopped(&stop) {
             let connected = tokio::select! {
                 connected = self.try_all(&mut complaint) => connected,
                 // A connection is not dropped half made, unless it takes long: lapin's thread would be left with it.
@@ -242,9 +242,14 @@ fn complain(complaint: &mut Quiet, what: &str, broker: Option<&BrokerUrl>, error
     }
 }
 
+/// An exporter that was dropped without a word has nothing more to say: that is a stop, too.
+fn is_stopped(stop: &watch::Receiver<bool>) -> bool {
+    *stop.borrow() || stop.has_changed().is_err()
+}
+
 /// Ends so long after the stop.
 async fn stopped_for(stop: &mut watch::Receiver<bool>, duration: Duration) {
-    // A sender that is gone has nothing more to say: that is a stop, too.
+    // An error is a stop, too: see `is_stopped`.
     let _ = stop.wait_for(|stop| *stop).await;
     sleep(duration).await;
 }
@@ -283,13 +288,15 @@ impl Reader<'_> {
     /// Waits for room if the broker can wait, else drops what does not fit: all but one message beyond the bound.
     async fn make_room(&mut self, mut batch: Batch, overflow: &mut Quiet) -> Option<(Batch, Room)> {
         let available = self.room.available_permits();
+        let gap = std::mem::take(&mut self.gap);
         if !self.subscription.can_wait() && batch.bytes > available {
             self.drop_beyond(available, &mut batch, overflow);
         }
         if batch.messages.is_empty() {
+            self.gap = true;
             return None;
         }
-        if std::mem::take(&mut self.gap) {
+        if gap {
             send(self.arrivals, Arrival::Dropped);
         }
         let bound = if self.subscription.can_wait() { self.capacity } else { available };
@@ -312,6 +319,7 @@ impl Reader<'_> {
         }
         batch.truncate(fitting);
         self.telemetry.dropped.inc_by(count);
+        // The gap is behind what still fitted: told before the next batch.
         self.gap = true;
         if overflow.speak("overflow").is_some() {
             tracing::warn!(
@@ -396,12 +404,15 @@ async fn look_after(
 
 /// Asks the broker for a sign of life: while it gives none, silence of the workers means nothing.
 async fn pulse(control: &Control, arrivals: &Sender<Arrival>) -> Error {
+    let mut complaint = Quiet::default();
     loop {
         let asked = Instant::now();
         match control.pulse().await {
             Ok(()) => send(arrivals, Arrival::Pulse(asked)),
             // Whether the subscription has suffered is for the subscription to say.
-            Err(error) => tracing::debug!(%error, "no sign of life from the broker"),
+            Err(error) => {
+                complain(&mut complaint, "no sign of life from the broker: no worker is timed out", None, &error);
+            }
         }
         sleep(PULSE).await;
     }

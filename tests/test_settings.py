@@ -332,6 +332,14 @@ def test_check_config_complains_as_a_start_does(file):
     Run("-c", file(key("state.max_workers", "x")), "--check-config").complaint()
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.toml")), ids=lambda path: path.stem)
+def test_ready_settings(path):
+    """Each file of config/ is accepted, and says something."""
+    run = Run("-c", path, "--check-config")
+    assert run.code == 0, run.err
+    assert f"# {path}" in run.out
+
+
 def test_example_file():
     """Every key with its default: it is accepted, and changes nothing."""
 

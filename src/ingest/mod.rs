@@ -34,6 +34,8 @@ pub type Observer = Box<dyn FnMut(&Event<'_>) + Send>;
 
 /// How long copying may hold up events at a time.
 const SLICE: Duration = Duration::from_millis(1);
+/// Bytes of the buffer that are kept from message to message.
+const KEPT: usize = 1 << 20;
 /// Rows copied between two looks at the clock.
 const ROWS: usize = 256;
 /// Nothing heard for this long after connecting is worth a warning.
@@ -192,9 +194,8 @@ impl Work {
             Ok(body) => self.events(&body),
             Err(refusal) => self.reject(&refusal, &message.bytes),
         }
-        self.base64 = base64;
         // One huge message must not cost its size for ever.
-        self.base64.shrink_to(1 << 20);
+        self.base64 = if base64.len() > KEPT { Vec::new() } else { base64 };
     }
 
     fn events(&mut self, body: &[u8]) {
