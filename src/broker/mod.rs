@@ -5,8 +5,6 @@
 
 mod amqp;
 mod redis;
-mod resp;
-mod sentinel;
 
 use std::io;
 use std::time::{Duration, Instant};

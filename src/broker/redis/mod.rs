@@ -1,7 +1,11 @@
 //! Redis pub/sub, and what speaks its protocol.
 //!
 //! The subscription reads frames itself: fred's client hands messages out on a channel that drops them when its reader is
-//! slow, shows neither the server's confirmation of a subscription nor its refusal, and knows no bound for a message. Broadcasts go through a fred client on a connection of their own.
+//! slow, shows neither the server's confirmation of a subscription nor its refusal, and knows no bound for a message.
+//! Broadcasts go through a fred client on a connection of their own: a PUBLISH must not wait behind a burst.
+
+mod resp;
+mod sentinel;
 
 use std::collections::{HashSet, VecDeque};
 use std::fmt;
@@ -20,8 +24,9 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsConnector;
 use uuid::Uuid;
 
-use super::resp::{Access, Connection, Frame, READ_SIZE, Scan, text};
-use super::sentinel::Sentinels;
+use resp::{Access, Connection, Frame, READ_SIZE, Scan, text};
+use sentinel::Sentinels;
+
 use super::{Batch, Error, Message, Wire};
 use crate::celery::{Broadcast, Reject, envelope};
 use crate::settings::url::{Address, Transport};
