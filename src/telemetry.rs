@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use prometheus::core::{Atomic, Collector, GenericCounter, GenericGauge};
+use prometheus::core::{Atomic, GenericCounter, GenericGauge};
 use prometheus::process_collector::ProcessCollector;
 use prometheus::proto::MetricFamily;
 use prometheus::{Counter, Gauge, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
@@ -66,47 +66,38 @@ impl Telemetry {
                 .const_label("version", env!("CARGO_PKG_VERSION")),
         )?;
         info.set(1);
-        let telemetry = Self {
+        registry.register(Box::new(reasons.clone()))?;
+        registry.register(Box::new(info))?;
+        registry.register(Box::new(ProcessCollector::for_self()))?;
+        Ok(Self {
             rejected: Reject::ALL.map(|reason| reasons.with_label_values(&[reason.as_str()])),
-            messages: counter("messages_total", "Messages read from the broker.")?,
-            events: counter("events_total", "Events read from messages, counted or not.")?,
-            dropped: counter("dropped_messages_total", "Messages dropped because events.max_backlog was reached.")?,
-            cutoffs: counter("cutoffs_total", "Connections that broke while the exporter listened.")?,
-            blind_seconds: counter("blind_seconds_total", "Seconds without a subscription after the first one.")?,
-            reconnects: counter("reconnects_total", "Subscriptions after the first one.")?,
-            observer_panics: counter("observer_panics_total", "Panics of an embedding program's observer.")?,
-            connected: gauge("connected", "1 while subscribed to the broker's events.")?,
-            backlog_bytes: gauge("backlog_bytes", "Bytes of messages that wait to be processed.")?,
-            event_lag: gauge("event_lag_seconds", "The exporter's clock minus the timestamp of the last event.")?,
-            tasks: gauge("tasks", "Tasks held in memory.")?,
-            workers: gauge("workers", "Workers and clients held in memory.")?,
-            label_pairs: gauge("label_pairs", "Pairs of worker and task held in memory.")?,
+            messages: counter(&registry, "messages_total", "Messages read from the broker.")?,
+            events: counter(&registry, "events_total", "Events read from messages, counted or not.")?,
+            dropped: counter(
+                &registry,
+                "dropped_messages_total",
+                "Messages dropped because events.max_backlog was reached.",
+            )?,
+            cutoffs: counter(&registry, "cutoffs_total", "Connections that broke while the exporter listened.")?,
+            blind_seconds: counter(
+                &registry,
+                "blind_seconds_total",
+                "Seconds without a subscription after the first one.",
+            )?,
+            reconnects: counter(&registry, "reconnects_total", "Subscriptions after the first one.")?,
+            observer_panics: counter(&registry, "observer_panics_total", "Panics of an embedding program's observer.")?,
+            connected: gauge(&registry, "connected", "1 while subscribed to the broker's events.")?,
+            backlog_bytes: gauge(&registry, "backlog_bytes", "Bytes of messages that wait to be processed.")?,
+            event_lag: gauge(
+                &registry,
+                "event_lag_seconds",
+                "The exporter's clock minus the timestamp of the last event.",
+            )?,
+            tasks: gauge(&registry, "tasks", "Tasks held in memory.")?,
+            workers: gauge(&registry, "workers", "Workers and clients held in memory.")?,
+            label_pairs: gauge(&registry, "label_pairs", "Pairs of worker and task held in memory.")?,
             registry,
-        };
-        telemetry.register(Box::new(reasons), Box::new(info))?;
-        Ok(telemetry)
-    }
-
-    fn register(&self, reasons: Box<dyn Collector>, info: Box<dyn Collector>) -> Result<(), prometheus::Error> {
-        let own: [Box<dyn Collector>; 15] = [
-            reasons,
-            info,
-            Box::new(self.messages.clone()),
-            Box::new(self.events.clone()),
-            Box::new(self.dropped.clone()),
-            Box::new(self.cutoffs.clone()),
-            Box::new(self.blind_seconds.clone()),
-            Box::new(self.reconnects.clone()),
-            Box::new(self.observer_panics.clone()),
-            Box::new(self.connected.clone()),
-            Box::new(self.backlog_bytes.clone()),
-            Box::new(self.event_lag.clone()),
-            Box::new(self.tasks.clone()),
-            Box::new(self.workers.clone()),
-            Box::new(self.label_pairs.clone()),
-        ];
-        own.into_iter().try_for_each(|collector| self.registry.register(collector))?;
-        self.registry.register(Box::new(ProcessCollector::for_self()))
+        })
     }
 
     /// The counter of a reason.
@@ -122,12 +113,24 @@ impl Telemetry {
     }
 }
 
-fn counter<P: Atomic>(name: &str, help: &str) -> Result<GenericCounter<P>, prometheus::Error> {
-    GenericCounter::with_opts(Opts::new(format!("flower_exporter_{name}"), help))
+fn counter<P: Atomic + 'static>(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+) -> Result<GenericCounter<P>, prometheus::Error> {
+    let counter = GenericCounter::with_opts(Opts::new(format!("flower_exporter_{name}"), help))?;
+    registry.register(Box::new(counter.clone()))?;
+    Ok(counter)
 }
 
-fn gauge<P: Atomic>(name: &str, help: &str) -> Result<GenericGauge<P>, prometheus::Error> {
-    GenericGauge::with_opts(Opts::new(format!("flower_exporter_{name}"), help))
+fn gauge<P: Atomic + 'static>(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+) -> Result<GenericGauge<P>, prometheus::Error> {
+    let gauge = GenericGauge::with_opts(Opts::new(format!("flower_exporter_{name}"), help))?;
+    registry.register(Box::new(gauge.clone()))?;
+    Ok(gauge)
 }
 
 /// Where the session with the broker stands.

@@ -323,7 +323,7 @@ impl Types {
     }
 }
 
-#[allow(clippy::cast_possible_truncation, reason = "rows and label texts are bounded far below 2^32")]
-fn small(number: usize) -> u32 {
+#[allow(clippy::cast_possible_truncation, reason = "rows, events and label texts are bounded far below 2^32")]
+pub(super) fn small(number: usize) -> u32 {
     number as u32
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::series::{Pair, Series, Worker};
+use super::series::{Pair, Series, Worker, small};
 
 /// What one scrape shows: copied numbers, and shared texts that were escaped when their series were made.
 #[derive(Debug)]
@@ -129,9 +129,4 @@ impl WorkerSample {
     fn of(worker: &Worker) -> Self {
         Self { label: Arc::clone(&worker.label), online: worker.online, executing: worker.executing }
     }
-}
-
-#[allow(clippy::cast_possible_truncation, reason = "pairs are bounded at 10 million, types at 65")]
-fn small(number: usize) -> u32 {
-    number as u32
 }

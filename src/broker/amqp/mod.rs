@@ -109,10 +109,9 @@ async fn open(url: &BrokerUrl, settings: &Settings, tls: Option<&tls::Client>) -
     let properties = ConnectionProperties::default().with_connection_name(name.into());
     let uri = uri(url, settings);
     let AMQPAuthority { host, port, .. } = &uri.authority;
-    let lost = |error: io::Error| Error::Lost(error.to_string());
-    let socket = TcpStream::connect((host.as_str(), *port)).await.map_err(lost)?;
-    socket.set_nodelay(true).map_err(lost)?;
-    let leash = Leash::on(&socket).map_err(lost)?;
+    let socket = TcpStream::connect((host.as_str(), *port)).await.map_err(|error| Error::from(&error))?;
+    socket.set_nodelay(true).map_err(|error| Error::from(&error))?;
+    let leash = Leash::on(&socket).map_err(|error| Error::from(&error))?;
     let socket = std::sync::Mutex::new(Some(socket));
     let (connector, limit) = (tls.map(|tls| RustlsConnector::from(tls.config())), settings.broker.connect_timeout);
     let connect = async move |uri: AMQPUri, _| {
