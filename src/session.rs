@@ -23,8 +23,10 @@ pub enum Arrival {
     Connected {
         /// The session's number, for its acknowledgements.
         session: u64,
-        /// Nothing is missing: the broker has collected since the last session.
-        continues: bool,
+        /// Which broker's queue, without its credentials.
+        source: Arc<str>,
+        /// It has collected since it was last listened on, whoever did.
+        keeps: bool,
     },
     /// Messages, and the room they take in the queue.
     Batch(Batch, Room),
@@ -100,7 +102,7 @@ impl Session {
         let mut stop = self.stop.clone();
         let mut pause = Duration::ZERO;
         let mut complaint = Quiet::default();
-        let (mut number, mut blind_since, mut last_url) = (0, None, None);
+        let (mut number, mut blind_since) = (0, None);
         while !is_stopped(&stop) {
             let connected = tokio::select! {
                 connected = self.try_all(&mut complaint) => connected,
@@ -109,12 +111,9 @@ impl Session {
             };
             if let Some((url, subscription, control)) = connected {
                 number += 1;
-                // Another broker's queue has collected other events.
-                let continues = subscription.continues() && last_url.as_ref().is_none_or(|last| *last == url);
-                self.subscribed(&url, &subscription, number, continues, blind_since.take());
+                self.subscribed(&url, &subscription, number, blind_since.take());
                 let began = Instant::now();
                 let healthy = self.listen(&url, subscription, control, room, number, &mut complaint).await;
-                last_url = Some(url);
                 blind_since = Some(Instant::now());
                 if healthy || began.elapsed() >= HEALTHY_AFTER {
                     pause = Duration::ZERO;
@@ -149,25 +148,19 @@ impl Session {
         None
     }
 
-    fn subscribed(
-        &self,
-        url: &BrokerUrl,
-        subscription: &Subscription,
-        number: u64,
-        continues: bool,
-        blind_since: Option<Instant>,
-    ) {
-        tracing::info!(broker = %url, "listening for events on {}", subscription.describe());
+    fn subscribed(&self, url: &BrokerUrl, subscription: &Subscription, number: u64, blind_since: Option<Instant>) {
+        let (queue, keeps) = (subscription.describe(), subscription.continues());
+        tracing::info!(broker = %url, "listening for events on {queue}");
         if let Some(since) = blind_since {
             let blind = since.elapsed().as_secs_f64();
             self.telemetry.reconnects.inc();
             self.telemetry.blind_seconds.inc_by(blind);
-            if !continues {
+            if !keeps {
                 tracing::info!(blind_seconds = blind, "events sent in the meantime are missing");
             }
         }
         self.telemetry.connected.set(1);
-        self.send(Arrival::Connected { session: number, continues });
+        self.send(Arrival::Connected { session: number, source: format!("{url} {queue}").into(), keeps });
         self.health.set_broker(BrokerStatus::Connected);
     }
 

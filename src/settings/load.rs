@@ -54,14 +54,6 @@ pub enum Error {
     /// A variable of ours that is no text.
     #[error("environment {0}: not valid UTF-8")]
     NotUtf8(String),
-    /// A setting whose feature this version lacks.
-    #[error("{key}: {feature} is not available yet")]
-    NotYet {
-        /// The key that asks for it.
-        key: &'static str,
-        /// What it asks for.
-        feature: &'static str,
-    },
 }
 
 /// Settings and where each value came from.
@@ -131,7 +123,6 @@ pub(super) fn load_from(
         figment = figment.merge(layer);
     }
     let settings: Settings = figment.extract().map_err(|error| value_error(&figment, error))?;
-    not_available_yet(&settings)?;
     // A URL file must be readable at the start.
     settings.broker.urls()?;
     let sources = KEYS.iter().map(|key| source(&figment, key)).collect();
@@ -351,15 +342,6 @@ pub(super) fn check_urls(broker: &Broker, urls: &BrokerUrls) -> Result<(), Error
             refuse("broker.tls.enabled", " = true", "there is no TLS on redis+socket://: expected a URL with a host")
         }
         _ => Ok(()),
-    }
-}
-
-/// Refuses settings whose feature is still to come.
-fn not_available_yet(settings: &Settings) -> Result<(), Error> {
-    let wishes = [(settings.state.persistent, "state.persistent", "state that outlives the process")];
-    match wishes.into_iter().find(|(wished, ..)| *wished) {
-        Some((_, key, feature)) => Err(Error::NotYet { key, feature }),
-        None => Ok(()),
     }
 }
 
