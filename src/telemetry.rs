@@ -26,6 +26,8 @@ pub struct Telemetry {
     pub messages: IntCounter,
     /// Events read from messages, counted or not.
     pub events: IntCounter,
+    /// Messages that a named queue handed out again, and that were counted before.
+    pub redelivered: IntCounter,
     /// Messages dropped because `events.max_backlog` was reached.
     pub dropped: IntCounter,
     /// Connections that broke while we listened.
@@ -79,6 +81,11 @@ impl Telemetry {
             rejected: Reject::ALL.map(|reason| reasons.with_label_values(&[reason.as_str()])),
             messages: counter(&registry, "messages_total", "Messages read from the broker.")?,
             events: counter(&registry, "events_total", "Events read from messages, counted or not.")?,
+            redelivered: counter(
+                &registry,
+                "redelivered_messages_total",
+                "Messages handed out again that were counted before, and are not counted twice.",
+            )?,
             dropped: counter(
                 &registry,
                 "dropped_messages_total",

@@ -126,8 +126,9 @@ impl Work {
             Ok(arrival) => self.take(arrival),
             Err(RecvTimeoutError::Timeout) => {}
         }
-        self.answer();
         self.saving.proceed(&mut self.state, &mut self.recent, self.source.as_ref());
+        self.io.telemetry.save_age.set(self.saving.age(&self.state).as_secs_f64());
+        self.answer();
         if self.attention.last_tick.elapsed() >= TICK {
             self.tick();
         }
@@ -194,6 +195,7 @@ impl Work {
 
     fn message(&mut self, message: &Message) {
         if self.recent.is_again(message) {
+            self.io.telemetry.redelivered.inc();
             return;
         }
         let mut base64 = std::mem::take(&mut self.base64);
@@ -298,7 +300,6 @@ impl Work {
         }
         self.state.sweep(&timeouts(&self.settings), self.attention.elapsed);
         self.warn();
-        self.io.telemetry.save_age.set(self.saving.age(&self.state).as_secs_f64());
         #[allow(clippy::cast_possible_wrap, reason = "bounded by the settings")]
         {
             self.io.telemetry.tasks.set(self.state.task_count() as i64);

@@ -47,15 +47,21 @@ impl Saving {
     /// Messages were processed.
     pub(super) fn took(&mut self, messages: usize, ack: Option<Ack>) {
         self.messages += messages;
-        let Some(ack) = ack else { return };
-        let is_failing = self.store.as_ref().is_some_and(|store| store.status.is_failing());
-        if self.acknowledges_late && !is_failing {
-            self.ack = Some(ack);
-        } else {
-            self.ack = None;
+        self.ack = ack.or(self.ack);
+        if !self.acknowledges_late {
+            self.acknowledge();
+        }
+    }
+
+    fn acknowledge(&mut self) {
+        if let Some(ack) = self.ack.take() {
             // The session may be over already: then the broker knows better than we do.
             let _ = self.acks.send(ack);
         }
+    }
+
+    fn is_failing(&self) -> bool {
+        self.store.as_ref().is_some_and(|store| store.status.is_failing())
     }
 
     /// Somebody wants the state saved now.
@@ -69,7 +75,8 @@ impl Saving {
         if store.status.is_busy() {
             return None;
         }
-        if !self.replies.is_empty() || self.messages >= self.many {
+        // What the last save held is not on disk if it failed, and the store has hope again.
+        if !self.replies.is_empty() || self.messages >= self.many || store.status.is_failing() {
             return Some(Duration::ZERO);
         }
         (state.has_changes() || self.ack.is_some()).then(|| EVERY.saturating_sub(self.last.elapsed()))
@@ -77,6 +84,9 @@ impl Saving {
 
     /// Hands over what is due.
     pub(super) fn proceed(&mut self, state: &mut State, recent: &mut Recent, source: Option<&Arc<str>>) {
+        if self.is_failing() {
+            self.acknowledge();
+        }
         let refusal = match &self.store {
             None => Some("state.persistent is off"),
             Some(store) if store.status.is_failing() && store.status.is_busy() => Some("it failed, and is tried again"),

@@ -282,6 +282,11 @@ impl Saving {
 
     fn free(&self) {
         self.store.status.busy.store(false, Ordering::Release);
+        self.nudge();
+    }
+
+    /// The ingest loop looks how we stand.
+    fn nudge(&self) {
         // If it has ended there is nothing more to save.
         let _ = self.store.arrivals.send(Arrival::Nudge);
     }
@@ -310,6 +315,7 @@ impl Saving {
             tracing::warn!("{warning}");
         }
         status.failing.store(true, Ordering::Release);
+        self.nudge();
     }
 
     /// Waits until the file can be opened again. Returns a save that comes meanwhile, which is the last of all.
