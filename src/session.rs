@@ -140,7 +140,7 @@ impl Session {
         };
         for url in urls.iter() {
             tracing::debug!(broker = %url, "connecting");
-            match broker::connect(url, &settings).await {
+            match broker::connect(url, &urls, &settings).await {
                 Ok((subscription, control)) => return Some((url.clone(), subscription, control)),
                 Err(error) => complain(complaint, "cannot connect to the broker, trying again", Some(url), &error),
             }

@@ -476,7 +476,7 @@ fn other_buckets_begin_the_histograms_anew() {
     saved.save(&mut cluster.state);
     let mut other = limits(100, 100, 100);
     other.buckets = vec![0.25];
-    let mut cluster = Cluster { state: saved.restore(&other).unwrap(), now: SECOND };
+    let cluster = Cluster { state: saved.restore(&other).unwrap(), now: SECOND };
     assert!(cluster.samples().keys().all(|name| !name.contains("runtime")));
     assert!(cluster.samples().keys().any(|name| name.contains("events_total")));
     assert!(cluster.state.has_changes(), "saved with the new ones");
@@ -586,7 +586,9 @@ proptest! {
             let mut tasks: Vec<_> = state.tasks(0, 100).iter().map(|task| format!("{task:?}")).collect();
             tasks.sort();
             let mut workers = state.workers(SECOND);
-            workers.iter_mut().for_each(|worker| worker.last_heard = SECOND);
+            for worker in &mut workers {
+                worker.last_heard = SECOND;
+            }
             workers.sort_by(|one, other| one.hostname.cmp(&other.hostname));
             (tasks, workers, state.name_count())
         };

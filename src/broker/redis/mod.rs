@@ -120,13 +120,14 @@ fn escaped(name: &str) -> String {
 /// Connects both halves.
 pub(super) async fn connect(
     url: &BrokerUrl,
+    all: &[BrokerUrl],
     settings: &Settings,
     tls: Option<&tls::Client>,
 ) -> Result<(Subscription, Control), Error> {
     let limit = settings.broker.connect_timeout;
     let access = Access { username: url.username.clone(), password: url.password.clone(), tls: tls.cloned(), limit };
     let (address, mut connection, sentinels) = if url.transport == Transport::Sentinel {
-        let sentinels = sentinels(url, settings, access)?;
+        let sentinels = sentinels(url, all, settings, access);
         let (master, connection) = sentinels.master().await?;
         (master, connection, Some(sentinels))
     } else {
@@ -168,11 +169,10 @@ async fn subscribe(connection: &mut Connection, channels: &Channels) -> Result<(
 }
 
 /// The whole set, beginning with the one at `url`. The `ssl_*` parameters of a URL are about the master, as in kombu.
-fn sentinels(url: &BrokerUrl, settings: &Settings, server: Access) -> Result<Sentinels, Error> {
+fn sentinels(url: &BrokerUrl, all: &[BrokerUrl], settings: &Settings, server: Access) -> Sentinels {
     let redis = &settings.broker.redis;
-    let urls = settings.broker.urls().map_err(|error| Error::Lost(error.to_string()))?;
-    let others = urls.iter().map(|url| url.address.clone()).filter(|address| *address != url.address);
-    Ok(Sentinels {
+    let others = all.iter().map(|url| url.address.clone()).filter(|address| *address != url.address);
+    Sentinels {
         members: [url.address.clone()].into_iter().chain(others).collect(),
         name: redis.master_name.clone().unwrap_or_default(),
         access: Access {
@@ -182,7 +182,7 @@ fn sentinels(url: &BrokerUrl, settings: &Settings, server: Access) -> Result<Sen
             limit: server.limit,
         },
         server,
-    })
+    }
 }
 
 /// The messages that came in last, by their delivery tags.
