@@ -104,25 +104,30 @@ impl Session {
         let mut complaint = Quiet::default();
         let (mut number, mut blind_since) = (0, None);
         while !is_stopped(&stop) {
+            let tried = Instant::now();
             let connected = tokio::select! {
                 connected = self.try_all(&mut complaint) => connected,
                 // A connection is not dropped half made, unless it takes long: lapin's thread would be left with it.
                 () = stopped_for(&mut stop, PATIENCE) => return,
             };
+            // An attempt that took long has been its own pause.
+            let mut rested = tried.elapsed();
             if let Some((url, subscription, control)) = connected {
                 number += 1;
                 self.subscribed(&url, &subscription, number, blind_since.take());
                 let began = Instant::now();
                 let healthy = self.listen(&url, subscription, control, room, number, &mut complaint).await;
                 blind_since = Some(Instant::now());
+                rested = Duration::ZERO;
                 if healthy || began.elapsed() >= HEALTHY_AFTER {
                     pause = Duration::ZERO;
                     complaint = Quiet::default();
                 }
             }
             pause = (pause * 2).max(FIRST_PAUSE).min(self.settings.borrow().broker.reconnect_max);
+            let rest = pause.mul_f64(0.5 + fastrand::f64() / 2.0).saturating_sub(rested);
             tokio::select! {
-                () = sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)) => {}
+                () = sleep(rest) => {}
                 _ = stop.wait_for(|stop| *stop) => {}
             }
         }

@@ -17,8 +17,8 @@ use bytes::{Bytes, BytesMut};
 use fred::clients::Client;
 use fred::error::ErrorKind;
 use fred::interfaces::{ClientLike, PubsubInterface};
-use fred::types::RespVersion;
 use fred::types::config::{Config, ConnectionConfig, PerformanceConfig, Server, ServerConfig};
+use fred::types::{ConnectHandle, RespVersion};
 use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsConnector;
@@ -326,7 +326,14 @@ pub struct Control {
 
 struct Kept {
     client: Client,
-    ready: bool,
+    /// The task that serves it, once it is connected: without it, commands would wait until they time out.
+    connection: Option<ConnectHandle>,
+}
+
+impl Kept {
+    fn is_connected(&self) -> bool {
+        self.connection.as_ref().is_some_and(|connection| !connection.is_finished())
+    }
 }
 
 impl fmt::Debug for Control {
@@ -404,16 +411,16 @@ impl Control {
     /// The client, connected. It is kept before it is connected, so that one given up on the way can be closed.
     async fn client(&self) -> Result<Client, Error> {
         let mut kept = self.client.lock().await;
-        if let Some(kept) = kept.as_ref().filter(|kept| kept.ready) {
+        if let Some(kept) = kept.as_ref().filter(|kept| kept.is_connected()) {
             return Ok(kept.client.clone());
         }
         if let Some(kept) = kept.take() {
             let _ = kept.client.quit().await;
         }
         let client = self.new_client();
-        *kept = Some(Kept { client: client.clone(), ready: false });
-        client.init().await.map_err(|error| refused(&error, "a second connection, for broadcasts"))?;
-        *kept = Some(Kept { client: client.clone(), ready: true });
+        let kept = kept.insert(Kept { client: client.clone(), connection: None });
+        let connected = client.init().await.map_err(|error| refused(&error, "a second connection, for broadcasts"))?;
+        kept.connection = Some(connected);
         Ok(client)
     }
 
