@@ -16,7 +16,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -65,6 +65,13 @@ impl Watch {
 struct Connection {
     watch: Watch,
     close: Notify,
+}
+
+impl Connection {
+    fn new() -> Self {
+        let (sender, _) = watch::channel((Phase::Head, Instant::now()));
+        Self { watch: Watch(sender), close: Notify::new() }
+    }
 }
 
 /// The connections there are.
@@ -122,8 +129,7 @@ pub async fn serve(listener: TcpListener, endpoints: Arc<Endpoints>, mut stop: w
                     _ = stop.wait_for(|stop| *stop) => break,
                 }
                 next_id += 1;
-                let (sender, _) = watch::channel((Phase::Head, Instant::now()));
-                let connection = Arc::new(Connection { watch: Watch(sender), close: Notify::new() });
+                let connection = Arc::new(Connection::new());
                 table.lock().insert(next_id, Arc::clone(&connection));
                 tokio::spawn(run(
                     stream,
@@ -151,8 +157,18 @@ pub async fn serve(listener: TcpListener, endpoints: Arc<Endpoints>, mut stop: w
     }
 }
 
+/// Serves one connection over any stream. For the fuzz targets.
+#[doc(hidden)]
+pub async fn serve_one(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    endpoints: Arc<Endpoints>,
+    stop: watch::Receiver<bool>,
+) {
+    run(stream, 0, Arc::new(Connection::new()), Arc::default(), endpoints, stop).await;
+}
+
 async fn run(
-    stream: TcpStream,
+    stream: impl AsyncRead + AsyncWrite + Unpin,
     id: u64,
     connection: Arc<Connection>,
     table: Arc<Table>,
@@ -205,12 +221,12 @@ async fn expired(connection: &Connection, endpoints: &Endpoints) {
 }
 
 /// A stream that knows when a request begins and when a response has been sent.
-struct Watched {
-    stream: TcpStream,
+struct Watched<S> {
+    stream: S,
     connection: Arc<Connection>,
 }
 
-impl AsyncRead for Watched {
+impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -225,7 +241,7 @@ impl AsyncRead for Watched {
     }
 }
 
-impl AsyncWrite for Watched {
+impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(context, bytes)
     }

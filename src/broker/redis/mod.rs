@@ -19,6 +19,7 @@ use fred::error::ErrorKind;
 use fred::interfaces::{ClientLike, PubsubInterface};
 use fred::types::RespVersion;
 use fred::types::config::{Config, ConnectionConfig, PerformanceConfig, Server, ServerConfig};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsConnector;
@@ -125,25 +126,15 @@ pub(super) async fn connect(
 ) -> Result<(Subscription, Control), Error> {
     let limit = settings.broker.connect_timeout;
     let access = Access { username: url.username.clone(), password: url.password.clone(), tls: tls.cloned(), limit };
-    let (address, mut connection, sentinels) = if url.transport == Transport::Sentinel {
+    let (address, connection, sentinels) = if url.transport == Transport::Sentinel {
         let sentinels = sentinels(url, settings, access)?;
         let (master, connection) = sentinels.master().await?;
         (master, connection, Some(sentinels))
     } else {
         (url.address.clone(), access.open(&url.address).await?, None)
     };
-    let channels = Channels::of(settings, url);
-    subscribe(&mut connection, &channels).await?;
-    let subscription = Subscription {
-        connection,
-        max_message: settings.events.max_message,
-        skip: 0,
-        last_byte: Instant::now(),
-        pinged: false,
-        master: sentinels.is_some().then(|| address.clone()),
-        seen: (channels.names().len() > 1).then(Seen::default),
-        channels,
-    };
+    let master = sentinels.is_some().then(|| address.clone());
+    let subscription = Subscription::start(connection, settings, url, master).await?;
     let exchange = format!("{}.pidbox", settings.events.control_exchange);
     let control = Control {
         config: client_config(url, &address, tls),
@@ -212,6 +203,35 @@ impl Seen {
 }
 
 impl Subscription {
+    /// Subscribes on database 0 of the server at the other end of a stream.
+    pub(super) async fn over(
+        stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        settings: &Settings,
+    ) -> Result<Self, Error> {
+        Self::start(Connection::new(Box::new(stream)), settings, &BrokerUrl::default(), None).await
+    }
+
+    /// Subscribes; when it returns, the server has confirmed it.
+    async fn start(
+        mut connection: Connection,
+        settings: &Settings,
+        url: &BrokerUrl,
+        master: Option<Address>,
+    ) -> Result<Self, Error> {
+        let channels = Channels::of(settings, url);
+        subscribe(&mut connection, &channels).await?;
+        Ok(Self {
+            connection,
+            max_message: settings.events.max_message,
+            skip: 0,
+            last_byte: Instant::now(),
+            pinged: false,
+            master,
+            seen: (channels.names().len() > 1).then(Seen::default),
+            channels,
+        })
+    }
+
     pub(super) fn describe(&self) -> String {
         let noun = if matches!(self.channels, Channels::Patterns(_)) { "channels" } else { "channel" };
         let names = self.channels.names().join(" and ");
