@@ -281,21 +281,28 @@ impl Subscription {
         Ok(())
     }
 
-    /// Takes every whole message out of the buffer, and the beginning of one that is too large.
+    /// Takes every whole message out of the buffer, and the beginning of one that is too large. An error waits for the
+    /// messages before it to be taken.
     fn parse(&mut self) -> Result<Vec<Message>, Error> {
         let mut found: Vec<Range<usize>> = Vec::new();
         let (mut parsed, mut oversized) = (0, None);
         while found.len() < MAX_BATCH {
             let rest = &self.connection.buffer[parsed..];
-            match Frame::scan(rest)? {
-                Scan::Whole(frame) => {
-                    found.extend(payload(&frame, rest)?.map(|text| parsed + text.start..parsed + text.end));
-                    parsed += frame.length;
-                }
-                Scan::Partial(text) => {
+            let step = match Frame::scan(rest) {
+                Ok(Scan::Whole(frame)) => payload(&frame, rest).map(|text| (text, frame.length)),
+                Ok(Scan::Partial(text)) => {
                     oversized = text.filter(|text| text.len() > self.max_message && text.start + SAMPLE <= rest.len());
                     break;
                 }
+                Err(error) => Err(error),
+            };
+            match step {
+                Ok((text, length)) => {
+                    found.extend(text.map(|text| parsed + text.start..parsed + text.end));
+                    parsed += length;
+                }
+                Err(_) if !found.is_empty() => break,
+                Err(error) => return Err(error),
             }
         }
         let taken = self.connection.buffer.split_to(parsed);
@@ -455,6 +462,8 @@ fn refused(error: &fred::error::Error, what: &str) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncWriteExt, DuplexStream, duplex};
+
     use super::*;
 
     fn channels(url: &str, change: impl FnOnce(&mut Settings)) -> Channels {
@@ -491,6 +500,26 @@ mod tests {
         };
         assert_eq!(named(FanoutPrefix::On).names(), ["/2.celeryev/*", "/{db}.celeryev/*"]);
         assert_eq!(named(FanoutPrefix::Custom("x.".to_owned())).names(), ["x.celeryev/*"]);
+    }
+
+    /// What the server says after it has confirmed the subscription.
+    async fn subscribed(said: &[u8]) -> (Subscription, DuplexStream) {
+        let (client, mut server) = duplex(1 << 16);
+        server.write_all(b"*3\r\n$10\r\npsubscribe\r\n$13\r\n/0.celeryev/*\r\n:1\r\n").await.unwrap();
+        let subscription = Subscription::over(client, &Settings::default()).await.unwrap();
+        server.write_all(said).await.unwrap();
+        (subscription, server)
+    }
+
+    #[tokio::test]
+    async fn an_error_waits_for_the_messages_before_it() {
+        let message = "*4\r\n$8\r\npmessage\r\n$1\r\n*\r\n$1\r\nc\r\n$2\r\n{}\r\n";
+        for (error, told) in [("-ERR bye\r\n", "ERR bye"), ("garbage", "the answer is not in Redis' protocol")] {
+            let (mut subscription, _server) = subscribed(format!("{message}{message}{error}").as_bytes()).await;
+            assert_eq!(subscription.next().await.unwrap().messages.len(), 2);
+            let end = subscription.next().await.unwrap_err().to_string();
+            assert!(end.starts_with(told), "{end}");
+        }
     }
 
     #[test]
