@@ -9,7 +9,6 @@ use uuid::Uuid;
 
 use super::names::NameId;
 use super::workers::WorkerId;
-use crate::celery::cut;
 use crate::metrics::PairId;
 
 /// A task's id: 16 bytes for a UUID as Celery writes it, the text itself otherwise.
@@ -19,8 +18,10 @@ pub(super) enum TaskId {
     Text(Box<str>),
 }
 
-/// Bytes of an id that is no UUID; of a longer one the beginning and a hash are kept.
+/// Bytes of an id that is no UUID; of a longer one the beginning and a hash are kept, of the same length together, so
+/// that it can be asked for by what is kept of it.
 const MAX_TEXT_ID: usize = 256;
+const MAX_BEGINNING: usize = MAX_TEXT_ID - "…".len() - 16;
 
 impl TaskId {
     pub(super) fn of(text: &str) -> Self {
@@ -34,7 +35,7 @@ impl TaskId {
             return Self::Text(text.into());
         }
         let hash = foldhash::quality::FixedState::default().hash_one(text);
-        Self::Text(format!("{}{hash:016x}", cut(text)).into())
+        Self::Text(format!("{}…{hash:016x}", &text[..text.floor_char_boundary(MAX_BEGINNING)]).into())
     }
 }
 
