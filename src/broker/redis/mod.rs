@@ -25,7 +25,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsConnector;
 use uuid::Uuid;
 
-use resp::{Access, Connection, Frame, READ_SIZE, Scan, text};
+use resp::{Access, Connection, Frame, READ_SIZE, Scan, foreign, text};
 use sentinel::Sentinels;
 
 use super::{Batch, Error, Message, Wire};
@@ -292,7 +292,11 @@ impl Subscription {
                 Ok(Scan::Whole(frame)) => payload(&frame, rest).map(|text| (text, frame.length)),
                 Ok(Scan::Partial(text)) => {
                     oversized = text.filter(|text| text.len() > self.max_message && text.start + SAMPLE <= rest.len());
-                    break;
+                    // No message is larger: of its channel and its payload, neither is too large.
+                    if oversized.is_some() || rest.len() <= 2 * self.max_message + READ_SIZE {
+                        break;
+                    }
+                    Err(foreign())
                 }
                 Err(error) => Err(error),
             };
@@ -520,6 +524,19 @@ mod tests {
             let end = subscription.next().await.unwrap_err().to_string();
             assert!(end.starts_with(told), "{end}");
         }
+    }
+
+    #[tokio::test]
+    async fn an_endless_array_is_given_up() {
+        let (mut subscription, mut server) = subscribed(b"*4096\r\n").await;
+        let max = subscription.max_message;
+        let text = format!("${max}\r\n{}\r\n", "x".repeat(max));
+        let endless = async { while server.write_all(text.as_bytes()).await.is_ok() {} };
+        tokio::select! {
+            () = endless => unreachable!("the subscription is still there"),
+            end = subscription.next() => assert!(end.unwrap_err().to_string().contains("protocol")),
+        }
+        assert!(subscription.connection.buffer.len() < 4 * max);
     }
 
     #[test]

@@ -192,7 +192,7 @@ impl Frame {
     }
 }
 
-fn foreign() -> Error {
+pub(super) fn foreign() -> Error {
     Error::Lost("the answer is not in Redis' protocol: is that a Redis server?".to_owned())
 }
 
