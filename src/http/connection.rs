@@ -105,10 +105,18 @@ impl Table {
             ended.await;
         }
     }
+}
 
-    fn remove(&self, id: u64) {
-        self.lock().remove(&id);
-        self.one_ended.notify_waiters();
+/// A connection's place in the table, which it leaves however it ends.
+struct Place {
+    table: Arc<Table>,
+    id: u64,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.table.lock().remove(&self.id);
+        self.table.one_ended.notify_waiters();
     }
 }
 
@@ -131,14 +139,8 @@ pub async fn serve(listener: TcpListener, endpoints: Arc<Endpoints>, mut stop: w
                 next_id += 1;
                 let connection = Arc::new(Connection::new());
                 table.lock().insert(next_id, Arc::clone(&connection));
-                tokio::spawn(run(
-                    stream,
-                    next_id,
-                    connection,
-                    Arc::clone(&table),
-                    Arc::clone(&endpoints),
-                    stop.clone(),
-                ));
+                let place = Place { table: Arc::clone(&table), id: next_id };
+                tokio::spawn(run(stream, place, connection, Arc::clone(&endpoints), stop.clone()));
                 // The new connection reads its request before the next one may take its place.
                 tokio::task::yield_now().await;
             }
@@ -164,14 +166,14 @@ pub async fn serve_one(
     endpoints: Arc<Endpoints>,
     stop: watch::Receiver<bool>,
 ) {
-    run(stream, 0, Arc::new(Connection::new()), Arc::default(), endpoints, stop).await;
+    let place = Place { table: Arc::default(), id: 0 };
+    run(stream, place, Arc::new(Connection::new()), endpoints, stop).await;
 }
 
 async fn run(
     stream: impl AsyncRead + AsyncWrite + Unpin,
-    id: u64,
+    _place: Place,
     connection: Arc<Connection>,
-    table: Arc<Table>,
     endpoints: Arc<Endpoints>,
     mut stop: watch::Receiver<bool>,
 ) {
@@ -203,7 +205,6 @@ async fn run(
             }
         }
     }
-    table.remove(id);
 }
 
 /// Ends when the connection has been in its phase for longer than it may.
@@ -300,5 +301,30 @@ impl Body for Tracked {
 
     fn size_hint(&self) -> SizeHint {
         self.payload.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+    use crate::ingest::Asker;
+    use crate::settings::Settings;
+    use crate::telemetry::{Health, Telemetry};
+
+    #[tokio::test]
+    async fn a_connection_leaves_its_place_however_it_ends() {
+        let (_stop, stopped) = watch::channel(false);
+        let settings = watch::channel(Arc::new(Settings::default())).1;
+        let asker = Asker::new(channel().0, channel().0);
+        let endpoints = Endpoints::new(asker, settings, Telemetry::new().unwrap().into(), Health::default().into());
+        let (table, connection) = (Arc::new(Table::default()), Arc::new(Connection::new()));
+        table.lock().insert(1, Arc::clone(&connection));
+        let place = Place { table: Arc::clone(&table), id: 1 };
+        let running = tokio::spawn(run(tokio::io::duplex(1).0, place, connection, endpoints.into(), stopped));
+        running.abort();
+        assert!(running.await.is_err());
+        assert!(table.lock().is_empty());
     }
 }
