@@ -37,7 +37,7 @@ fi
 logs=target/logs
 mkdir -p "$logs"
 say "building (some minutes the first time)"
-cargo fuzz build 2>"$logs/build.log" || { cat "$logs/build.log" >&2; die "the targets do not build"; }
+cargo fuzz build -O 2>"$logs/build.log" || { cat "$logs/build.log" >&2; die "the targets do not build"; }
 
 # A recursion as deep as the input is long must show itself.
 ulimit -s 1024
@@ -53,7 +53,7 @@ for target in "${targets[@]}"; do
     if [ -f "dictionaries/$target.dict" ]; then options+=("-dict=$PWD/dictionaries/$target.dict"); fi
     mkdir -p "corpus/$target"
     result=ok
-    if ! cargo fuzz run "$target" "$PWD/corpus/$target" "$PWD/seeds/$target" -- "${options[@]}" >"$logs/$target.log" 2>&1; then
+    if ! cargo fuzz run -O "$target" "$PWD/corpus/$target" "$PWD/seeds/$target" -- "${options[@]}" >"$logs/$target.log" 2>&1; then
         result=FOUND
         failed+=("$target")
         grep -a -A 20 -m 1 -E "panicked at|ERROR: |memory allocation of" "$logs/$target.log" >&2 || true

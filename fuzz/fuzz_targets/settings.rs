@@ -62,7 +62,8 @@ fn plant_value(line: &str) -> String {
     let key = line.split('=').next().unwrap_or_default().trim().to_ascii_lowercase();
     let last = key.rsplit(['.', '_']).next().unwrap_or_default();
     match key.rsplit("__").next() {
-        _ if last == "url" => plant(line),
+        // A list of URLs, or an escape that may be a separator: not understood here.
+        _ if last == "url" && !line.contains([',', '\\']) => plant(line),
         Some(key) if key.ends_with("sentinel_password") => line.replace("{secret}", SECRET),
         _ => line.to_owned(),
     }

@@ -7,15 +7,15 @@ pub const SECRET: &str = "pl4nted";
 
 const PLACE: &str = "{secret}";
 
-/// Puts [`SECRET`] where the text says `{secret}` and that is part of a password: in a piece without `://`, and behind
-/// `scheme://user:` if an `@` follows. What ends a piece separates URLs, or hides such a separator from us.
+/// Puts [`SECRET`] where a list of URLs says `{secret}` and that is part of a password: behind `scheme://user:` if an
+/// `@` follows, and in a piece that is no URL, as a `;` in a password leaves behind.
 #[must_use]
 pub fn plant(urls: &str) -> String {
     let piece = |piece: &str| match piece.split_once(PLACE) {
         Some((before, after)) if is_password(before, after) => format!("{before}{SECRET}{after}"),
         _ => piece.to_owned(),
     };
-    urls.split_inclusive([';', ',', '\\', '\n']).map(piece).collect()
+    urls.split_inclusive(';').map(piece).collect()
 }
 
 fn is_password(before: &str, after: &str) -> bool {
