@@ -10,6 +10,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::celery::Broadcast;
 use crate::celery::envelope::Refusal;
@@ -134,6 +135,18 @@ pub enum Subscription {
 }
 
 impl Subscription {
+    /// Subscribes on database 0 of the Redis server at the other end of a stream. For the fuzz targets.
+    ///
+    /// # Errors
+    /// It does not confirm that.
+    #[doc(hidden)]
+    pub async fn redis_over(
+        stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        settings: &Settings,
+    ) -> Result<Self, Error> {
+        Ok(Self::Redis(Box::new(redis::Subscription::over(stream, settings).await?)))
+    }
+
     /// The next messages, everything that is ready up to about a thousand. Cancelling loses nothing.
     ///
     /// # Errors

@@ -422,6 +422,7 @@ mod tests {
             assert_eq!(read(&format!("[{GOOD}, {{\"type\": "), keep_raw), [ok(), Err(Reject::Json)]);
             assert_eq!(read(GOOD, keep_raw), [ok()]);
             assert_eq!(read("[]", keep_raw), []);
+            assert_eq!(read(&format!("[5}}, }}, {GOOD}]"), keep_raw), [Err(Reject::Json), Err(Reject::Json), ok()]);
         }
     }
 

@@ -128,8 +128,8 @@ fn element_length(text: &[u8]) -> usize {
             b'"' => in_text = !in_text,
             _ if in_text => {}
             b'[' | b'{' => depth += 1,
-            b',' | b']' | b'}' if depth == 0 => return at,
-            b']' | b'}' => depth -= 1,
+            b',' | b']' if depth == 0 => return at,
+            b']' | b'}' => depth = depth.saturating_sub(1),
             _ => {}
         }
     }
@@ -196,6 +196,7 @@ mod tests {
         assert_eq!(split("]"), Vec::<&str>::new());
         assert_eq!(split("{\"a\":1}, {\"b\":"), ["{\"a\":1}", "{\"b\":"]);
         assert_eq!(split("1,,2]"), ["1", "", "2"]);
+        assert_eq!(split("}, 1}2, 3"), ["}", "1}2", "3"], "a brace that closes nothing");
     }
 
     #[test]

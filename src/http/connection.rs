@@ -16,7 +16,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -67,6 +67,13 @@ struct Connection {
     close: Notify,
 }
 
+impl Connection {
+    fn new() -> Self {
+        let (sender, _) = watch::channel((Phase::Head, Instant::now()));
+        Self { watch: Watch(sender), close: Notify::new() }
+    }
+}
+
 /// The connections there are.
 #[derive(Debug, Default)]
 struct Table {
@@ -98,10 +105,18 @@ impl Table {
             ended.await;
         }
     }
+}
 
-    fn remove(&self, id: u64) {
-        self.lock().remove(&id);
-        self.one_ended.notify_waiters();
+/// A connection's place in the table, which it leaves however it ends.
+struct Place {
+    table: Arc<Table>,
+    id: u64,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.table.lock().remove(&self.id);
+        self.table.one_ended.notify_waiters();
     }
 }
 
@@ -122,17 +137,10 @@ pub async fn serve(listener: TcpListener, endpoints: Arc<Endpoints>, mut stop: w
                     _ = stop.wait_for(|stop| *stop) => break,
                 }
                 next_id += 1;
-                let (sender, _) = watch::channel((Phase::Head, Instant::now()));
-                let connection = Arc::new(Connection { watch: Watch(sender), close: Notify::new() });
+                let connection = Arc::new(Connection::new());
                 table.lock().insert(next_id, Arc::clone(&connection));
-                tokio::spawn(run(
-                    stream,
-                    next_id,
-                    connection,
-                    Arc::clone(&table),
-                    Arc::clone(&endpoints),
-                    stop.clone(),
-                ));
+                let place = Place { table: Arc::clone(&table), id: next_id };
+                tokio::spawn(run(stream, place, connection, Arc::clone(&endpoints), stop.clone()));
                 // The new connection reads its request before the next one may take its place.
                 tokio::task::yield_now().await;
             }
@@ -151,11 +159,21 @@ pub async fn serve(listener: TcpListener, endpoints: Arc<Endpoints>, mut stop: w
     }
 }
 
+/// Serves one connection over any stream. For the fuzz targets.
+#[doc(hidden)]
+pub async fn serve_one(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    endpoints: Arc<Endpoints>,
+    stop: watch::Receiver<bool>,
+) {
+    let place = Place { table: Arc::default(), id: 0 };
+    run(stream, place, Arc::new(Connection::new()), endpoints, stop).await;
+}
+
 async fn run(
-    stream: TcpStream,
-    id: u64,
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    _place: Place,
     connection: Arc<Connection>,
-    table: Arc<Table>,
     endpoints: Arc<Endpoints>,
     mut stop: watch::Receiver<bool>,
 ) {
@@ -187,7 +205,6 @@ async fn run(
             }
         }
     }
-    table.remove(id);
 }
 
 /// Ends when the connection has been in its phase for longer than it may.
@@ -205,12 +222,12 @@ async fn expired(connection: &Connection, endpoints: &Endpoints) {
 }
 
 /// A stream that knows when a request begins and when a response has been sent.
-struct Watched {
-    stream: TcpStream,
+struct Watched<S> {
+    stream: S,
     connection: Arc<Connection>,
 }
 
-impl AsyncRead for Watched {
+impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -225,7 +242,7 @@ impl AsyncRead for Watched {
     }
 }
 
-impl AsyncWrite for Watched {
+impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(context, bytes)
     }
@@ -284,5 +301,30 @@ impl Body for Tracked {
 
     fn size_hint(&self) -> SizeHint {
         self.payload.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+    use crate::ingest::Asker;
+    use crate::settings::Settings;
+    use crate::telemetry::{Health, Telemetry};
+
+    #[tokio::test]
+    async fn a_connection_leaves_its_place_however_it_ends() {
+        let (_stop, stopped) = watch::channel(false);
+        let settings = watch::channel(Arc::new(Settings::default())).1;
+        let asker = Asker::new(channel().0, channel().0);
+        let endpoints = Endpoints::new(asker, settings, Telemetry::new().unwrap().into(), Health::default().into());
+        let (table, connection) = (Arc::new(Table::default()), Arc::new(Connection::new()));
+        table.lock().insert(1, Arc::clone(&connection));
+        let place = Place { table: Arc::clone(&table), id: 1 };
+        let running = tokio::spawn(run(tokio::io::duplex(1).0, place, connection, endpoints.into(), stopped));
+        running.abort();
+        assert!(running.await.is_err());
+        assert!(table.lock().is_empty());
     }
 }

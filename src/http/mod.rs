@@ -23,6 +23,8 @@ use crate::telemetry::{BrokerStatus, Health, Telemetry};
 use body::Payload;
 
 pub use connection::serve;
+#[doc(hidden)]
+pub use connection::serve_one;
 
 /// How long scrapes share a copy of the numbers that is still being sent.
 const SHARED_FOR: Duration = Duration::from_secs(1);

@@ -148,7 +148,7 @@ impl Series {
             return None;
         }
         let pair = match (id, saved.task) {
-            (Some(id), Some(text)) if self.find_pair(row, id).is_none() => {
+            (Some(id), Some(text)) if text != OTHER && self.find_pair(row, id).is_none() => {
                 let pair = self.make_pair(row, &cut(&text), Some(id));
                 self.index.insert((row, id), pair);
                 pair

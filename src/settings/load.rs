@@ -95,7 +95,12 @@ pub fn load(cli: &Cli) -> Result<Loaded, Error> {
     load_from(cli, std::env::vars_os(), Path::new(DEFAULT_FILE))
 }
 
-pub(super) fn load_from(
+/// As [`load`], from another environment and default file.
+///
+/// # Errors
+/// The first mistake found.
+#[doc(hidden)]
+pub fn load_from(
     cli: &Cli,
     environment: impl IntoIterator<Item = (OsString, OsString)>,
     default_file: &Path,

@@ -18,6 +18,8 @@ mod tests;
 pub mod url;
 mod value;
 
+#[doc(hidden)]
+pub use load::load_from;
 pub(crate) use load::masked;
 pub use load::{Error, Loaded, ReloadPlan, load, reload};
 pub use url::{BrokerUrl, BrokerUrls};

@@ -10,7 +10,6 @@ use uuid::Uuid;
 
 use super::names::NameId;
 use super::workers::WorkerId;
-use crate::celery::cut;
 use crate::marks::Marks;
 use crate::metrics::PairId;
 
@@ -21,8 +20,10 @@ pub(super) enum TaskId {
     Text(Box<str>),
 }
 
-/// Bytes of an id that is no UUID; of a longer one the beginning and a hash are kept.
+/// Bytes of an id that is no UUID; of a longer one the beginning and a hash are kept, of the same length together, so
+/// that it can be asked for by what is kept of it.
 const MAX_TEXT_ID: usize = 256;
+const MAX_BEGINNING: usize = MAX_TEXT_ID - "…".len() - 16;
 
 impl TaskId {
     pub(super) fn of(text: &str) -> Self {
@@ -36,7 +37,7 @@ impl TaskId {
             return Self::Text(text.into());
         }
         let hash = foldhash::quality::FixedState::default().hash_one(text);
-        Self::Text(format!("{}{hash:016x}", cut(text)).into())
+        Self::Text(format!("{}…{hash:016x}", &text[..text.floor_char_boundary(MAX_BEGINNING)]).into())
     }
 }
 

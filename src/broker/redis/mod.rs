@@ -19,12 +19,13 @@ use fred::error::ErrorKind;
 use fred::interfaces::{ClientLike, PubsubInterface};
 use fred::types::config::{Config, ConnectionConfig, PerformanceConfig, Server, ServerConfig};
 use fred::types::{ConnectHandle, RespVersion};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsConnector;
 use uuid::Uuid;
 
-use resp::{Access, Connection, Frame, READ_SIZE, Scan, text};
+use resp::{Access, Connection, Frame, READ_SIZE, Scan, foreign, text};
 use sentinel::Sentinels;
 
 use super::{Batch, Error, Message, Wire};
@@ -126,25 +127,15 @@ pub(super) async fn connect(
 ) -> Result<(Subscription, Control), Error> {
     let limit = settings.broker.connect_timeout;
     let access = Access { username: url.username.clone(), password: url.password.clone(), tls: tls.cloned(), limit };
-    let (address, mut connection, sentinels) = if url.transport == Transport::Sentinel {
+    let (address, connection, sentinels) = if url.transport == Transport::Sentinel {
         let sentinels = sentinels(url, all, settings, access);
         let (master, connection) = sentinels.master().await?;
         (master, connection, Some(sentinels))
     } else {
         (url.address.clone(), access.open(&url.address).await?, None)
     };
-    let channels = Channels::of(settings, url);
-    subscribe(&mut connection, &channels).await?;
-    let subscription = Subscription {
-        connection,
-        max_message: settings.events.max_message,
-        skip: 0,
-        last_byte: Instant::now(),
-        pinged: false,
-        master: sentinels.is_some().then(|| address.clone()),
-        seen: (channels.names().len() > 1).then(Seen::default),
-        channels,
-    };
+    let master = sentinels.is_some().then(|| address.clone());
+    let subscription = Subscription::start(connection, settings, url, master).await?;
     let exchange = format!("{}.pidbox", settings.events.control_exchange);
     let control = Control {
         config: client_config(url, &address, tls),
@@ -212,6 +203,35 @@ impl Seen {
 }
 
 impl Subscription {
+    /// Subscribes on database 0 of the server at the other end of a stream.
+    pub(super) async fn over(
+        stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        settings: &Settings,
+    ) -> Result<Self, Error> {
+        Self::start(Connection::new(Box::new(stream)), settings, &BrokerUrl::default(), None).await
+    }
+
+    /// Subscribes; when it returns, the server has confirmed it.
+    async fn start(
+        mut connection: Connection,
+        settings: &Settings,
+        url: &BrokerUrl,
+        master: Option<Address>,
+    ) -> Result<Self, Error> {
+        let channels = Channels::of(settings, url);
+        subscribe(&mut connection, &channels).await?;
+        Ok(Self {
+            connection,
+            max_message: settings.events.max_message,
+            skip: 0,
+            last_byte: Instant::now(),
+            pinged: false,
+            master,
+            seen: (channels.names().len() > 1).then(Seen::default),
+            channels,
+        })
+    }
+
     pub(super) fn describe(&self) -> String {
         let noun = if matches!(self.channels, Channels::Patterns(_)) { "channels" } else { "channel" };
         let names = self.channels.names().join(" and ");
@@ -261,21 +281,32 @@ impl Subscription {
         Ok(())
     }
 
-    /// Takes every whole message out of the buffer, and the beginning of one that is too large.
+    /// Takes every whole message out of the buffer, and the beginning of one that is too large. An error waits for the
+    /// messages before it to be taken.
     fn parse(&mut self) -> Result<Vec<Message>, Error> {
         let mut found: Vec<Range<usize>> = Vec::new();
         let (mut parsed, mut oversized) = (0, None);
         while found.len() < MAX_BATCH {
             let rest = &self.connection.buffer[parsed..];
-            match Frame::scan(rest)? {
-                Scan::Whole(frame) => {
-                    found.extend(payload(&frame, rest)?.map(|text| parsed + text.start..parsed + text.end));
-                    parsed += frame.length;
-                }
-                Scan::Partial(text) => {
+            let step = match Frame::scan(rest) {
+                Ok(Scan::Whole(frame)) => payload(&frame, rest).map(|text| (text, frame.length)),
+                Ok(Scan::Partial(text)) => {
                     oversized = text.filter(|text| text.len() > self.max_message && text.start + SAMPLE <= rest.len());
-                    break;
+                    // No message is larger: of its channel and its payload, neither is too large.
+                    if oversized.is_some() || rest.len() <= 2 * self.max_message + READ_SIZE {
+                        break;
+                    }
+                    Err(foreign())
                 }
+                Err(error) => Err(error),
+            };
+            match step {
+                Ok((text, length)) => {
+                    found.extend(text.map(|text| parsed + text.start..parsed + text.end));
+                    parsed += length;
+                }
+                Err(_) if !found.is_empty() => break,
+                Err(error) => return Err(error),
             }
         }
         let taken = self.connection.buffer.split_to(parsed);
@@ -442,6 +473,8 @@ fn refused(error: &fred::error::Error, what: &str) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncWriteExt, DuplexStream, duplex};
+
     use super::*;
 
     fn channels(url: &str, change: impl FnOnce(&mut Settings)) -> Channels {
@@ -478,6 +511,39 @@ mod tests {
         };
         assert_eq!(named(FanoutPrefix::On).names(), ["/2.celeryev/*", "/{db}.celeryev/*"]);
         assert_eq!(named(FanoutPrefix::Custom("x.".to_owned())).names(), ["x.celeryev/*"]);
+    }
+
+    /// What the server says after it has confirmed the subscription.
+    async fn subscribed(said: &[u8]) -> (Subscription, DuplexStream) {
+        let (client, mut server) = duplex(1 << 16);
+        server.write_all(b"*3\r\n$10\r\npsubscribe\r\n$13\r\n/0.celeryev/*\r\n:1\r\n").await.unwrap();
+        let subscription = Subscription::over(client, &Settings::default()).await.unwrap();
+        server.write_all(said).await.unwrap();
+        (subscription, server)
+    }
+
+    #[tokio::test]
+    async fn an_error_waits_for_the_messages_before_it() {
+        let message = "*4\r\n$8\r\npmessage\r\n$1\r\n*\r\n$1\r\nc\r\n$2\r\n{}\r\n";
+        for (error, told) in [("-ERR bye\r\n", "ERR bye"), ("garbage", "the answer is not in Redis' protocol")] {
+            let (mut subscription, _server) = subscribed(format!("{message}{message}{error}").as_bytes()).await;
+            assert_eq!(subscription.next().await.unwrap().messages.len(), 2);
+            let end = subscription.next().await.unwrap_err().to_string();
+            assert!(end.starts_with(told), "{end}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_endless_array_is_given_up() {
+        let (mut subscription, mut server) = subscribed(b"*4096\r\n").await;
+        let max = subscription.max_message;
+        let text = format!("${max}\r\n{}\r\n", "x".repeat(max));
+        let endless = async { while server.write_all(text.as_bytes()).await.is_ok() {} };
+        tokio::select! {
+            () = endless => unreachable!("the subscription is still there"),
+            end = subscription.next() => assert!(end.unwrap_err().to_string().contains("protocol")),
+        }
+        assert!(subscription.connection.buffer.len() < 4 * max);
     }
 
     #[test]

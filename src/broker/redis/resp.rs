@@ -18,7 +18,7 @@ const MAX_ANSWER: usize = 64 << 10;
 /// Room for reading: below what allocators take from the system at each call.
 pub(super) const READ_SIZE: usize = 64 << 10;
 
-trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
 /// How a server is reached and who we are to it.
@@ -35,7 +35,7 @@ impl Access {
     /// Connects and authenticates.
     pub(super) async fn open(&self, address: &Address) -> Result<Connection, Error> {
         let stream = self.stream(address).await.map_err(|error| Error::from(&error))?;
-        let mut connection = Connection { stream, buffer: BytesMut::with_capacity(READ_SIZE) };
+        let mut connection = Connection::new(stream);
         if let Some(password) = &self.password {
             let user = self.username.as_deref();
             let command: Vec<&str> = ["AUTH"].into_iter().chain(user).chain([password.expose()]).collect();
@@ -66,6 +66,10 @@ pub(super) struct Connection {
 }
 
 impl Connection {
+    pub(super) fn new(stream: Box<dyn Stream>) -> Self {
+        Self { stream, buffer: BytesMut::with_capacity(READ_SIZE) }
+    }
+
     /// Sends a command and waits for its answer: its texts, at most four.
     pub(super) async fn request(&mut self, command: &[&str]) -> Result<Vec<String>, Error> {
         self.send(command).await?;
@@ -188,7 +192,7 @@ impl Frame {
     }
 }
 
-fn foreign() -> Error {
+pub(super) fn foreign() -> Error {
     Error::Lost("the answer is not in Redis' protocol: is that a Redis server?".to_owned())
 }
 
