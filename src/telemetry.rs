@@ -24,6 +24,8 @@ pub struct Telemetry {
     rejected: [IntCounter; Reject::ALL.len()],
     /// Messages read from the broker.
     pub messages: IntCounter,
+    /// Bytes of those messages.
+    pub message_bytes: IntCounter,
     /// Events read from messages, counted or not.
     pub events: IntCounter,
     /// Messages that a named queue handed out again, and that were counted before.
@@ -80,6 +82,7 @@ impl Telemetry {
         Ok(Self {
             rejected: Reject::ALL.map(|reason| reasons.with_label_values(&[reason.as_str()])),
             messages: counter(&registry, "messages_total", "Messages read from the broker.")?,
+            message_bytes: counter(&registry, "message_bytes_total", "Bytes of the messages read from the broker.")?,
             events: counter(&registry, "events_total", "Events read from messages, counted or not.")?,
             redelivered: counter(
                 &registry,

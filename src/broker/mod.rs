@@ -108,6 +108,14 @@ pub enum Error {
 }
 
 impl Error {
+    /// The same without a secret that the other side has repeated.
+    fn without(self, secret: &str) -> Self {
+        match self {
+            Self::Refused(problem) if !secret.is_empty() => Self::Refused(problem.replace(secret, "***")),
+            other => other,
+        }
+    }
+
     /// The same, said of `subject`.
     fn of(self, subject: &str) -> Self {
         match self {

@@ -13,7 +13,7 @@ use figment::{Figment, Metadata, Profile, Provider, error::Kind as Mistake, util
 use super::cli::Cli;
 use super::schema::{self, KEYS, Key, Kind, quoted};
 use super::url::{Address, BrokerUrls, Transport};
-use super::value::Secret;
+use super::value::{Secret, printable};
 use super::{Broker, BrokerUrl, Settings};
 
 const DEFAULT_FILE: &str = "/etc/flower-exporter/flower-exporter.toml";
@@ -193,10 +193,9 @@ fn file_error(path: &Path, problem: &dyn Display) -> Error {
     Error::File { path: masked(path), problem: problem.to_string() }
 }
 
-/// A path for printing; a URL that strayed where a path belongs may hold a password.
+/// A path for printing.
 pub(crate) fn masked(path: &Path) -> String {
-    let text = path.to_string_lossy();
-    if text.contains("://") { Secret::MASK.to_owned() } else { text.escape_debug().to_string() }
+    printable(&path.to_string_lossy()).escape_debug().to_string()
 }
 
 fn check_keys(values: &mut Dict, section: &str, file: &str) -> Result<(), Error> {
@@ -297,8 +296,7 @@ fn value_error(figment: &Figment, error: figment::Error) -> Error {
 
 fn shown(value: &Value) -> String {
     match value {
-        Value::String(_, text) if text.contains("://") => Secret::MASK.to_owned(),
-        Value::String(_, text) => quoted(text),
+        Value::String(_, text) => quoted(printable(text)),
         Value::Bool(_, flag) => flag.to_string(),
         Value::Num(_, number) => match number.to_i128() {
             Some(integer) => integer.to_string(),

@@ -25,7 +25,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsConnector;
 use uuid::Uuid;
 
-use resp::{Access, Connection, Frame, READ_SIZE, Scan, foreign, text};
+use resp::{Access, Connection, Frame, READ_SIZE, Scan, complaint, foreign, text};
 use sentinel::Sentinels;
 
 use super::{Batch, Error, Message, Wire};
@@ -468,7 +468,7 @@ impl Control {
 }
 
 fn refused(error: &fred::error::Error, what: &str) -> Error {
-    Error::Refused(format!("{what}: {}", error.details()))
+    Error::Refused(format!("{what}: {}", complaint(error.details())))
 }
 
 #[cfg(test)]
