@@ -115,8 +115,12 @@ def test_a_kill_costs_no_more_than_the_last_moment(lab, redis, db):
     for _ in range(3):
         counted = rig.metrics().events("received")
         seen = rig.exporter.wait_for(lambda m: m.events("received") > counted + 500).events("received")  # noqa: B023
-        wait_until(lambda: sent[0] >= seen + 1000, 10, "events go on")  # noqa: B023
-        wait_until(lambda: float(AGE.search(rig.exporter.text())[1]) < 0.4, 10, "saves go on")
+        since = time.monotonic()
+        wait_until(
+            lambda: time.monotonic() - since > float(AGE.search(rig.exporter.text())[1]),  # noqa: B023
+            2,
+            "what was seen is saved",
+        )
         kill(rig.exporter)
         assert again(lab, rig, redis, db).metrics().events("received") >= seen
     over.set()

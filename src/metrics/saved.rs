@@ -141,7 +141,10 @@ impl Series {
     ) -> Option<PairId> {
         let types = self.types.labels.len();
         let histogram = saved.runtime.filter(|_| same_bounds);
-        let is_sane = saved.events.iter().all(|(id, _)| usize::from(*id) < types)
+        let mut seen = [false; MAX_TYPES + 1];
+        let is_sane = saved.events.iter().all(|(id, _)| {
+            usize::from(*id) < types && !std::mem::replace(&mut seen[usize::from(*id)], true)
+        })
             && saved.prefetch_time.is_none_or(is_gauge)
             && histogram.as_ref().is_none_or(|(counts, sum)| counts.len() == self.bounds.len() + 1 && is_gauge(*sum));
         if !is_sane {

@@ -40,11 +40,13 @@ impl Cli {
     ///
     /// # Errors
     /// What clap finds wrong, or help and version asked for: call `exit` on it. A URL given in
-    /// the wrong place is not repeated, for it may hold a password.
+    /// the wrong place is not repeated, for it may hold a password; nor what stands beside one, for it may be a part of it.
     pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
+        let args: Vec<OsString> = args.into_iter().collect();
+        let has_url = args.iter().any(|arg| arg.to_string_lossy().contains("://"));
         Self::try_parse_from(args).map_err(|mut error| {
             for kind in [ContextKind::InvalidArg, ContextKind::InvalidValue] {
-                if matches!(error.get(kind), Some(ContextValue::String(text)) if text.contains("://") || !text.starts_with('-')) {
+                if matches!(error.get(kind), Some(ContextValue::String(text)) if text.contains("://") || (has_url && !text.starts_with('-'))) {
                     error.insert(kind, ContextValue::String(Secret::MASK.to_owned()));
                 }
             }

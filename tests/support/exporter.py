@@ -5,11 +5,12 @@ import http.client
 import json
 import os
 import signal
+from pathlib import Path
 
 from .exposition import parse_text
 from .processes import ROOT, Process, accepts, directory, free_port, wait_until
 
-BINARY = os.environ.get("FLOWER_EXPORTER_BIN") or ROOT / "target/debug/flower-exporter"
+BINARY = Path(os.environ.get("FLOWER_EXPORTER_BIN") or ROOT / "target/debug/flower-exporter")
 
 #: The environment of the tests must not set our settings.
 CLEAN = {key: None for key in os.environ if key.startswith("FLOWER_EXPORTER_")}
