@@ -36,7 +36,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
                 let _ = failed.send((event.uuid.to_string(), exception));
             }
         })],
-    )?;
+    )
+    .await?;
     eprintln!("serving http://{}/metrics", exporter.address());
 
     tokio::io::stdin().read_to_end(&mut Vec::new()).await?;

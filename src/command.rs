@@ -67,9 +67,12 @@ async fn serve(cli: &Cli, settings: Settings) -> ExitCode {
         Err(error) => return fail(1, &error),
     };
     let logging = Logging::start(&settings.log);
-    let exporter = match Exporter::start(settings, Vec::new()) {
-        Ok(exporter) => exporter,
-        Err(error) => return fail(MISTAKE, &error),
+    let exporter = tokio::select! {
+        started = Exporter::start(settings, Vec::new()) => match started {
+            Ok(exporter) => exporter,
+            Err(error) => return fail(MISTAKE, &error),
+        },
+        () = told_to_stop(&mut intents) => return ExitCode::SUCCESS,
     };
     let address = exporter.address();
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "serving http://{address}/metrics");
@@ -77,7 +80,7 @@ async fn serve(cli: &Cli, settings: Settings) -> ExitCode {
         match intents.next().await {
             Intent::Stop => break,
             Intent::Reload => reload(cli, &exporter, &logging),
-            Intent::Save => tracing::info!("nothing to save: state.persistent is off"),
+            Intent::Save => drop(tokio::spawn(save(exporter.save()))),
         }
     }
     tracing::info!("stopping");
@@ -88,15 +91,22 @@ async fn serve(cli: &Cli, settings: Settings) -> ExitCode {
             }
             ExitCode::SUCCESS
         }
-        () = again(&mut intents) => {
+        () = told_to_stop(&mut intents) => {
             tracing::warn!("told to stop again: exiting at once");
             ExitCode::FAILURE
         }
     }
 }
 
-async fn again(intents: &mut Intents) {
+async fn told_to_stop(intents: &mut Intents) {
     while intents.next().await != Intent::Stop {}
+}
+
+async fn save(saved: impl Future<Output = Result<(), String>>) {
+    match saved.await {
+        Ok(()) => tracing::info!("the state is saved"),
+        Err(error) => tracing::warn!(error, "the state is not saved"),
+    }
 }
 
 /// Reads the settings again. A bad file changes nothing.

@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Sender, channel};
 use std::thread;
 use std::time::Duration;
 
@@ -13,11 +13,12 @@ use tokio::task::JoinHandle;
 
 use crate::broker;
 use crate::http::{self, Endpoints};
-use crate::ingest::{Asker, Ingest, Observer};
+use crate::ingest::{Asker, Ingest, Observer, recent_messages};
 use crate::metrics::FlowerCollector;
-use crate::session::Session;
+use crate::session::{Ack, Arrival, Session};
 use crate::settings::{self, ReloadPlan, Settings};
-use crate::state::{TaskView, WorkerView};
+use crate::state::{Limits, State, TaskView, WorkerView};
+use crate::store::{self, Restored, Status, Store};
 use crate::telemetry::{Health, Telemetry};
 
 /// How long a stop may take.
@@ -37,6 +38,12 @@ pub enum StartError {
         /// The system's word.
         error: io::Error,
     },
+    /// The saved state cannot be used.
+    #[error("{0}")]
+    Store(#[from] store::OpenError),
+    /// A mistake in this program, told by its log.
+    #[error("the saved state cannot be loaded: see the log")]
+    Load,
     /// The system has no room for a thread.
     #[error("cannot start a thread: {0}")]
     Thread(#[from] io::Error),
@@ -56,29 +63,35 @@ pub struct Exporter {
     /// Resolved when the ingest loop has ended.
     drained: oneshot::Receiver<()>,
     session_over: oneshot::Receiver<()>,
+    /// Resolved when the last save is done with.
+    saved: Option<oneshot::Receiver<()>>,
 }
 
 impl Exporter {
     /// Starts the exporter on the tokio runtime it is called from, with threads of its own for the broker's connection
-    /// and for the events. `observers` are called with every event.
+    /// and for the events. `observers` are called with every event. With `state.persistent`, returns once the saved
+    /// state is loaded; nothing is answered before.
     ///
     /// # Errors
     /// Files that the settings name are looked at, and the socket is bound: a taken port is an error at once. A broker that is not there is none; it is tried for
-    /// ever.
-    pub fn start(settings: Settings, observers: Vec<Observer>) -> Result<Self, StartError> {
+    /// ever. Saved state that another exporter has open for longer than ten seconds is an error; a file that cannot be
+    /// read is set aside, and one that cannot be written is a warning.
+    pub async fn start(settings: Settings, observers: Vec<Observer>) -> Result<Self, StartError> {
         broker::check(&settings)?;
         let address = settings.http.listen;
         let bind = |error| StartError::Bind { address, error };
         let listener = http::bind(address).map_err(bind)?;
         let address = listener.local_addr().map_err(bind)?;
-        let telemetry = Arc::new(Telemetry::new()?);
-        let health = Arc::new(Health::default());
+        let shared = Shared::new()?;
         let (settings, watched) = watch::channel(Arc::new(settings));
         let (stop, stopped) = watch::channel(false);
         let (arrivals, incoming) = channel();
         let (queries, questions) = channel();
         let (acks, to_acknowledge) = mpsc::unbounded_channel();
 
+        let now = Arc::clone(&watched.borrow());
+        let Persistence { restored, store, saved } = Persistence::open(&now, &shared, &acks, &arrivals).await?;
+        let Shared { telemetry, health } = shared;
         let ingest = Ingest {
             arrivals: incoming,
             queries: questions,
@@ -89,7 +102,7 @@ impl Exporter {
             health: Arc::clone(&health),
         };
         let drained = part("flower-ingest", &health, move || {
-            ingest.run();
+            ingest.run(restored, store);
             Ok(())
         })?;
         let session = Session {
@@ -109,7 +122,7 @@ impl Exporter {
         let asker = Asker::new(queries, arrivals);
         let endpoints = Endpoints::new(asker.clone(), watched, telemetry, Arc::clone(&health));
         let http = tokio::spawn(http::serve(listener, Arc::new(endpoints), stopped));
-        Ok(Self { asker, address, settings, health, stop, http, drained, session_over })
+        Ok(Self { asker, address, settings, health, stop, http, drained, session_over, saved })
     }
 
     /// Where `/metrics` is served.
@@ -140,6 +153,15 @@ impl Exporter {
         self.asker.tasks(start, count).await
     }
 
+    /// Saves the state now. The future may be spawned and outlives the exporter.
+    ///
+    /// # Errors
+    /// Why it is not on disk.
+    pub fn save(&self) -> impl Future<Output = Result<(), String>> + Send + use<> {
+        let asker = self.asker.clone();
+        async move { asker.save().await }
+    }
+
     /// The six families, for a Registry of the embedding program.
     #[must_use]
     pub fn collector(&self) -> FlowerCollector {
@@ -155,20 +177,83 @@ impl Exporter {
         plan
     }
 
-    /// Stops reading, takes what is queued, finishes the responses in flight. Returns within [`STOP_WITHIN`]; whether all
+    /// Stops reading, takes what is queued, finishes the responses in flight, saves the state. Returns within [`STOP_WITHIN`]; whether all
     /// was done by then.
     pub async fn stop(self) -> bool {
-        let Self { asker, stop, http, drained, session_over, .. } = self;
+        let Self { asker, stop, http, drained, session_over, saved, .. } = self;
         stop.send_replace(true);
         let stopping = async {
             let _ = session_over.await;
             let _ = http.await;
             asker.stop();
             let _ = drained.await;
+            if let Some(saved) = saved {
+                let _ = saved.await;
+            }
         };
         let done = tokio::time::timeout(STOP_WITHIN, stopping).await.is_ok();
         asker.stop();
         done
+    }
+}
+
+/// What the parts tell of themselves.
+struct Shared {
+    telemetry: Arc<Telemetry>,
+    health: Arc<Health>,
+}
+
+impl Shared {
+    fn new() -> Result<Self, StartError> {
+        Ok(Self { telemetry: Arc::new(Telemetry::new()?), health: Arc::new(Health::default()) })
+    }
+}
+
+/// The state to begin with, and where it is saved.
+struct Persistence {
+    restored: Restored,
+    store: Option<store::Handle>,
+    saved: Option<oneshot::Receiver<()>>,
+}
+
+impl Persistence {
+    async fn open(
+        settings: &Settings,
+        shared: &Shared,
+        acks: &mpsc::UnboundedSender<Ack>,
+        arrivals: &Sender<Arrival>,
+    ) -> Result<Self, StartError> {
+        let limits = Limits {
+            max_workers: settings.state.max_workers,
+            max_tasks: settings.state.max_tasks,
+            max_label_pairs: settings.metrics.max_label_pairs,
+            buckets: settings.metrics.task_runtime_metric_buckets.clone(),
+        };
+        if !settings.state.persistent {
+            let restored = Restored { state: State::new(&limits), recent: Vec::new(), source: None };
+            return Ok(Self { restored, store: None, saved: None });
+        }
+        let (handed_over, to_save) = channel();
+        let status = Arc::new(Status::default());
+        let store = Store {
+            path: settings.state.db.clone(),
+            limits,
+            compact_every: settings.state.state_save_interval,
+            kept_hashes: recent_messages(settings),
+            saves: to_save,
+            status: Arc::clone(&status),
+            acks: acks.clone(),
+            arrivals: arrivals.clone(),
+            telemetry: Arc::clone(&shared.telemetry),
+            health: Arc::clone(&shared.health),
+        };
+        let (opened, opening) = oneshot::channel();
+        let saved = part("flower-store", &shared.health, move || {
+            store.run(opened);
+            Ok(())
+        })?;
+        let restored = opening.await.map_err(|_| StartError::Load)??;
+        Ok(Self { restored, store: Some(store::Handle::new(handed_over, status)), saved: Some(saved) })
     }
 }
 

@@ -7,6 +7,7 @@
 //! - [`metrics`]: the six families and their text.
 //! - [`broker`]: one module a transport, all by the same [`tls`]; [`session`] connects, reconnects and marks the gaps.
 //! - [`ingest`]: the hot loop, which alone owns the state.
+//! - [`store`]: what survives a restart, and when a message may be acknowledged.
 //! - [`http`]: `/metrics` and `/healthz`.
 //! - [`daemon`]: puts the parts together: [`daemon::Exporter`] is where an embedding program starts.
 //! - [`settings`], [`telemetry`], [`command`]: what the operator decides, what the exporter says of itself, and what the
@@ -29,7 +30,8 @@
 //!     if event.kind == EventKind::TaskFailed {
 //!         println!("{}: {}", event.uuid, event.exception().unwrap_or_default());
 //!     }
-//! })])?;
+//! })])
+//! .await?;
 //! println!("http://{}/metrics", exporter.address());
 //! for worker in exporter.workers().await {
 //!     println!("{} is {}", worker.hostname, if worker.online { "online" } else { "offline" });
@@ -46,11 +48,13 @@ pub mod daemon;
 pub mod http;
 pub mod ingest;
 mod logging;
+mod marks;
 pub mod metrics;
 mod quiet;
 pub mod session;
 pub mod settings;
 mod signals;
 pub mod state;
+pub mod store;
 pub mod telemetry;
 pub mod tls;

@@ -22,6 +22,11 @@ impl Logging {
             LogFormat::Json => lines.json().flatten_event(true).with_current_span(false).with_span_list(false).boxed(),
         };
         tracing_subscriber::registry().with(layer.with_filter(filter)).init();
+        std::panic::set_hook(Box::new(|panic| {
+            let place = panic.location().map(ToString::to_string);
+            let message = panic.payload_as_str();
+            tracing::error!(place, message, thread = std::thread::current().name(), "a thread panicked");
+        }));
         Self(handle)
     }
 

@@ -23,8 +23,10 @@ pub enum Arrival {
     Connected {
         /// The session's number, for its acknowledgements.
         session: u64,
-        /// Nothing is missing: the broker has collected since the last session.
-        continues: bool,
+        /// Which broker's queue, without its credentials.
+        source: Arc<str>,
+        /// It has collected since it was last listened on, whoever did.
+        keeps: bool,
     },
     /// Messages, and the room they take in the queue.
     Batch(Batch, Room),
@@ -85,13 +87,22 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const MANY_WAITING: u32 = 1000;
 /// Every worker answers a `heartbeat`: however short its timeout, it is not asked more often.
 const HEARTBEAT_PAUSE: Duration = Duration::from_millis(200);
+/// How soon, and how often after that, the log tells of dropped messages.
+const DROPS_TOLD_AFTER: Duration = Duration::from_secs(1);
+const DROPS_TOLD_EVERY: Duration = Duration::from_secs(59);
+/// Of `broker.amqp.queue_max_bytes`, in tenths: about there the broker drops the oldest messages. It does not say so.
+const NEARLY_FULL: u64 = 8;
 const FOR_EVER: Duration = Duration::from_secs(365 * 86_400);
 
 impl Session {
     /// Runs until it is told to stop.
     pub async fn run(mut self) {
         let room = Arc::new(Semaphore::new(capacity(&self.settings.borrow())));
-        self.connect_until_stopped(&room).await;
+        let telemetry = Arc::clone(&self.telemetry);
+        tokio::select! {
+            () = self.connect_until_stopped(&room) => {}
+            () = tell_drops(&telemetry) => {}
+        }
         self.health.set_broker(BrokerStatus::Stopped);
         self.telemetry.connected.set(0);
     }
@@ -99,31 +110,33 @@ impl Session {
     async fn connect_until_stopped(&mut self, room: &Arc<Semaphore>) {
         let mut stop = self.stop.clone();
         let mut pause = Duration::ZERO;
-        let mut complaint = Quiet::default();
-        let (mut number, mut blind_since, mut last_url) = (0, None, None);
+        let (mut complaint, mut losses) = (Quiet::default(), Quiet::default());
+        let (mut number, mut blind_since) = (0, None);
         while !is_stopped(&stop) {
+            let tried = Instant::now();
             let connected = tokio::select! {
                 connected = self.try_all(&mut complaint) => connected,
                 // A connection is not dropped half made, unless it takes long: lapin's thread would be left with it.
                 () = stopped_for(&mut stop, PATIENCE) => return,
             };
+            // An attempt that took long has been its own pause.
+            let mut rested = tried.elapsed();
             if let Some((url, subscription, control)) = connected {
                 number += 1;
-                // Another broker's queue has collected other events.
-                let continues = subscription.continues() && last_url.as_ref().is_none_or(|last| *last == url);
-                self.subscribed(&url, &subscription, number, continues, blind_since.take());
+                self.subscribed(&url, &subscription, number, blind_since.take());
                 let began = Instant::now();
-                let healthy = self.listen(&url, subscription, control, room, number, &mut complaint).await;
-                last_url = Some(url);
+                let healthy = self.listen(&url, subscription, control, room, number, &mut losses).await;
                 blind_since = Some(Instant::now());
+                rested = Duration::ZERO;
                 if healthy || began.elapsed() >= HEALTHY_AFTER {
                     pause = Duration::ZERO;
                     complaint = Quiet::default();
                 }
             }
             pause = (pause * 2).max(FIRST_PAUSE).min(self.settings.borrow().broker.reconnect_max);
+            let rest = pause.mul_f64(0.5 + fastrand::f64() / 2.0).saturating_sub(rested);
             tokio::select! {
-                () = sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)) => {}
+                () = sleep(rest) => {}
                 _ = stop.wait_for(|stop| *stop) => {}
             }
         }
@@ -141,7 +154,7 @@ impl Session {
         };
         for url in urls.iter() {
             tracing::debug!(broker = %url, "connecting");
-            match broker::connect(url, &settings).await {
+            match broker::connect(url, &urls, &settings).await {
                 Ok((subscription, control)) => return Some((url.clone(), subscription, control)),
                 Err(error) => complain(complaint, "cannot connect to the broker, trying again", Some(url), &error),
             }
@@ -149,25 +162,19 @@ impl Session {
         None
     }
 
-    fn subscribed(
-        &self,
-        url: &BrokerUrl,
-        subscription: &Subscription,
-        number: u64,
-        continues: bool,
-        blind_since: Option<Instant>,
-    ) {
-        tracing::info!(broker = %url, "listening for events on {}", subscription.describe());
+    fn subscribed(&self, url: &BrokerUrl, subscription: &Subscription, number: u64, blind_since: Option<Instant>) {
+        let (queue, keeps) = (subscription.describe(), subscription.continues());
+        tracing::info!(broker = %url, "listening for events on {queue}");
         if let Some(since) = blind_since {
             let blind = since.elapsed().as_secs_f64();
             self.telemetry.reconnects.inc();
             self.telemetry.blind_seconds.inc_by(blind);
-            if !continues {
+            if !keeps {
                 tracing::info!(blind_seconds = blind, "events sent in the meantime are missing");
             }
         }
         self.telemetry.connected.set(1);
-        self.send(Arrival::Connected { session: number, continues });
+        self.send(Arrival::Connected { session: number, source: format!("{url} {queue}").into(), keeps });
         self.health.set_broker(BrokerStatus::Connected);
     }
 
@@ -179,7 +186,7 @@ impl Session {
         control: Control,
         room: &Arc<Semaphore>,
         number: u64,
-        complaint: &mut Quiet,
+        losses: &mut Quiet,
     ) -> bool {
         let mut heard = false;
         let reader = Reader {
@@ -197,6 +204,7 @@ impl Session {
             control: &control,
             settings: self.settings.clone(),
             acks: &mut self.acks,
+            telemetry: &self.telemetry,
             health: &self.health,
             number,
         };
@@ -212,7 +220,7 @@ impl Session {
         self.send(Arrival::Disconnected);
         if let Some(error) = error {
             self.telemetry.cutoffs.inc();
-            complain(complaint, "the connection to the broker is lost, trying again", Some(url), &error);
+            complain(losses, "the connection to the broker is lost, trying again", Some(url), &error);
         }
         heard
     }
@@ -269,7 +277,6 @@ struct Reader<'s> {
 
 impl Reader<'_> {
     async fn run(mut self) -> Error {
-        let mut overflow = Quiet::default();
         loop {
             let batch = match self.subscription.next().await {
                 Ok(batch) => batch,
@@ -277,7 +284,8 @@ impl Reader<'_> {
             };
             *self.heard = true;
             self.telemetry.messages.inc_by(batch.messages.len() as u64);
-            let Some((batch, room)) = self.make_room(batch, &mut overflow).await else { continue };
+            self.telemetry.message_bytes.inc_by(batch.bytes as u64);
+            let Some((batch, room)) = self.make_room(batch).await else { continue };
             #[allow(clippy::cast_possible_wrap, reason = "bounded by max_backlog")]
             self.telemetry.backlog_bytes.add(batch.bytes as i64);
             self.health.queued();
@@ -286,11 +294,11 @@ impl Reader<'_> {
     }
 
     /// Waits for room if the broker can wait, else drops what does not fit: all but one message beyond the bound.
-    async fn make_room(&mut self, mut batch: Batch, overflow: &mut Quiet) -> Option<(Batch, Room)> {
-        let available = self.room.available_permits();
+    async fn make_room(&mut self, mut batch: Batch) -> Option<(Batch, Room)> {
         let gap = std::mem::take(&mut self.gap);
-        if !self.subscription.can_wait() && batch.bytes > available {
-            self.drop_beyond(available, &mut batch, overflow);
+        let waits = self.subscription.can_wait();
+        if !waits {
+            self.drop_beyond(&mut batch);
         }
         if batch.messages.is_empty() {
             self.gap = true;
@@ -299,13 +307,14 @@ impl Reader<'_> {
         if gap {
             send(self.arrivals, Arrival::Dropped);
         }
-        let bound = if self.subscription.can_wait() { self.capacity } else { available };
-        let wanted = u32::try_from(batch.bytes.min(bound)).unwrap_or(u32::MAX);
+        let wanted = if waits { u32::try_from(batch.bytes.min(self.capacity)).unwrap_or(u32::MAX) } else { 0 };
         let permit = Arc::clone(self.room).acquire_many_owned(wanted).await.ok()?;
         Some((batch, Room { _permit: permit }))
     }
 
-    fn drop_beyond(&mut self, available: usize, batch: &mut Batch, overflow: &mut Quiet) {
+    fn drop_beyond(&mut self, batch: &mut Batch) {
+        let queued = usize::try_from(self.telemetry.backlog_bytes.get()).unwrap_or(0);
+        let available = self.capacity.saturating_sub(queued);
         let mut taken = 0;
         let fitting = batch.messages.iter().take_while(|message| {
             let fits = taken < available;
@@ -314,18 +323,29 @@ impl Reader<'_> {
         });
         let fitting = fitting.count();
         let count = (batch.messages.len() - fitting) as u64;
-        if count == 0 {
-            return;
+        if count > 0 {
+            batch.truncate(fitting);
+            self.telemetry.dropped.inc_by(count);
+            // The gap is behind what still fitted: told before the next batch.
+            self.gap = true;
         }
-        batch.truncate(fitting);
-        self.telemetry.dropped.inc_by(count);
-        // The gap is behind what still fitted: told before the next batch.
-        self.gap = true;
-        if overflow.speak("overflow").is_some() {
+    }
+}
+
+/// Tells of messages that were dropped: soon, then once a minute.
+async fn tell_drops(telemetry: &Telemetry) {
+    let mut told = 0;
+    loop {
+        sleep(DROPS_TOLD_AFTER).await;
+        let total = telemetry.dropped.get();
+        if total > told {
             tracing::warn!(
-                dropped_total = self.telemetry.dropped.get(),
+                dropped = total - told,
+                dropped_total = total,
                 "events come in faster than they are processed: events.max_backlog is reached and messages are dropped"
             );
+            told = total;
+            sleep(DROPS_TOLD_EVERY).await;
         }
     }
 }
@@ -335,6 +355,7 @@ struct Ticker<'s> {
     control: &'s Control,
     settings: watch::Receiver<Arc<Settings>>,
     acks: &'s mut mpsc::UnboundedReceiver<Ack>,
+    telemetry: &'s Telemetry,
     health: &'s Health,
     number: u64,
 }
@@ -342,10 +363,10 @@ struct Ticker<'s> {
 impl Ticker<'_> {
     /// Ends only with the connection. Broadcasts and acknowledgements do not wait for each other.
     async fn run(self, arrivals: &Sender<Arrival>) -> Error {
-        let Self { control, settings, acks, health, number } = self;
+        let Self { control, settings, acks, telemetry, health, number } = self;
         tokio::select! {
             error = acknowledge(control, acks, number) => error,
-            error = look_after(control, settings.clone(), arrivals, health) => error,
+            error = look_after(control, settings.clone(), arrivals, (telemetry, health)) => error,
             error = heartbeats(control, settings) => error,
             error = pulse(control, arrivals) => error,
             error = control.moved() => error,
@@ -375,7 +396,7 @@ async fn look_after(
     control: &Control,
     mut settings: watch::Receiver<Arc<Settings>>,
     arrivals: &Sender<Arrival>,
-    health: &Health,
+    (telemetry, health): (&Telemetry, &Health),
 ) -> Error {
     let mut complaint = Quiet::default();
     let mut was_behind = false;
@@ -391,6 +412,15 @@ async fn look_after(
             was_behind = is_behind;
         }
         let now = Arc::clone(&settings.borrow_and_update());
+        if is_nearly_full(standing.waiting, telemetry, &now)
+            && let Some(kept_back) = complaint.speak("full")
+        {
+            tracing::warn!(
+                waiting = standing.waiting,
+                kept_back,
+                "our queue at RabbitMQ is full, or nearly: beyond broker.amqp.queue_max_bytes it drops the oldest events"
+            );
+        }
         let (events, limit) = (&now.events, now.broker.connect_timeout);
         if events.enable_events {
             broadcast(control, Broadcast::EnableEvents, limit, &mut complaint).await;
@@ -400,6 +430,13 @@ async fn look_after(
         })
         .await;
     }
+}
+
+/// By the mean size of the messages so far.
+fn is_nearly_full(waiting: u32, telemetry: &Telemetry, settings: &Settings) -> bool {
+    let (messages, bytes) = (telemetry.messages.get(), telemetry.message_bytes.get());
+    let mean = bytes.checked_div(messages).unwrap_or(0);
+    mean * u64::from(waiting) >= settings.broker.amqp.queue_max_bytes / 10 * NEARLY_FULL && waiting > 0
 }
 
 /// Asks the broker for a sign of life: while it gives none, silence of the workers means nothing.

@@ -24,8 +24,12 @@ pub struct Telemetry {
     rejected: [IntCounter; Reject::ALL.len()],
     /// Messages read from the broker.
     pub messages: IntCounter,
+    /// Bytes of those messages.
+    pub message_bytes: IntCounter,
     /// Events read from messages, counted or not.
     pub events: IntCounter,
+    /// Messages that a named queue handed out again, and that were counted before.
+    pub redelivered: IntCounter,
     /// Messages dropped because `events.max_backlog` was reached.
     pub dropped: IntCounter,
     /// Connections that broke while we listened.
@@ -40,6 +44,12 @@ pub struct Telemetry {
     pub connected: IntGauge,
     /// Bytes of messages that wait to be processed.
     pub backlog_bytes: IntGauge,
+    /// Seconds since the oldest change that is not on disk.
+    pub save_age: Gauge,
+    /// Seconds that the last save took.
+    pub save_duration: Gauge,
+    /// Saves that failed.
+    pub save_failures: IntCounter,
     /// Our clock minus the timestamp of the last event, in seconds.
     pub event_lag: Gauge,
     /// Tasks held.
@@ -72,7 +82,13 @@ impl Telemetry {
         Ok(Self {
             rejected: Reject::ALL.map(|reason| reasons.with_label_values(&[reason.as_str()])),
             messages: counter(&registry, "messages_total", "Messages read from the broker.")?,
+            message_bytes: counter(&registry, "message_bytes_total", "Bytes of the messages read from the broker.")?,
             events: counter(&registry, "events_total", "Events read from messages, counted or not.")?,
+            redelivered: counter(
+                &registry,
+                "redelivered_messages_total",
+                "Messages handed out again that were counted before, and are not counted twice.",
+            )?,
             dropped: counter(
                 &registry,
                 "dropped_messages_total",
@@ -88,6 +104,13 @@ impl Telemetry {
             observer_panics: counter(&registry, "observer_panics_total", "Panics of an embedding program's observer.")?,
             connected: gauge(&registry, "connected", "1 while subscribed to the broker's events.")?,
             backlog_bytes: gauge(&registry, "backlog_bytes", "Bytes of messages that wait to be processed.")?,
+            save_age: gauge(
+                &registry,
+                "state_save_age_seconds",
+                "How long there has been a change that is not saved; 0 without state.persistent.",
+            )?,
+            save_duration: gauge(&registry, "state_save_duration_seconds", "How long the last save took.")?,
+            save_failures: counter(&registry, "state_save_failures_total", "Saves of the state that failed.")?,
             event_lag: gauge(
                 &registry,
                 "event_lag_seconds",
@@ -173,13 +196,19 @@ struct Facts {
     broker: BrokerStatus,
     warnings: Vec<String>,
     other_consumers: u32,
+    unsaved: Option<String>,
 }
 
 impl Default for Health {
     fn default() -> Self {
         Self {
             started: Instant::now(),
-            facts: Mutex::new(Facts { broker: BrokerStatus::Connecting, warnings: Vec::new(), other_consumers: 0 }),
+            facts: Mutex::new(Facts {
+                broker: BrokerStatus::Connecting,
+                warnings: Vec::new(),
+                other_consumers: 0,
+                unsaved: None,
+            }),
             last_event: AtomicU64::new(0),
             last_turn: AtomicU64::new(0),
             waiting: AtomicUsize::new(0),
@@ -224,12 +253,20 @@ impl Health {
         }
     }
 
+    /// Why the state cannot be saved, if so. Whether that is news.
+    pub fn set_unsaved(&self, warning: Option<String>) -> bool {
+        let mut facts = self.facts();
+        let is_news = facts.unsaved != warning;
+        facts.unsaved = warning;
+        is_news
+    }
+
     /// What the operator should look at.
     #[must_use]
     pub fn warnings(&self) -> Vec<String> {
         let facts = self.facts();
         let shared = (facts.other_consumers > 0).then(|| SHARED_QUEUE.to_owned());
-        facts.warnings.iter().cloned().chain(shared).collect()
+        facts.warnings.iter().cloned().chain(shared).chain(facts.unsaved.clone()).collect()
     }
 
     /// A batch of events was processed.

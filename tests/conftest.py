@@ -13,6 +13,7 @@ from support import events as ev
 from support import processes
 from support.exporter import BINARY, Exporter
 from support.exposition import MARKER
+from support.proxy import Proxy
 from support.publish import Publisher
 from support.rabbitmq import RabbitMQ
 from support.redis import Redis
@@ -25,6 +26,12 @@ def pytest_addoption(parser):
     )
     parser.addoption("--parity-seed", type=int, help="this one stream only: to repeat a failure")
     parser.addoption("--outage", type=float, default=5, help="for how many seconds brokers are away")
+    parser.addoption("--sustained", type=float, default=2, help="seconds of as many events as the machine can send")
+    parser.addoption("--sustained-rate", type=float, help="so many events a second instead, all of which must count")
+    parser.addoption("--names", type=int, default=200_000, help="distinct task names; the long form is 10 million")
+    parser.addoption("--kills", type=int, default=8, help="SIGKILLs of a persistent exporter; the long form is 50")
+    parser.addoption("--faults", type=int, default=12, help="random faults under load; the long form is 200")
+    parser.addoption("--fault-seed", type=int, help="these faults: to repeat a failure")
 
 
 def pytest_configure(config):
@@ -105,18 +112,27 @@ class Lab(contextlib.ExitStack):
     def publisher(self, broker, exchange="celeryev"):
         return self.enter_context(Publisher(broker, exchange))
 
-    def rig(self, broker, settings=None):
-        return Rig(self, broker, settings)
+    def proxy(self, broker):
+        """A path to the broker that can fail."""
+        proxy = Proxy(broker)
+        self.callback(proxy.close)
+        return proxy
+
+    def rig(self, broker, settings=None, **options):
+        return Rig(self, broker, settings, **options)
 
 
 class Rig:
-    """An exporter, and a publisher of events to it: what is played has been read when `play` returns."""
+    """An exporter, and a publisher of events to it: what is played has been read when `play` returns.
 
-    def __init__(self, lab, broker, settings=None):
+    The exporter may take another `path` to the broker; the publisher is always right at it.
+    """
+
+    def __init__(self, lab, broker, settings=None, *, path=None, **options):
         self.exchange = f"celeryev-{uuid.uuid4().hex[:12]}"
         settings = {**(settings or {})}
         settings["events"] = {"exchange": self.exchange, **settings.get("events", {})}
-        self.exporter = lab.exporter(broker, settings)
+        self.exporter = lab.exporter(path or broker, settings, **options)
         self.publisher = lab.publisher(broker, self.exchange)
         self.numbers = itertools.count(1000)
         self.play()

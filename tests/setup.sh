@@ -31,6 +31,10 @@ need /usr/bin/redis-server redis-server
 need /usr/bin/redis-cli redis-tools
 need /usr/lib/rabbitmq/bin/rabbitmq-server rabbitmq-server
 need /usr/bin/openssl openssl
+need /usr/bin/c++ g++
+need /usr/bin/valgrind valgrind
+need "/usr/lib/$(uname -m)-linux-gnu/libjemalloc.so.2" libjemalloc2
+need "/usr/lib/$(uname -m)-linux-gnu/libnss_wrapper.so" libnss-wrapper
 need /usr/bin/prometheus prometheus
 need /usr/bin/promtool prometheus
 /usr/bin/python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)

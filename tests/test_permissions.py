@@ -1,5 +1,6 @@
 """The least that suffices, as the README has it; with less, one clear line instead of a failure."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -13,14 +14,16 @@ RABBITMQ = {
     "write": r"^(celeryev\..*|celery\.pidbox)$",
     "read": r"^celeryev(\..*)?$",
 }
+numbers = itertools.count()
 REDIS = "resetchannels &/0.celeryev/* &/0.celery.pidbox -@all +auth +ping +psubscribe +publish"
 
 
 def grant(vhost, configure, write, read):
     """The URL of a new user that may do this, and nothing else, in that virtual host."""
-    vhost.server.ctl("add_user", vhost.vhost, "secret")
-    vhost.server.ctl("set_permissions", "-p", vhost.vhost, vhost.vhost, configure, write, read)
-    return re.sub("//.*@", f"//{vhost.vhost}:secret@", vhost.url)
+    user = f"{vhost.vhost}-{next(numbers)}"
+    vhost.server.ctl("add_user", user, "secret")
+    vhost.server.ctl("set_permissions", "-p", vhost.vhost, user, configure, write, read)
+    return re.sub("//.*@", f"//{user}:secret@", vhost.url)
 
 
 def exchanges(vhost):
@@ -45,6 +48,23 @@ def test_rabbitmq_least(lab, vhost):
     assert all(f"`{pattern}`" in README for pattern in RABBITMQ.values())
     url = grant(vhost, **RABBITMQ)
     check(lab, vhost, lab.exporter(None, {"broker": {"url": url}}))
+
+
+def test_rabbitmq_named_queue(lab, vhost):
+    """Its name in all three, and that of the mark beside it; with the name alone, a warning."""
+    more = r"^flower-exporter(\.since-boot)?$"
+    assert f"`{more}`" in README
+    url = grant(vhost, **{right: f"^({pattern}|{more})$" for right, pattern in RABBITMQ.items()})
+    settings = {"broker": {"url": url, "amqp": {"queue": "flower-exporter"}}}
+    exporter = lab.exporter(None, settings)
+    check(lab, vhost, exporter)
+    assert "no right" not in exporter.log()
+    exporter.terminate()
+    more = more.replace(r"(\.since-boot)?", "")
+    url = grant(vhost, **{right: f"^({pattern}|{more})$" for right, pattern in RABBITMQ.items()})
+    exporter = lab.exporter(None, {"broker": {**settings["broker"], "url": url}})
+    exporter.ready()
+    assert "no right to declare an exchange beside the queue" in exporter.log()
 
 
 def test_rabbitmq_without_broadcasts_and_declaring(lab, vhost):

@@ -1,5 +1,6 @@
 """A named queue on RabbitMQ goes on collecting while the exporter is away, and nothing is counted twice."""
 
+import signal
 import threading
 import time
 
@@ -102,3 +103,18 @@ def test_a_deleted_queue_comes_back(lab, vhost):
     after = rig.play(ev.heartbeat())
     assert after.one(PREFETCHED, worker=W, task="add") == 0
     assert after.total(EVENTS) == 1
+
+
+def test_a_restart_of_rabbitmq_is_a_gap(lab):
+    """It empties even a durable queue: the sets start empty, once; a mere cut leaves them as they are."""
+    vhost = lab.rabbitmq().wait().vhost()
+    rig = lab.rig(vhost, QUEUE)
+    assert rig.play(ev.received("a")).one(PREFETCHED, worker=W, task="add") == 1
+    vhost.stop(signal.SIGKILL)
+    wait_until(lambda: rig.exporter.healthz(ready=True)[0] == 503, 5, "not ready")
+    vhost.start()
+    rig.exporter.ready(10)
+    rig.publisher = lab.publisher(vhost, rig.exchange)
+    after = rig.play(ev.received("b"))
+    assert after.one(PREFETCHED, worker=W, task="add") == 1
+    assert after.events("received", W) == 2

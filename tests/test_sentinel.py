@@ -26,7 +26,9 @@ def follows(lab, rig, server, deadline=5):
         publisher.send(ev.received(f"{time.monotonic()}"))
         return rig.metrics().events("received", W) > before
 
+    since = time.monotonic()
     wait_until(counted, deadline, rig.exporter.log)
+    print(f"at the new master after {time.monotonic() - since:.2f} s")
 
 
 def listens_at(server):

@@ -195,15 +195,6 @@ def test_transports_we_do_not_have(url):
     assert all(name in line for name in ("redis", "redis+socket", "amqp", "pyamqp"))
 
 
-NOT_YET = [key("state.persistent", True)]
-
-
-@pytest.mark.parametrize("settings", NOT_YET, ids=str)
-def test_not_available_yet(file, settings):
-    line = Run("-c", file(settings)).complaint()
-    assert "not available yet" in line
-
-
 SECRETS = [
     key("broker.url", f"redis://user:{SECRET}@127.0.0.1:notaport/0"),
     key("broker.url", f"redis://:{SECRET}@127.0.0.1/database"),

@@ -4,14 +4,12 @@
 //! `+60` lets a minute pass, `gap` loses events.
 #![no_main]
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use flower_exporter::celery::{Event, Reject, event};
-use flower_exporter::metrics::Copying;
-use flower_exporter::metrics::text::{Exposition, Format};
+use flower_exporter::metrics::text::Format;
 use flower_exporter::state::{Limits, State, Timeouts};
-use flower_exporter_fuzz::samples;
+use flower_exporter_fuzz::{exposition, samples};
 use libfuzzer_sys::fuzz_target;
 use serde::de::IgnoredAny;
 
@@ -87,7 +85,7 @@ impl Cluster {
     }
 
     fn check(&self) {
-        let text = self.exposition(Format::Text);
+        let text = exposition(&self.state, Format::Text);
         let samples = samples(&text);
         assert!(samples.values().all(|value| *value >= 0.0), "{text}");
         let sum = |family: &str| -> f64 {
@@ -97,20 +95,10 @@ impl Cluster {
         let tasks = TASKS as f64;
         assert!(sum("flower_worker_prefetched_tasks{") <= tasks, "{text}");
         assert!(sum("flower_events_total{") <= self.task_events, "{text}");
-        assert!(self.exposition(Format::OpenMetrics).ends_with("\n# EOF\n"));
+        assert!(exposition(&self.state, Format::OpenMetrics).ends_with("\n# EOF\n"));
         for task in self.state.tasks(0, TASKS + 1) {
             assert_eq!(self.state.find_task(&task.uuid).map(|found| found.state), Some(task.state));
         }
         assert!(self.state.mute_workers(self.now).len() <= self.state.workers(self.now).len());
-    }
-
-    fn exposition(&self, format: Format) -> String {
-        let series = self.state.series();
-        let mut copying = Copying::start(series);
-        while !copying.proceed(series, 2) {}
-        let mut exposition = Exposition::new(Arc::new(copying.finish(series)), format, &[]);
-        let mut text = Vec::new();
-        while exposition.write(&mut text, 100) {}
-        String::from_utf8(text).expect("labels are UTF-8")
     }
 }

@@ -1,6 +1,11 @@
 //! What the fuzz targets share.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use flower_exporter::metrics::Copying;
+use flower_exporter::metrics::text::{Exposition, Format};
+use flower_exporter::state::State;
 
 /// The text that must not be printed.
 pub const SECRET: &str = "pl4nted";
@@ -31,6 +36,21 @@ fn is_password(before: &str, after: &str) -> bool {
 /// See above.
 pub fn assert_no_secret(text: &str) {
     assert!(!text.to_ascii_lowercase().contains(SECRET), "a secret is printed: {text}");
+}
+
+/// The exposition of a state, copied and written in small pieces.
+///
+/// # Panics
+/// Where it is not UTF-8.
+#[must_use]
+pub fn exposition(state: &State, format: Format) -> String {
+    let series = state.series();
+    let mut copying = Copying::start(series);
+    while !copying.proceed(series, 2) {}
+    let mut exposition = Exposition::new(Arc::new(copying.finish(series)), format, &[]);
+    let mut text = Vec::new();
+    while exposition.write(&mut text, 100) {}
+    String::from_utf8(text).expect("labels are UTF-8")
 }
 
 /// The samples of an exposition.

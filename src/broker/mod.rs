@@ -108,6 +108,14 @@ pub enum Error {
 }
 
 impl Error {
+    /// The same without a secret that the other side has repeated.
+    fn without(self, secret: &str) -> Self {
+        match self {
+            Self::Refused(problem) if !secret.is_empty() => Self::Refused(problem.replace(secret, "***")),
+            other => other,
+        }
+    }
+
     /// The same, said of `subject`.
     fn of(self, subject: &str) -> Self {
         match self {
@@ -269,11 +277,15 @@ pub fn check(settings: &Settings) -> Result<(), StartError> {
     Ok(())
 }
 
-/// Connects and subscribes; when it returns, the server has confirmed the subscription.
+/// Connects to the broker at `url`, one of `all`, and subscribes; when it returns, the server has confirmed the subscription.
 ///
 /// # Errors
 /// Within `broker.connect_timeout`.
-pub async fn connect(url: &BrokerUrl, settings: &Settings) -> Result<(Subscription, Control), Error> {
+pub async fn connect(
+    url: &BrokerUrl,
+    all: &[BrokerUrl],
+    settings: &Settings,
+) -> Result<(Subscription, Control), Error> {
     let limit = settings.broker.connect_timeout;
     let tls = if settings.broker.tls_for(url) {
         Some(tls::Client::new(url, &settings.broker.tls).map_err(|error| Error::Tls(error.to_string()))?)
@@ -287,7 +299,7 @@ pub async fn connect(url: &BrokerUrl, settings: &Settings) -> Result<(Subscripti
                 Ok((Subscription::Amqp(Box::new(subscription)), Control::Amqp(Box::new(control))))
             }
             Transport::Redis | Transport::Sentinel => {
-                let (subscription, control) = redis::connect(url, settings, tls.as_ref()).await?;
+                let (subscription, control) = redis::connect(url, all, settings, tls.as_ref()).await?;
                 Ok((Subscription::Redis(Box::new(subscription)), Control::Redis(Box::new(control))))
             }
         }

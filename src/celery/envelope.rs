@@ -17,6 +17,9 @@ use super::{Reject, cut};
 /// # Errors
 /// [`Reject::Envelope`], [`Reject::ContentType`], [`Reject::Compression`] or [`Reject::Base64`].
 pub fn open<'a>(payload: &'a [u8], buffer: &'a mut Vec<u8>) -> Result<Cow<'a, [u8]>, Refusal> {
+    if let Some(length) = open_usual(payload, buffer)? {
+        return Ok(Cow::Borrowed(&buffer[..length]));
+    }
     let envelope: Envelope = serde_json::from_slice(payload).map_err(|_| Reject::Envelope)?;
     check_content(envelope.content_type.as_deref(), envelope.compression.as_deref())?;
     match envelope.body.ok_or(Reject::Envelope)? {
@@ -24,6 +27,24 @@ pub fn open<'a>(payload: &'a [u8], buffer: &'a mut Vec<u8>) -> Result<Cow<'a, [u
         Cow::Borrowed(body) => Ok(Cow::Borrowed(body.as_bytes())),
         Cow::Owned(body) => Ok(Cow::Owned(body.into_bytes())),
     }
+}
+
+/// Opens an envelope as kombu writes it: a body in base64 first, which need not be read as JSON since base64 has neither
+/// quotes nor escapes. Returns how much of `buffer` the body takes, or `None` for any other envelope.
+fn open_usual(payload: &[u8], buffer: &mut Vec<u8>) -> Result<Option<usize>, Refusal> {
+    let Some(text) = payload.strip_prefix(br#"{"body": ""#) else { return Ok(None) };
+    let Some(end) = memchr::memchr(b'"', text) else { return Ok(None) };
+    let (body, Some(rest)) = (&text[..end], text[end + 1..].strip_prefix(b",")) else { return Ok(None) };
+    buffer.clear();
+    buffer.push(b'{');
+    buffer.extend_from_slice(rest);
+    match serde_json::from_slice(buffer) {
+        Ok(Envelope { has_body: false, base64: true, content_type, compression, .. }) => {
+            check_content(content_type.as_deref(), compression.as_deref())?;
+        }
+        _ => return Ok(None),
+    }
+    Ok(decode_base64(body, buffer).ok().map(<[u8]>::len))
 }
 
 /// What tells this message from all others; `None` where it has no tag.
@@ -80,6 +101,7 @@ fn decode_base64<'a>(text: &[u8], buffer: &'a mut Vec<u8>) -> Result<&'a [u8], R
 
 #[derive(Default)]
 struct Envelope<'a> {
+    has_body: bool,
     body: Option<Cow<'a, str>>,
     content_type: Option<Cow<'a, str>>,
     compression: Option<Cow<'a, str>>,
@@ -101,7 +123,10 @@ impl<'de> Deserialize<'de> for Envelope<'de> {
                 let mut envelope = Envelope::default();
                 while let Some(Key(key)) = map.next_key()? {
                     match &*key {
-                        "body" => envelope.body = map.next_value::<Scalar>()?.text(),
+                        "body" => {
+                            envelope.has_body = true;
+                            envelope.body = map.next_value::<Scalar>()?.text();
+                        }
                         "content-type" => envelope.content_type = map.next_value::<Scalar>()?.text(),
                         "headers" => {
                             let compression = map.next_value_seed(Member("compression"))?;
@@ -179,6 +204,26 @@ mod tests {
         let text = r#"{"body": "{\"a\": \"\\ud800\"}", "content-type": "application/json", "properties": null}"#;
         assert_eq!(body_of(text).as_deref(), Ok(r#"{"a": "\ud800"}"#));
         assert_eq!(body_of(r#"{"body": "[]", "headers": {"compression": null}}"#).as_deref(), Ok("[]"));
+    }
+
+    #[test]
+    fn the_usual_order_is_read_as_any_other() {
+        let usual = |body: &str, more: &str| {
+            body_of(&format!(r#"{{"body": "{body}", "properties": {{"body_encoding": "base64"}}{more}}}"#))
+        };
+        assert_eq!(usual("eyJhIjogMX0=", "").as_deref(), Ok(r#"{"a": 1}"#));
+        assert_eq!(usual("eyJhIjogMX0=", r#", "body": "e30=""#).as_deref(), Ok("{}"), "the last one wins");
+        assert_eq!(usual(r"e30\u003d", "").as_deref(), Ok("{}"), "escaped, for no reason");
+        for (body, more, reason) in [
+            ("eyJhIjogMX0=", r#", "body": null"#, Reject::Envelope),
+            ("eyJhIjogMX0=", ",", Reject::Envelope),
+            ("eyJhIjogMX0", "", Reject::Base64),
+            (r#"e30=\""#, "", Reject::Base64),
+            ("e30=", r#", "content-type": "text/plain""#, Reject::ContentType),
+            ("e30=", r#", "headers": {"compression": "zstd"}"#, Reject::Compression),
+        ] {
+            assert_eq!(usual(body, more), Err(reason), "{body} {more}");
+        }
     }
 
     #[test]

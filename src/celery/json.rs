@@ -136,7 +136,8 @@ fn element_length(text: &[u8]) -> usize {
     text.len()
 }
 
-/// `text` with what Python's `json` writes and JSON forbids replaced: `NaN` and `±Infinity` by `null`, lone surrogates
+/// `text` with what Python's `json` writes and JSON forbids replaced: `NaN` and `±Infinity` (and numbers that are
+/// as good as that) by `null`, lone surrogates
 /// by U+FFFD, bytes that are not UTF-8 by the same.
 pub(crate) fn mend(text: &[u8]) -> String {
     let text = String::from_utf8_lossy(text);
@@ -159,6 +160,12 @@ fn mend_value(rest: &str, first: char) -> (&str, usize) {
         if rest.starts_with(token) {
             return ("null", token.len());
         }
+    }
+    if first == '-' || first.is_ascii_digit() {
+        let number = |byte: u8| matches!(byte, b'0'..=b'9' | b'+' | b'-' | b'.' | b'e' | b'E');
+        let end = rest.bytes().position(|byte| !number(byte)).unwrap_or(rest.len());
+        let is_infinite = rest[..end].parse::<f64>().is_ok_and(f64::is_infinite);
+        return (if is_infinite { "null" } else { &rest[..end] }, end);
     }
     (&rest[..first.len_utf8()], first.len_utf8())
 }
@@ -203,6 +210,7 @@ mod tests {
     fn mend_replaces_what_json_forbids_and_nothing_else() {
         for (python, json) in [
             (r#"{"a": NaN, "b": -Infinity, "c": [Infinity]}"#, r#"{"a": null, "b": null, "c": [null]}"#),
+            ("[1e999, -1e999, 1e308, -7]", "[null, null, 1e308, -7]"),
             (r#"{"a": "NaN \"Infinity\""}"#, r#"{"a": "NaN \"Infinity\""}"#),
             (r#"{"a": "\ud800x\ude00"}"#, r#"{"a": "\ufffdx\ufffd"}"#),
             (r#"{"a": "\ud83d\ude00 \\ud800"}"#, r#"{"a": "\ud83d\ude00 \\ud800"}"#),

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use hyper::header::{ACCEPT, ACCEPT_ENCODING, ALLOW, CONTENT_ENCODING, CONTENT_TYPE, HeaderValue, VARY};
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{Mutex, watch};
 
 use crate::ingest::Asker;
@@ -28,6 +28,9 @@ pub use connection::serve_one;
 
 /// How long scrapes share a copy of the numbers that is still being sent.
 const SHARED_FOR: Duration = Duration::from_secs(1);
+
+/// Connections that may wait to be accepted.
+const LISTEN_BACKLOG: u32 = 1024;
 
 /// What the endpoints answer from.
 pub struct Endpoints {
@@ -145,7 +148,8 @@ fn joined(headers: &HeaderMap, name: &hyper::header::HeaderName) -> String {
 /// # Errors
 /// The system's, for the address.
 pub fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
-    let listener = std::net::TcpListener::bind(address)?;
-    listener.set_nonblocking(true)?;
-    TcpListener::from_std(listener)
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(LISTEN_BACKLOG)
 }

@@ -17,6 +17,8 @@ pub type Reply<T> = Box<dyn FnOnce(T) + Send>;
 pub enum Query {
     /// A copy of all numbers.
     Snapshot(Reply<Arc<Snapshot>>),
+    /// Save the state now.
+    Save(Reply<Result<(), String>>),
     /// All workers.
     Workers(Reply<Vec<WorkerView>>),
     /// One task by its id.
@@ -63,6 +65,14 @@ impl Asker {
     /// A copy of all numbers; `None` when the exporter has stopped.
     pub async fn snapshot(&self) -> Option<Arc<Snapshot>> {
         self.ask(Query::Snapshot).await
+    }
+
+    /// Saves the state now.
+    ///
+    /// # Errors
+    /// Why it is not on disk.
+    pub async fn save(&self) -> Result<(), String> {
+        self.ask(Query::Save).await.unwrap_or_else(|| Err("the exporter has stopped".to_owned()))
     }
 
     /// All workers; none when the exporter has stopped.

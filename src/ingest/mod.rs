@@ -4,6 +4,7 @@
 mod ask;
 mod attention;
 mod recent;
+mod saving;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -15,8 +16,10 @@ use tokio::sync::{mpsc, watch};
 use attention::{Attention, TICK};
 
 use recent::Recent;
+use saving::Saving;
 
 pub use ask::{Asker, Query, Reply};
+pub use recent::recent_messages;
 
 use crate::broker::{Batch, Message, Wire};
 use crate::celery::envelope::Refusal;
@@ -25,7 +28,8 @@ use crate::metrics::{Copying, Snapshot};
 use crate::quiet::Quiet;
 use crate::session::{Ack, Arrival};
 use crate::settings::Settings;
-use crate::state::{Limits, State, Timeouts};
+use crate::state::{State, Timeouts};
+use crate::store::{Handle, Restored};
 use crate::telemetry::{Health, Telemetry};
 
 /// Called with every event, on the ingest thread, after the state has taken it. It must not block: the loop waits for
@@ -60,17 +64,21 @@ pub struct Ingest {
 }
 
 impl Ingest {
-    /// Runs until [`Arrival::Stop`].
-    pub fn run(self) {
+    /// Runs until [`Arrival::Stop`], from the state that was `restored`, saving it to `store` if there is one.
+    pub fn run(self, restored: Restored, store: Option<Handle>) {
         let settings = Arc::clone(&self.settings.borrow());
-        let mut work = Work::new(self, &settings);
+        let mut work = Work::new(self, &settings, restored, store);
         while work.turn() {}
+        work.saving.hand_over(&mut work.state, &mut work.recent, work.source.as_ref());
     }
 }
 
 struct Work {
     io: Ingest,
     state: State,
+    saving: Saving,
+    /// The queue that the last messages came from.
+    source: Option<Arc<str>>,
     settings: Arc<Settings>,
     attention: Attention,
     session: u64,
@@ -83,24 +91,25 @@ struct Work {
 }
 
 impl Work {
-    fn new(io: Ingest, settings: &Arc<Settings>) -> Self {
-        let state = State::new(&Limits {
-            max_workers: settings.state.max_workers,
-            max_tasks: settings.state.max_tasks,
-            max_label_pairs: settings.metrics.max_label_pairs,
-            buckets: settings.metrics.task_runtime_metric_buckets.clone(),
-        });
+    fn new(io: Ingest, settings: &Arc<Settings>, restored: Restored, store: Option<Handle>) -> Self {
+        let Restored { state, recent: hashes, source } = restored;
+        let mut recent = Recent::new(settings);
+        if store.is_some() {
+            recent.restore(hashes);
+        }
         Self {
             settings: Arc::clone(settings),
+            saving: Saving::new(store, io.acks.clone(), settings),
             io,
             state,
+            source,
             attention: Attention::new(),
             session: 0,
             connected_at: None,
             heard_since_connect: false,
             copying: None,
             base64: Vec::new(),
-            recent: Recent::new(settings),
+            recent,
             quiet: Quiet::default(),
         }
     }
@@ -117,6 +126,8 @@ impl Work {
             Ok(arrival) => self.take(arrival),
             Err(RecvTimeoutError::Timeout) => {}
         }
+        self.saving.proceed(&mut self.state, &mut self.recent, self.source.as_ref());
+        self.io.telemetry.save_age.set(self.saving.age(&self.state).as_secs_f64());
         self.answer();
         if self.attention.last_tick.elapsed() >= TICK {
             self.tick();
@@ -131,14 +142,18 @@ impl Work {
         let patience = if self.copying.is_some() {
             Duration::ZERO
         } else {
-            TICK.saturating_sub(self.attention.last_tick.elapsed())
+            let tick = TICK.saturating_sub(self.attention.last_tick.elapsed());
+            self.saving.due(&self.state).map_or(tick, |due| due.min(tick))
         };
         self.io.arrivals.recv_timeout(patience)
     }
 
     fn take(&mut self, arrival: Arrival) {
         match arrival {
-            Arrival::Connected { session, continues } => {
+            Arrival::Connected { session, source, keeps } => {
+                // Another broker's queue has collected other events.
+                let continues = keeps && self.source.as_ref().is_none_or(|last| *last == source);
+                self.source = Some(source);
                 self.session = session;
                 self.attention.listening = true;
                 self.attention.behind = false;
@@ -171,10 +186,8 @@ impl Work {
         for message in &batch.messages {
             self.message(message);
         }
-        if let Some(token) = batch.ack {
-            // The session may be over already: then the broker knows better than we do.
-            let _ = self.io.acks.send(Ack { session: self.session, token });
-        }
+        let ack = batch.ack.map(|token| Ack { session: self.session, token });
+        self.saving.took(batch.messages.len(), ack);
         #[allow(clippy::cast_possible_wrap, reason = "bounded by max_backlog")]
         self.io.telemetry.backlog_bytes.sub(batch.bytes as i64);
         self.io.health.processed();
@@ -182,6 +195,7 @@ impl Work {
 
     fn message(&mut self, message: &Message) {
         if self.recent.is_again(message) {
+            self.io.telemetry.redelivered.inc();
             return;
         }
         let mut base64 = std::mem::take(&mut self.base64);
@@ -257,6 +271,7 @@ impl Work {
                 Query::Workers(reply) => reply(self.state.workers(self.attention.hearing())),
                 Query::Task(uuid, reply) => reply(self.state.find_task(&uuid)),
                 Query::Tasks { start, count, reply } => reply(self.state.tasks(start, count)),
+                Query::Save(reply) => self.saving.ask(reply),
             }
         }
         self.copy();

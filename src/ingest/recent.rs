@@ -9,21 +9,45 @@ use hashbrown::HashMap;
 use crate::broker::Message;
 use crate::settings::Settings;
 
+/// How many messages are remembered: none unless the queue has a name, since any other goes with its connection.
+#[must_use]
+pub fn recent_messages(settings: &Settings) -> usize {
+    let amqp = &settings.broker.amqp;
+    if amqp.queue.is_some() { 2 * usize::from(amqp.effective_prefetch()) } else { 0 }
+}
+
 /// Hashes of the last bodies taken from a named queue. The broker has no more than a prefetch window out, so with
 /// acknowledgements under way what it can hand out again is among the last two windows.
 #[derive(Debug, Default)]
 pub(super) struct Recent {
     capacity: usize,
     order: VecDeque<u64>,
+    /// How many of the newest are not saved; none are kept count of unless there is a store.
+    unsaved: Option<usize>,
+    /// Those that were saved before are of no use.
+    forget: bool,
     counts: HashMap<u64, u32, FixedState>,
 }
 
 impl Recent {
-    /// Remembers nothing unless the queue has a name: any other goes with its connection.
     pub(super) fn new(settings: &Settings) -> Self {
-        let amqp = &settings.broker.amqp;
-        let capacity = if amqp.queue.is_some() { 2 * usize::from(amqp.effective_prefetch()) } else { 0 };
-        Self { capacity, ..Self::default() }
+        Self { capacity: recent_messages(settings), ..Self::default() }
+    }
+
+    /// Takes over the hashes that were saved, the oldest first, and remembers from now on which are not.
+    pub(super) fn restore(&mut self, hashes: Vec<u64>) {
+        for hash in hashes {
+            self.remember(hash);
+        }
+        self.unsaved = Some(0);
+    }
+
+    /// The hashes that are not saved yet, or `all`, and whether those saved before are to be forgotten.
+    pub(super) fn take_unsaved(&mut self, all: bool) -> (bool, Vec<u64>) {
+        let count = if all { self.order.len() } else { self.unsaved.unwrap_or(0).min(self.order.len()) };
+        self.unsaved = self.unsaved.map(|_| 0);
+        let forget = std::mem::take(&mut self.forget) || all;
+        (forget, self.order.range(self.order.len() - count..).copied().collect())
     }
 
     /// Whether the message has been taken before. If not, it is remembered.
@@ -34,6 +58,17 @@ impl Recent {
         let hash = self.counts.hasher().hash_one(&*message.bytes);
         if message.redelivered && self.counts.contains_key(&hash) {
             return true;
+        }
+        self.remember(hash);
+        if let Some(unsaved) = &mut self.unsaved {
+            *unsaved += 1;
+        }
+        false
+    }
+
+    fn remember(&mut self, hash: u64) {
+        if self.capacity == 0 {
+            return;
         }
         *self.counts.entry(hash).or_insert(0) += 1;
         self.order.push_back(hash);
@@ -46,12 +81,13 @@ impl Recent {
                 self.counts.remove(&oldest);
             }
         }
-        false
     }
 
     /// The queue is another one.
     pub(super) fn clear(&mut self) {
         self.order.clear();
+        self.forget = true;
+        self.unsaved = self.unsaved.map(|_| 0);
         self.counts.clear();
     }
 }

@@ -12,17 +12,18 @@ use slab::Slab;
 use super::histogram::Histogram;
 use super::label::{self, OTHER};
 use crate::celery::{EventKind, cut};
+use crate::marks::Marks;
 
 /// Distinct event types before `(other)`.
 pub const MAX_TYPES: usize = 64;
 
 /// The row of a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct WorkerRow(u32);
+pub struct WorkerRow(pub(super) u32);
 
 /// The row of a (worker, task) pair. Valid as long as its worker's row is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PairId(u32);
+pub struct PairId(pub(super) u32);
 
 /// A task name as the state's table knows it, together with its text.
 #[derive(Clone, Copy, Debug)]
@@ -40,11 +41,13 @@ pub struct Series {
     pub(super) types: Types,
     pub(super) workers: Slab<Worker>,
     pub(super) pairs: Slab<Pair>,
-    index: HashMap<(WorkerRow, u32), PairId, RandomState>,
+    pub(super) index: HashMap<(WorkerRow, u32), PairId, RandomState>,
     max_pairs: usize,
     capped: bool,
     /// How many rows have ever been made.
     pub(super) made: u64,
+    /// Pairs that changed since the last save.
+    pub(super) marks: Marks,
 }
 
 #[derive(Debug)]
@@ -57,13 +60,14 @@ pub(super) struct Worker {
     text: Arc<str>,
     pairs: Vec<PairId>,
     /// The pair under task `(other)`, kept out of the index, which knows names of tasks only.
-    other: Option<PairId>,
+    pub(super) other: Option<PairId>,
 }
 
 #[derive(Debug)]
 pub(super) struct Pair {
     /// Its number among the rows ever made.
     pub(super) number: u64,
+    pub(super) worker: WorkerRow,
     /// `task="…",worker="…"`; `split` is where the comma stands.
     pub(super) label: Arc<str>,
     pub(super) split: u32,
@@ -71,7 +75,8 @@ pub(super) struct Pair {
     pub(super) runtime: Option<Box<Histogram>>,
     pub(super) prefetch_time: Option<f64>,
     pub(super) prefetched: Option<u32>,
-    task: Option<u32>,
+    /// Its task's name, by the id the state's table knows it by; none for task `(other)`.
+    pub(super) task: Option<u32>,
 }
 
 impl Series {
@@ -88,6 +93,7 @@ impl Series {
             max_pairs,
             capped: false,
             made: 0,
+            marks: Marks::default(),
         }
     }
 
@@ -117,6 +123,7 @@ impl Series {
     /// Removes the worker's series from all six families. `released` is told each task name its pairs held.
     pub fn remove_worker(&mut self, row: WorkerRow, mut released: impl FnMut(u32)) {
         for id in self.workers.remove(row.0 as usize).pairs {
+            self.marks.mark(id.0);
             if let Some(task) = self.pairs.remove(id.0 as usize).task {
                 self.index.remove(&(row, task));
                 released(task);
@@ -149,7 +156,7 @@ impl Series {
         (pair, false)
     }
 
-    fn make_pair(&mut self, row: WorkerRow, text: &str, task: Option<u32>) -> PairId {
+    pub(super) fn make_pair(&mut self, row: WorkerRow, text: &str, task: Option<u32>) -> PairId {
         self.made += 1;
         let worker = &mut self.workers[row.0 as usize];
         let mut label = String::with_capacity(text.len() + worker.text.len() + 20);
@@ -159,6 +166,7 @@ impl Series {
         label::append(&mut label, "worker", &worker.text);
         let id = PairId(small(self.pairs.insert(Pair {
             number: self.made,
+            worker: row,
             label: label.into(),
             split,
             events: Vec::new(),
@@ -167,6 +175,7 @@ impl Series {
             prefetched: None,
             task,
         })));
+        self.marks.mark(id.0);
         worker.pairs.push(id);
         if task.is_none() {
             worker.other = Some(id);
@@ -183,11 +192,17 @@ impl Series {
         }
     }
 
+    #[inline]
+    fn pair_mut(&mut self, pair: PairId) -> &mut Pair {
+        self.marks.mark(pair.0);
+        &mut self.pairs[pair.0 as usize]
+    }
+
     /// Counts one event.
     #[inline]
     pub fn count_event(&mut self, pair: PairId, kind: EventKind, name_of_type: &str) {
         let id = self.types.id(kind, name_of_type);
-        let events = &mut self.pairs[pair.0 as usize].events;
+        let events = &mut self.pair_mut(pair).events;
         match events.iter_mut().find(|(known, _)| *known == id) {
             Some((_, count)) => *count += 1,
             None => events.push((id, 1)),
@@ -196,33 +211,34 @@ impl Series {
 
     /// Observes a task's runtime in seconds.
     pub fn observe_runtime(&mut self, pair: PairId, seconds: f64) {
+        self.marks.mark(pair.0);
         let histogram = &mut self.pairs[pair.0 as usize].runtime;
         histogram.get_or_insert_with(|| Box::new(Histogram::new(&self.bounds))).observe(&self.bounds, seconds);
     }
 
     /// Sets the prefetch time in seconds.
     pub fn set_prefetch_time(&mut self, pair: PairId, seconds: f64) {
-        self.pairs[pair.0 as usize].prefetch_time = Some(seconds);
+        self.pair_mut(pair).prefetch_time = Some(seconds);
     }
 
     /// Makes the prefetch-time series appear, at 0, unless it is there.
     pub fn touch_prefetch_time(&mut self, pair: PairId) {
-        self.pairs[pair.0 as usize].prefetch_time.get_or_insert(0.0);
+        self.pair_mut(pair).prefetch_time.get_or_insert(0.0);
     }
 
     /// Makes the prefetched-tasks series appear, at 0, unless it is there.
     pub fn touch_prefetched(&mut self, pair: PairId) {
-        self.pairs[pair.0 as usize].prefetched.get_or_insert(0);
+        self.pair_mut(pair).prefetched.get_or_insert(0);
     }
 
     /// One more prefetched task.
     pub fn add_prefetched(&mut self, pair: PairId) {
-        *self.pairs[pair.0 as usize].prefetched.get_or_insert(0) += 1;
+        *self.pair_mut(pair).prefetched.get_or_insert(0) += 1;
     }
 
     /// One prefetched task less; only for one that was added and not emptied since.
     pub fn remove_prefetched(&mut self, pair: PairId) {
-        if let Some(count) = &mut self.pairs[pair.0 as usize].prefetched {
+        if let Some(count) = &mut self.pair_mut(pair).prefetched {
             *count = count.saturating_sub(1);
         }
     }
@@ -230,8 +246,9 @@ impl Series {
     /// Sets the worker's prefetched-tasks gauges to 0, as far as they exist.
     pub fn empty_prefetched(&mut self, row: WorkerRow) {
         for pair in &self.workers[row.0 as usize].pairs {
-            if let Some(count) = &mut self.pairs[pair.0 as usize].prefetched {
+            if let Some(count @ 1..) = &mut self.pairs[pair.0 as usize].prefetched {
                 *count = 0;
+                self.marks.mark(pair.0);
             }
         }
     }
@@ -239,8 +256,10 @@ impl Series {
     /// Sets the worker's prefetch-time gauges to 0, as far as they exist.
     pub fn zero_prefetch_times(&mut self, row: WorkerRow) {
         for pair in &self.workers[row.0 as usize].pairs {
-            if let Some(seconds) = &mut self.pairs[pair.0 as usize].prefetch_time {
+            if let Some(seconds) = self.pairs[pair.0 as usize].prefetch_time.as_mut().filter(|seconds| **seconds != 0.0)
+            {
                 *seconds = 0.0;
+                self.marks.mark(pair.0);
             }
         }
     }
@@ -279,7 +298,7 @@ impl Series {
 pub(super) struct Types {
     /// `type="…"`, by id.
     pub(super) labels: Vec<Arc<str>>,
-    ids: HashMap<Box<str>, u8, RandomState>,
+    pub(super) ids: HashMap<Box<str>, u8, RandomState>,
     known: [Option<u8>; EventKind::TaskCustom as usize],
 }
 
@@ -312,7 +331,7 @@ impl Types {
         })
     }
 
-    fn add(&mut self, name: &str) -> u8 {
+    pub(super) fn add(&mut self, name: &str) -> u8 {
         let mut label = String::new();
         label::append(&mut label, "type", name);
         #[allow(clippy::cast_possible_truncation, reason = "at most 65 types")]

@@ -44,7 +44,7 @@ impl Cli {
     pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
         Self::try_parse_from(args).map_err(|mut error| {
             for kind in [ContextKind::InvalidArg, ContextKind::InvalidValue] {
-                if matches!(error.get(kind), Some(ContextValue::String(text)) if text.contains("://")) {
+                if matches!(error.get(kind), Some(ContextValue::String(text)) if text.contains("://") || !text.starts_with('-')) {
                     error.insert(kind, ContextValue::String(Secret::MASK.to_owned()));
                 }
             }

@@ -13,7 +13,7 @@ use figment::{Figment, Metadata, Profile, Provider, error::Kind as Mistake, util
 use super::cli::Cli;
 use super::schema::{self, KEYS, Key, Kind, quoted};
 use super::url::{Address, BrokerUrls, Transport};
-use super::value::Secret;
+use super::value::{Secret, printable};
 use super::{Broker, BrokerUrl, Settings};
 
 const DEFAULT_FILE: &str = "/etc/flower-exporter/flower-exporter.toml";
@@ -54,14 +54,6 @@ pub enum Error {
     /// A variable of ours that is no text.
     #[error("environment {0}: not valid UTF-8")]
     NotUtf8(String),
-    /// A setting whose feature this version lacks.
-    #[error("{key}: {feature} is not available yet")]
-    NotYet {
-        /// The key that asks for it.
-        key: &'static str,
-        /// What it asks for.
-        feature: &'static str,
-    },
 }
 
 /// Settings and where each value came from.
@@ -136,7 +128,6 @@ pub fn load_from(
         figment = figment.merge(layer);
     }
     let settings: Settings = figment.extract().map_err(|error| value_error(&figment, error))?;
-    not_available_yet(&settings)?;
     // A URL file must be readable at the start.
     settings.broker.urls()?;
     let sources = KEYS.iter().map(|key| source(&figment, key)).collect();
@@ -202,10 +193,9 @@ fn file_error(path: &Path, problem: &dyn Display) -> Error {
     Error::File { path: masked(path), problem: problem.to_string() }
 }
 
-/// A path for printing; a URL that strayed where a path belongs may hold a password.
+/// A path for printing.
 pub(crate) fn masked(path: &Path) -> String {
-    let text = path.to_string_lossy();
-    if text.contains("://") { Secret::MASK.to_owned() } else { text.escape_debug().to_string() }
+    printable(&path.to_string_lossy()).escape_debug().to_string()
 }
 
 fn check_keys(values: &mut Dict, section: &str, file: &str) -> Result<(), Error> {
@@ -306,8 +296,7 @@ fn value_error(figment: &Figment, error: figment::Error) -> Error {
 
 fn shown(value: &Value) -> String {
     match value {
-        Value::String(_, text) if text.contains("://") => Secret::MASK.to_owned(),
-        Value::String(_, text) => quoted(text),
+        Value::String(_, text) => quoted(printable(text)),
         Value::Bool(_, flag) => flag.to_string(),
         Value::Num(_, number) => match number.to_i128() {
             Some(integer) => integer.to_string(),
@@ -356,15 +345,6 @@ pub(super) fn check_urls(broker: &Broker, urls: &BrokerUrls) -> Result<(), Error
             refuse("broker.tls.enabled", " = true", "there is no TLS on redis+socket://: expected a URL with a host")
         }
         _ => Ok(()),
-    }
-}
-
-/// Refuses settings whose feature is still to come.
-fn not_available_yet(settings: &Settings) -> Result<(), Error> {
-    let wishes = [(settings.state.persistent, "state.persistent", "state that outlives the process")];
-    match wishes.into_iter().find(|(wished, ..)| *wished) {
-        Some((_, key, feature)) => Err(Error::NotYet { key, feature }),
-        None => Ok(()),
     }
 }
 

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::value::{FanoutPrefix, Hostnames, Level, LogFormat, Secret, format_size};
+use super::value::{FanoutPrefix, Hostnames, Level, LogFormat, Secret, format_size, printable};
 use super::{BrokerUrls, Settings};
 
 /// How text from the environment is read, and whether a value may be repeated.
@@ -208,8 +208,8 @@ shown! {
     u64: |number| number.to_string();
     usize: |number| number.to_string();
     Vec<f64>: |numbers| format!("{numbers:?}");
-    String: |text| quoted(text);
-    PathBuf: |path| quoted(&path.to_string_lossy());
+    String: |text| quoted(printable(text));
+    PathBuf: |path| quoted(printable(&path.to_string_lossy()));
     Secret: |secret| quoted(&secret.to_string());
     Duration: |duration| quoted(&humantime::format_duration(*duration).to_string());
     BrokerUrls: |urls| quoted(&urls.to_string());
@@ -217,12 +217,12 @@ shown! {
     Level: |level| quoted(&level.to_string());
     LogFormat: |format| quoted(&format.to_string());
     Hostnames: |globs| {
-        let globs: Vec<_> = globs.patterns().iter().map(|glob| quoted(glob)).collect();
+        let globs: Vec<_> = globs.patterns().iter().map(|glob| quoted(printable(glob))).collect();
         format!("[{}]", globs.join(", "))
     };
     FanoutPrefix: |prefix| match prefix {
         FanoutPrefix::On => "true".to_owned(),
         FanoutPrefix::Off => "false".to_owned(),
-        FanoutPrefix::Custom(text) => quoted(text),
+        FanoutPrefix::Custom(text) => quoted(printable(text)),
     };
 }

@@ -436,12 +436,6 @@ fn a_url_file_wins_and_is_read_every_time() {
 }
 
 #[test]
-fn features_to_come_are_refused_by_name() {
-    let expected = "state.persistent: state that outlives the process is not available yet";
-    assert_refused("state.persistent = true", &[], expected);
-}
-
-#[test]
 fn tls_is_wanted_or_not() {
     let off = "broker.tls.enabled = false: broker.url asks for TLS, by amqps://, rediss:// or an ssl_ parameter: \
                expected one of both";

@@ -312,13 +312,19 @@ impl Check<Hostnames> for Globs {
         };
         let mut set = GlobSetBuilder::new();
         for pattern in &patterns {
-            let glob =
-                Glob::new(pattern).map_err(|error| format!("{EXPECTED}; {pattern:?} is none: {}", error.kind()))?;
+            let glob = Glob::new(pattern)
+                .map_err(|error| format!("{EXPECTED}; {:?} is none: {}", printable(pattern), error.kind()))?;
             set.add(glob);
         }
         let set = set.build().map_err(|error| format!("{EXPECTED}: {}", error.kind()))?;
         Ok(Hostnames { patterns, set })
     }
+}
+
+/// A text for printing. A URL that strayed where none belongs may hold a password, and so may a file's content where its
+/// path belongs.
+pub(super) fn printable(text: &str) -> &str {
+    if text.contains("://") || text.contains("-----BEGIN") || text.contains('\n') { Secret::MASK } else { text }
 }
 
 /// A text that is not printed.

@@ -6,6 +6,7 @@
 
 mod names;
 mod prefetch;
+mod saved;
 mod tasks;
 mod workers;
 
@@ -15,6 +16,7 @@ use names::{NameId, Names};
 use tasks::{Task, TaskId, Tasks};
 use workers::{Mute, Presence, Workers};
 
+pub use saved::{Changes, Corrupt, FORMAT, Restoring, Rows};
 pub use tasks::{TaskState, TaskView};
 pub use workers::{WorkerId, WorkerView};
 
@@ -57,6 +59,8 @@ pub struct State {
     /// The row of worker `(other)`, which has totals and no gauges.
     other: Option<WorkerRow>,
     said_full: bool,
+    /// All rows are to be saved, not only those that are marked.
+    save_all: bool,
 }
 
 /// Who sent an event: a worker we hold, or one of those beyond the bound.
@@ -77,6 +81,7 @@ impl State {
             series: Series::new(&limits.buckets, limits.max_label_pairs),
             other: None,
             said_full: false,
+            save_all: false,
         }
     }
 
@@ -190,9 +195,11 @@ impl State {
     fn task(&mut self, uuid: &str) -> u32 {
         let id = TaskId::of(uuid);
         if let Some(slot) = self.tasks.find(&id) {
+            self.tasks.marks.mark(slot);
             return slot;
         }
         let (slot, gone) = self.tasks.add(id, self.tasks.victim());
+        self.tasks.marks.mark(slot);
         if let Some(gone) = gone {
             self.forget_task(&gone);
         }

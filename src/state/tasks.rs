@@ -5,14 +5,16 @@ use std::time::Duration;
 
 use foldhash::fast::RandomState;
 use hashbrown::HashTable;
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::names::NameId;
 use super::workers::WorkerId;
+use crate::marks::Marks;
 use crate::metrics::PairId;
 
 /// A task's id: 16 bytes for a UUID as Celery writes it, the text itself otherwise.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) enum TaskId {
     Uuid([u8; 16]),
     Text(Box<str>),
@@ -49,7 +51,7 @@ impl std::fmt::Display for TaskId {
 }
 
 /// Where a task is, by the events seen (`celery.states`, in the order of their precedence).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "Celery's own names")]
 pub enum TaskState {
     Pending,
@@ -122,7 +124,7 @@ pub(super) struct Task {
 }
 
 impl Task {
-    fn new(id: TaskId) -> Self {
+    pub(super) fn new(id: TaskId) -> Self {
         Self {
             id,
             name: NameId::EMPTY,
@@ -145,6 +147,14 @@ impl Task {
             newer: NOBODY,
             listed_finished: false,
         }
+    }
+
+    fn belongs_to_finished(&self) -> bool {
+        self.state.is_finished() || !self.is_ours
+    }
+
+    fn last_heard(&self) -> f64 {
+        self.sent.max(self.received).max(self.started).max(self.ended)
     }
 }
 
@@ -169,6 +179,8 @@ pub(super) struct Tasks {
     finished: Ends,
     len: usize,
     max: usize,
+    /// Slots that changed since the last save.
+    pub(super) marks: Marks,
 }
 
 impl Tasks {
@@ -182,6 +194,7 @@ impl Tasks {
             finished: empty,
             len: 0,
             max,
+            marks: Marks::default(),
         }
     }
 
@@ -204,7 +217,6 @@ impl Tasks {
 
     /// Adds a task in the place of `victim`, or in a new one. Returns its slot and the task that went.
     pub(super) fn add(&mut self, id: TaskId, victim: Option<u32>) -> (u32, Option<Task>) {
-        let hash = self.hasher.hash_one(&id);
         let task = Task::new(id);
         let (slot, gone) = match victim {
             Some(slot) => {
@@ -214,10 +226,54 @@ impl Tasks {
             }
             None => (self.push(task), None),
         };
-        let Self { index, chunks, hasher, .. } = self;
-        index[shard(hash)].insert_unique(hash, slot, |slot| hasher.hash_one(&place(chunks, *slot).id));
+        self.enter(slot);
         self.link(slot, false);
         (slot, gone)
+    }
+
+    /// Takes in a task that was saved; [`Tasks::restored`] has to follow the last one.
+    pub(super) fn restore(&mut self, task: Task) -> u32 {
+        let slot = self.push(task);
+        self.enter(slot);
+        slot
+    }
+
+    /// Puts the tasks that were restored into their lists, by when they were last heard of. Returns those beyond the
+    /// bound, which are gone, in which case the slots of the others are new ones.
+    pub(super) fn restored(&mut self) -> Vec<Task> {
+        let mut order: Vec<u32> = (0..number(self.len)).collect();
+        order.sort_by(|one, other| self.get(*one).last_heard().total_cmp(&self.get(*other).last_heard()));
+        let excess = self.len.saturating_sub(self.max);
+        if excess > 0 {
+            let mut all: Vec<_> = std::mem::take(&mut self.chunks).into_iter().flatten().map(Some).collect();
+            let mut in_order = order.iter().filter_map(|slot| all[*slot as usize].take());
+            let gone = in_order.by_ref().take(excess).collect();
+            *self = Self { marks: std::mem::take(&mut self.marks), ..Self::new(self.max) };
+            for task in in_order {
+                let slot = self.restore(task);
+                self.link_by_state(slot);
+            }
+            return gone;
+        }
+        for slot in order {
+            self.link_by_state(slot);
+        }
+        Vec::new()
+    }
+
+    pub(super) fn mark_all(&mut self) {
+        let Self { marks, len, .. } = self;
+        (0..number(*len)).for_each(|slot| marks.mark(slot));
+    }
+
+    fn link_by_state(&mut self, slot: u32) {
+        self.link(slot, self.get(slot).belongs_to_finished());
+    }
+
+    fn enter(&mut self, slot: u32) {
+        let Self { index, chunks, hasher, .. } = self;
+        let hash = hasher.hash_one(&place(chunks, slot).id);
+        index[shard(hash)].insert_unique(hash, slot, |slot| hasher.hash_one(&place(chunks, *slot).id));
     }
 
     fn push(&mut self, task: Task) -> u32 {
@@ -228,9 +284,7 @@ impl Tasks {
             chunk.push(task);
         }
         self.len += 1;
-        #[allow(clippy::cast_possible_truncation, reason = "at most 100 million tasks")]
-        let slot = (self.len - 1) as u32;
-        slot
+        number(self.len - 1)
     }
 
     fn forget(&mut self, slot: u32) {
@@ -251,7 +305,7 @@ impl Tasks {
     /// Moves a task to the list of its state, where it is the newest.
     pub(super) fn relist(&mut self, slot: u32) {
         let task = self.get(slot);
-        let finished = task.state.is_finished() || !task.is_ours;
+        let finished = task.belongs_to_finished();
         if finished != task.listed_finished {
             self.unlink(slot);
             self.link(slot, finished);
@@ -295,6 +349,11 @@ impl Tasks {
     pub(super) fn iter_from(&self, start: usize) -> impl Iterator<Item = &Task> {
         (start..self.len).map(|slot| &self.chunks[slot / CHUNK][slot % CHUNK])
     }
+}
+
+#[allow(clippy::cast_possible_truncation, reason = "at most 100 million tasks")]
+fn number(slot: usize) -> u32 {
+    slot as u32
 }
 
 fn place(chunks: &[Vec<Task>], slot: u32) -> &Task {

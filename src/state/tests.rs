@@ -429,6 +429,105 @@ fn any_event() -> impl Strategy<Value = Value> {
     })
 }
 
+/// What a store would hold.
+#[derive(Clone, Default)]
+struct Saved {
+    header: Vec<u8>,
+    tables: [BTreeMap<u32, Vec<u8>>; 3],
+}
+
+impl Saved {
+    fn save(&mut self, state: &mut State) {
+        let changes = state.take_changes();
+        assert!(!state.has_changes());
+        if changes.whole {
+            self.tables = Default::default();
+        }
+        self.header.clone_from(&changes.header);
+        for (table, rows) in self.tables.iter_mut().zip([&changes.workers, &changes.pairs, &changes.tasks]) {
+            for (number, record) in rows.iter() {
+                match record {
+                    Some(record) => drop(table.insert(number, record.to_vec())),
+                    None => drop(table.remove(&number)),
+                }
+            }
+        }
+    }
+
+    fn restore(&self, limits: &Limits) -> Result<State, Corrupt> {
+        let mut restoring = Restoring::start(limits, &self.header)?;
+        let [workers, pairs, tasks] = &self.tables;
+        workers.iter().try_for_each(|(number, record)| restoring.worker(*number, record))?;
+        pairs.iter().try_for_each(|(number, record)| restoring.pair(*number, record))?;
+        tasks.iter().try_for_each(|(number, record)| restoring.task(*number, record))?;
+        Ok(restoring.finish())
+    }
+}
+
+fn limits(max_workers: usize, max_tasks: usize, max_label_pairs: usize) -> Limits {
+    Limits { max_workers, max_tasks, max_label_pairs, buckets: vec![0.5, 1.0] }
+}
+
+#[test]
+fn other_buckets_begin_the_histograms_anew() {
+    let mut cluster = Cluster::new();
+    cluster.state.keep_changes();
+    cluster.task_with("succeeded", "w", "a", 1.0, json!({"runtime": 0.7}));
+    let mut saved = Saved::default();
+    saved.save(&mut cluster.state);
+    let mut other = limits(100, 100, 100);
+    other.buckets = vec![0.25];
+    let cluster = Cluster { state: saved.restore(&other).unwrap(), now: SECOND };
+    assert!(cluster.samples().keys().all(|name| !name.contains("runtime")));
+    assert!(cluster.samples().keys().any(|name| name.contains("events_total")));
+    assert!(cluster.state.has_changes(), "saved with the new ones");
+}
+
+#[test]
+fn a_lower_bound_keeps_the_newest_tasks() {
+    let mut cluster = Cluster::new();
+    cluster.state.keep_changes();
+    for second in 0..50 {
+        cluster.task("received", "w", &format!("t{second}"), f64::from(second));
+    }
+    let mut saved = Saved::default();
+    saved.save(&mut cluster.state);
+    let mut state = saved.restore(&limits(100, 10, 100)).unwrap();
+    assert_eq!(state.task_count(), 10);
+    assert!(state.find_task("t39").is_none() && state.find_task("t40").is_some() && state.find_task("t49").is_some());
+    saved.save(&mut state);
+    assert_eq!(saved.tables[2].len(), 10, "those that are gone are gone from the store");
+    let samples = Cluster { state, now: SECOND }.samples();
+    assert_eq!(samples[r#"flower_worker_prefetched_tasks{task="t",worker="w"}"#], 10.0);
+}
+
+#[test]
+fn records_that_contradict_each_other_are_refused() {
+    let mut cluster = Cluster::new();
+    cluster.state.keep_changes();
+    cluster.task("received", "w", "a", 1.0).task("received", "v", "b", 1.0);
+    let mut saved = Saved::default();
+    saved.save(&mut cluster.state);
+    let limits = limits(100, 100, 100);
+    let refused = |change: fn(&mut Saved)| {
+        let mut saved = saved.clone();
+        change(&mut saved);
+        assert!(saved.restore(&limits).is_err());
+    };
+    assert!(saved.restore(&limits).is_ok());
+    refused(|saved| saved.header.clear());
+    refused(|saved| saved.header.push(0));
+    for table in 0..3_usize {
+        let mut other = saved.clone();
+        let record = other.tables[table][&0].clone();
+        other.tables[table].insert(7, record);
+        assert!(other.restore(&limits).is_err(), "twice the same in table {table}");
+    }
+    refused(|saved| drop(saved.tables[0].remove(&0)));
+    refused(|saved| drop(saved.tables[1].remove(&0)));
+    refused(|saved| saved.tables[2].get_mut(&0).unwrap().truncate(5));
+}
+
 proptest! {
     /// Whatever comes: gauges are never negative, no set is larger than the tasks held, everything stays bounded, and
     /// after the last purge nothing is left.
@@ -464,5 +563,68 @@ proptest! {
         let left = cluster.samples();
         prop_assert!(left.keys().all(|name| name.contains(r#"worker="(other)""#)), "{left:?}");
         prop_assert_eq!(cluster.state.worker_count(), 0);
+    }
+
+    /// What is restored is what was saved, whatever came before, and however often it was saved.
+    #[test]
+    fn what_is_restored_is_what_was_saved(events in prop::collection::vec((any_event(), 0..90_u32, 0..10_u8), 1..200)) {
+        let limits = limits(3, 4, 6);
+        let mut cluster = Cluster { state: State::new(&limits), now: SECOND };
+        cluster.state.keep_changes();
+        let mut saved = Saved::default();
+        for (event, seconds, save) in &events {
+            cluster.event(event);
+            if *seconds > 75 {
+                cluster.pass(*seconds);
+            }
+            if *save == 0 {
+                saved.save(&mut cluster.state);
+            }
+        }
+        saved.save(&mut cluster.state);
+        let mut state = saved.restore(&limits).unwrap();
+        let sorted = |state: &State| {
+            let mut tasks: Vec<_> = state.tasks(0, 100).iter().map(|task| format!("{task:?}")).collect();
+            tasks.sort();
+            let mut workers = state.workers(SECOND);
+            for worker in &mut workers {
+                worker.last_heard = SECOND;
+            }
+            workers.sort_by(|one, other| one.hostname.cmp(&other.hostname));
+            (tasks, workers, state.name_count())
+        };
+        prop_assert_eq!(sorted(&state), sorted(&cluster.state));
+        let mut again = saved.clone();
+        again.save(&mut state);
+        prop_assert_eq!(Cluster { state, now: SECOND }.samples(), cluster.samples());
+        let state = again.restore(&limits).unwrap();
+        prop_assert_eq!(Cluster { state, now: SECOND }.samples(), cluster.samples());
+    }
+
+    /// A state that dies and is restored again and again goes on as one that lives.
+    #[test]
+    fn a_restored_state_goes_on(events in prop::collection::vec((any_event(), 0..20_u8), 1..200)) {
+        let limits = limits(100, 100, 100);
+        let mut cluster = Cluster { state: State::new(&limits), now: SECOND };
+        let mut other = Cluster { state: State::new(&limits), now: SECOND };
+        other.state.keep_changes();
+        let mut saved = Saved::default();
+        for (event, fate) in &events {
+            cluster.event(event);
+            other.event(event);
+            match fate {
+                0 => {
+                    saved.save(&mut other.state);
+                    other.state = saved.restore(&limits).unwrap();
+                }
+                1 => saved.save(&mut other.state),
+                2 => {
+                    cluster.state.gap();
+                    other.state.gap();
+                }
+                _ => {}
+            }
+            prop_assert_eq!(cluster.samples(), other.samples());
+        }
     }
 }

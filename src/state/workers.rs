@@ -5,25 +5,32 @@ use std::time::Duration;
 
 use foldhash::fast::RandomState;
 use hashbrown::{HashMap, HashTable};
+use serde::{Deserialize, Serialize};
 use slab::Slab;
 
 use crate::celery::{Event, EventKind, cut};
+use crate::marks::Marks;
 use crate::metrics::{MAX_TYPES, WorkerRow};
 
 /// A worker that is or was known. Never used twice: one that comes back after its purge is another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct WorkerId(u32);
 
 impl WorkerId {
     /// No worker.
     pub const NONE: Self = Self(0);
+
+    /// Whether it was given out, if `next` is the next one.
+    pub(super) fn is_before(self, next: u32) -> bool {
+        self != Self::NONE && self.0 < next
+    }
 }
 
 /// How long a worker's word is kept for: 24 hours between two heartbeats are as good as never.
 const MAX_FREQ: f64 = 86_400.0;
 
 /// What a hostname has said of itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Presence {
     /// Only `task-sent` came from it.
     Client,
@@ -78,7 +85,7 @@ pub struct Worker {
 }
 
 impl Worker {
-    fn new(id: WorkerId, hostname: &str, row: WorkerRow, now: Duration) -> Self {
+    pub(super) fn new(id: WorkerId, hostname: &str, row: WorkerRow, now: Duration) -> Self {
         Self {
             id,
             hostname: hostname.into(),
@@ -103,7 +110,7 @@ impl Worker {
             // The answer to a `heartbeat` broadcast has a `freq` that is not the worker's own, and neither of these two.
             let periodic = event.active.is_some() || event.processed.is_some();
             if let Some(freq) = event.freq.filter(|freq| periodic && *freq > 0.0) {
-                self.freq = Some(freq.min(MAX_FREQ));
+                self.freq = Some(Self::bounded_freq(freq));
             }
             self.processed = event.processed.or(self.processed);
         }
@@ -116,6 +123,10 @@ impl Worker {
                 *known = Some(cut(told).into());
             }
         }
+    }
+
+    pub(super) fn bounded_freq(freq: f64) -> f64 {
+        freq.min(MAX_FREQ)
     }
 
     pub(super) fn count(&mut self, name_of_type: &str) {
@@ -151,10 +162,12 @@ pub struct Workers {
     slot_of: HashMap<WorkerId, u32, RandomState>,
     hasher: RandomState,
     last: usize,
-    next_id: u32,
+    pub(super) next_id: u32,
     max: usize,
     /// Slots to evict next, worst last, all of one kind, as of the last look at all workers.
     victims: Vec<(u32, WorkerId, u8)>,
+    /// Slots that changed since the last save.
+    pub(super) marks: Marks,
 }
 
 impl Workers {
@@ -168,6 +181,7 @@ impl Workers {
             next_id: 1,
             max,
             victims: Vec::new(),
+            marks: Marks::default(),
         }
     }
 
@@ -186,17 +200,21 @@ impl Workers {
 
     /// Adds a hostname that [`Workers::find`] does not know. There must be room.
     pub(super) fn add(&mut self, hostname: &str, row: WorkerRow, now: Duration) -> usize {
-        let hostname = cut(hostname);
         let id = WorkerId(self.next_id);
         self.next_id = self.next_id.checked_add(1).unwrap_or(1);
-        let slot = self.slots.insert(Worker::new(id, &hostname, row, now));
-        #[allow(clippy::cast_possible_truncation, reason = "at most a million workers")]
-        let small = slot as u32;
-        let hash = self.hasher.hash_one(&*hostname);
         // It begins as a client, and those give way first.
         self.victims.retain(|(.., kind)| *kind == 0);
-        self.index.insert_unique(hash, small, |slot| self.hasher.hash_one(&*self.slots[*slot as usize].hostname));
-        self.slot_of.insert(id, small);
+        self.insert(Worker::new(id, &cut(hostname), row, now))
+    }
+
+    /// Takes a worker in that is not there yet.
+    pub(super) fn insert(&mut self, worker: Worker) -> usize {
+        let (id, hash) = (worker.id, self.hasher.hash_one(&*worker.hostname));
+        let slot = self.slots.insert(worker);
+        let number = number(slot);
+        self.marks.mark(number);
+        self.index.insert_unique(hash, number, |slot| self.hasher.hash_one(&*self.slots[*slot as usize].hostname));
+        self.slot_of.insert(id, number);
         slot
     }
 
@@ -228,13 +246,13 @@ impl Workers {
         ranked.sort_unstable_by_key(|(kind, heard, ..)| (*kind, *heard));
         let first = ranked.first().map(|(kind, ..)| *kind);
         let of_first_kind = ranked.iter().take_while(|(kind, ..)| Some(*kind) == first).take(self.max / 16 + 1);
-        #[allow(clippy::cast_possible_truncation, reason = "at most a million workers")]
-        self.victims.extend(of_first_kind.map(|(kind, _, slot, id)| (*slot as u32, *id, *kind)));
+        self.victims.extend(of_first_kind.map(|(kind, _, slot, id)| (number(*slot), *id, *kind)));
         self.victims.reverse();
     }
 
     /// Forgets a worker.
     pub(super) fn remove(&mut self, slot: usize) -> Worker {
+        self.marks.mark(number(slot));
         let worker = self.slots.remove(slot);
         let hash = self.hasher.hash_one(&*worker.hostname);
         if let Ok(entry) = self.index.find_entry(hash, |known| *known as usize == slot) {
@@ -271,7 +289,21 @@ impl Workers {
     }
 
     pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Worker> {
-        self.slots.iter_mut().map(|(_, worker)| worker)
+        let Self { slots, marks, .. } = self;
+        slots.iter_mut().map(|(slot, worker)| {
+            marks.mark(number(slot));
+            worker
+        })
+    }
+
+    pub(super) fn mark_all(&mut self) {
+        let Self { slots, marks, .. } = self;
+        slots.iter().for_each(|(slot, _)| marks.mark(number(slot)));
+    }
+
+    /// All of them, with their slots.
+    pub(super) fn slots(&self) -> &Slab<Worker> {
+        &self.slots
     }
 
     /// How many hostnames are known.
@@ -291,8 +323,14 @@ impl std::ops::Index<usize> for Workers {
 
 impl std::ops::IndexMut<usize> for Workers {
     fn index_mut(&mut self, slot: usize) -> &mut Worker {
+        self.marks.mark(number(slot));
         &mut self.slots[slot]
     }
+}
+
+#[allow(clippy::cast_possible_truncation, reason = "at most a million workers")]
+fn number(slot: usize) -> u32 {
+    slot as u32
 }
 
 /// A worker as a program that embeds the exporter reads it.

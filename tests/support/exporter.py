@@ -41,7 +41,7 @@ def merge(base, over):
 class Exporter(Process):
     """A running exporter. Settings are nested dicts as in the TOML file; tests set what they need and no more."""
 
-    def __init__(self, broker=None, settings=None, *, env=None, args=(), config=True):
+    def __init__(self, broker=None, settings=None, *, env=None, args=(), config=True, prefix=()):
         self.port = free_port()
         self.settings = {"http": {"listen": f"127.0.0.1:{self.port}"}}
         if broker:
@@ -51,7 +51,7 @@ class Exporter(Process):
         self.config = home / "settings.toml"
         self.write(self.settings)
         options = ["-c", self.config] if config else []
-        super().__init__("exporter", [BINARY, *options, *args], env={**CLEAN, **(env or {})}, cwd=home)
+        super().__init__("exporter", [*prefix, BINARY, *options, *args], env={**CLEAN, **(env or {})}, cwd=home)
 
     def write(self, settings):
         self.config.write_text(settings if isinstance(settings, str) else toml(settings))

@@ -81,6 +81,7 @@ pub(super) async fn connect(
     let topology = Topology::find(&connection, settings).await?;
     let consuming = connection.create_channel().await.map_err(failed)?;
     topology.declare(&consuming).await?;
+    topology.set_mark(&connection).await?;
     let prefetch = settings.broker.amqp.effective_prefetch();
     consuming.basic_qos(prefetch, BasicQosOptions { global: false }).await.map_err(failed)?;
     let options = BasicConsumeOptions { exclusive: !topology.keeps_collecting, ..BasicConsumeOptions::default() };

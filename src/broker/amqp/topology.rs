@@ -42,9 +42,50 @@ impl Topology {
             let channel = connection.create_channel().await.map_err(failed)?;
             let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
             let found = channel.queue_declare(topology.queue.clone(), passive, FieldTable::default()).await;
-            topology.continues = found.is_ok();
+            topology.continues = found.is_ok() && topology.is_marked(connection).await?;
         }
         Ok(topology)
+    }
+
+    /// A durable queue is still there after a restart of the broker, and what it held is gone. The mark is not there any
+    /// more: an exchange that is not durable, and goes with the queue.
+    fn mark(&self) -> ShortString {
+        format!("{}.since-boot", self.queue).into()
+    }
+
+    async fn is_marked(&self, connection: &Connection) -> Result<bool, Error> {
+        let channel = connection.create_channel().await.map_err(failed)?;
+        let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
+        let found = channel.exchange_declare(self.mark(), ExchangeKind::Fanout, passive, FieldTable::default()).await;
+        match found {
+            Ok(()) => Ok(true),
+            Err(error) if is(&error, &AMQPSoftError::NOTFOUND) => Ok(false),
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    /// Marks the queue. A user who may not declare the mark will find each connection to be after a restart.
+    pub(super) async fn set_mark(&self, connection: &Connection) -> Result<(), Error> {
+        if !self.keeps_collecting {
+            return Ok(());
+        }
+        let channel = connection.create_channel().await.map_err(failed)?;
+        let options = ExchangeDeclareOptions { auto_delete: true, ..ExchangeDeclareOptions::default() };
+        let declaring = async {
+            channel.exchange_declare(self.mark(), ExchangeKind::Fanout, options, FieldTable::default()).await?;
+            let (queue, mark, key) = (self.queue.clone(), self.mark(), ShortString::default());
+            channel.queue_bind(queue, mark, key, QueueBindOptions::default(), FieldTable::default()).await
+        };
+        match declaring.await {
+            Err(error) if is(&error, &AMQPSoftError::ACCESSREFUSED) => {
+                tracing::warn!(
+                    exchange = %self.mark(),
+                    "no right to declare an exchange beside the queue: each time we connect, events are taken to be missing"
+                );
+                Ok(())
+            }
+            declared => declared.map_err(failed),
+        }
     }
 
     fn of(settings: &Settings) -> Self {

@@ -17,15 +17,15 @@ use bytes::{Bytes, BytesMut};
 use fred::clients::Client;
 use fred::error::ErrorKind;
 use fred::interfaces::{ClientLike, PubsubInterface};
-use fred::types::RespVersion;
 use fred::types::config::{Config, ConnectionConfig, PerformanceConfig, Server, ServerConfig};
+use fred::types::{ConnectHandle, RespVersion};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsConnector;
 use uuid::Uuid;
 
-use resp::{Access, Connection, Frame, READ_SIZE, Scan, foreign, text};
+use resp::{Access, Connection, Frame, READ_SIZE, Scan, complaint, foreign, text};
 use sentinel::Sentinels;
 
 use super::{Batch, Error, Message, Wire};
@@ -121,13 +121,14 @@ fn escaped(name: &str) -> String {
 /// Connects both halves.
 pub(super) async fn connect(
     url: &BrokerUrl,
+    all: &[BrokerUrl],
     settings: &Settings,
     tls: Option<&tls::Client>,
 ) -> Result<(Subscription, Control), Error> {
     let limit = settings.broker.connect_timeout;
     let access = Access { username: url.username.clone(), password: url.password.clone(), tls: tls.cloned(), limit };
     let (address, connection, sentinels) = if url.transport == Transport::Sentinel {
-        let sentinels = sentinels(url, settings, access)?;
+        let sentinels = sentinels(url, all, settings, access);
         let (master, connection) = sentinels.master().await?;
         (master, connection, Some(sentinels))
     } else {
@@ -159,11 +160,10 @@ async fn subscribe(connection: &mut Connection, channels: &Channels) -> Result<(
 }
 
 /// The whole set, beginning with the one at `url`. The `ssl_*` parameters of a URL are about the master, as in kombu.
-fn sentinels(url: &BrokerUrl, settings: &Settings, server: Access) -> Result<Sentinels, Error> {
+fn sentinels(url: &BrokerUrl, all: &[BrokerUrl], settings: &Settings, server: Access) -> Sentinels {
     let redis = &settings.broker.redis;
-    let urls = settings.broker.urls().map_err(|error| Error::Lost(error.to_string()))?;
-    let others = urls.iter().map(|url| url.address.clone()).filter(|address| *address != url.address);
-    Ok(Sentinels {
+    let others = all.iter().map(|url| url.address.clone()).filter(|address| *address != url.address);
+    Sentinels {
         members: [url.address.clone()].into_iter().chain(others).collect(),
         name: redis.master_name.clone().unwrap_or_default(),
         access: Access {
@@ -173,7 +173,7 @@ fn sentinels(url: &BrokerUrl, settings: &Settings, server: Access) -> Result<Sen
             limit: server.limit,
         },
         server,
-    })
+    }
 }
 
 /// The messages that came in last, by their delivery tags.
@@ -357,7 +357,14 @@ pub struct Control {
 
 struct Kept {
     client: Client,
-    ready: bool,
+    /// The task that serves it, once it is connected: without it, commands would wait until they time out.
+    connection: Option<ConnectHandle>,
+}
+
+impl Kept {
+    fn is_connected(&self) -> bool {
+        self.connection.as_ref().is_some_and(|connection| !connection.is_finished())
+    }
 }
 
 impl fmt::Debug for Control {
@@ -435,16 +442,16 @@ impl Control {
     /// The client, connected. It is kept before it is connected, so that one given up on the way can be closed.
     async fn client(&self) -> Result<Client, Error> {
         let mut kept = self.client.lock().await;
-        if let Some(kept) = kept.as_ref().filter(|kept| kept.ready) {
+        if let Some(kept) = kept.as_ref().filter(|kept| kept.is_connected()) {
             return Ok(kept.client.clone());
         }
         if let Some(kept) = kept.take() {
             let _ = kept.client.quit().await;
         }
         let client = self.new_client();
-        *kept = Some(Kept { client: client.clone(), ready: false });
-        client.init().await.map_err(|error| refused(&error, "a second connection, for broadcasts"))?;
-        *kept = Some(Kept { client: client.clone(), ready: true });
+        let kept = kept.insert(Kept { client: client.clone(), connection: None });
+        let connected = client.init().await.map_err(|error| refused(&error, "a second connection, for broadcasts"))?;
+        kept.connection = Some(connected);
         Ok(client)
     }
 
@@ -461,7 +468,7 @@ impl Control {
 }
 
 fn refused(error: &fred::error::Error, what: &str) -> Error {
-    Error::Refused(format!("{what}: {}", error.details()))
+    Error::Refused(format!("{what}: {}", complaint(error.details())))
 }
 
 #[cfg(test)]

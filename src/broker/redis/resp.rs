@@ -39,7 +39,7 @@ impl Access {
         if let Some(password) = &self.password {
             let user = self.username.as_deref();
             let command: Vec<&str> = ["AUTH"].into_iter().chain(user).chain([password.expose()]).collect();
-            connection.request(&command).await?;
+            connection.request(&command).await.map_err(|error| error.without(password.expose()))?;
         }
         Ok(connection)
     }
@@ -78,7 +78,7 @@ impl Connection {
                 let answer = self.buffer.split_to(frame.length);
                 let texts: Vec<String> = frame.texts().iter().map(|range| text(&answer, range)).collect();
                 return match frame.kind {
-                    b'-' => Err(Error::Refused(format!("{}: {}", command[0], texts.concat()))),
+                    b'-' => Err(Error::Refused(format!("{}: {}", command[0], complaint(&texts.concat())))),
                     _ => Ok(texts),
                 };
             }
@@ -107,6 +107,11 @@ impl Connection {
             Err(error) => Err(Error::from(&error)),
         }
     }
+}
+
+/// What a server says of a command, without the arguments that it repeats of one it does not know.
+pub(super) fn complaint(text: &str) -> &str {
+    text.split_once(", with args").map_or(text, |(complaint, _)| complaint)
 }
 
 fn encode(command: &[&str]) -> Vec<u8> {

@@ -1,0 +1,205 @@
+//! `bare [--discard] URL PORT`: receives Celery's events and decodes them, and does nothing else with them.
+//!
+//! Reads all fields that the exporter needs, interns the names, keeps nothing, and answers every HTTP request to PORT
+//! with the number of task events so far. With `--discard`, what comes from Redis is thrown away unread: as fast as
+//! any subscriber can be.
+
+use std::hint::black_box;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+
+use anyhow::{Context, Result, bail};
+use base64_simd::{Out, STANDARD};
+use foldhash::fast::FixedState;
+use futures_util::{FutureExt, StreamExt};
+use hashbrown::HashMap;
+use lapin::options::{
+    BasicAckOptions, BasicConsumeOptions, BasicQosOptions, ExchangeDeclareOptions, QueueBindOptions,
+    QueueDeclareOptions,
+};
+use lapin::types::FieldTable;
+use lapin::{Connection, ConnectionProperties, ExchangeKind};
+use serde::Deserialize;
+
+const READ: usize = 256 << 10;
+const PREFETCH: u16 = 1000;
+
+#[derive(Deserialize)]
+struct Envelope<'a> {
+    body: &'a str,
+    #[serde(rename = "content-type")]
+    content_type: &'a str,
+}
+
+#[derive(Deserialize)]
+struct Event<'a> {
+    #[serde(rename = "type")]
+    kind: &'a str,
+    hostname: &'a str,
+    timestamp: f64,
+    uuid: Option<&'a str>,
+    name: Option<&'a str>,
+    eta: Option<&'a str>,
+    runtime: Option<f64>,
+    active: Option<f64>,
+    processed: Option<f64>,
+}
+
+#[derive(Default)]
+struct Decoder {
+    names: HashMap<Box<str>, u64, FixedState>,
+    buffer: Vec<u8>,
+    events: Arc<AtomicU64>,
+    /// Depends on every field, so that none can be left out as unused.
+    digest: u64,
+}
+
+impl Decoder {
+    fn envelope(&mut self, payload: &[u8]) -> Result<()> {
+        let envelope: Envelope = serde_json::from_slice(payload)?;
+        if envelope.content_type != "application/json" {
+            bail!("content type {}", envelope.content_type);
+        }
+        let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.resize(buffer.len().max(STANDARD.estimated_decoded_length(envelope.body.len())), 0);
+        let body = STANDARD.decode(envelope.body.as_bytes(), Out::from_slice(&mut buffer))?;
+        self.body(body)?;
+        self.buffer = buffer;
+        Ok(())
+    }
+
+    fn body(&mut self, body: &[u8]) -> Result<()> {
+        if body.first() == Some(&b'[') {
+            let events: Vec<Event> = serde_json::from_slice(body)?;
+            events.iter().for_each(|event| self.event(event));
+        } else {
+            self.event(&serde_json::from_slice(body)?);
+        }
+        Ok(())
+    }
+
+    fn event(&mut self, event: &Event) {
+        let names = [Some(event.kind), Some(event.hostname), event.name].map(|name| name.map_or(0, |name| self.id(name)));
+        let numbers = [Some(event.timestamp), event.runtime, event.active, event.processed];
+        let texts = [event.uuid, event.eta].map(|text| text.map_or(0, |text| text.len() as u64));
+        let all = names.into_iter().chain(numbers.map(|number| number.map_or(0, f64::to_bits))).chain(texts);
+        self.digest = black_box(all.fold(self.digest, |digest, part| digest.rotate_left(5) ^ part));
+        if event.kind.starts_with("task-") {
+            self.events.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn id(&mut self, name: &str) -> u64 {
+        if let Some(id) = self.names.get(name) {
+            return *id;
+        }
+        let id = self.names.len() as u64;
+        self.names.insert(name.into(), id);
+        id
+    }
+}
+
+/// The part of a RESP array that begins at `at`: where it starts and where it ends; nothing when it is not complete.
+fn part(bytes: &[u8], at: usize) -> Option<(usize, usize)> {
+    let line = bytes.get(at..)?.iter().position(|byte| *byte == b'\n')?;
+    let length = bytes[at + 1..at + line - 1].iter().fold(0, |sum, digit| sum * 10 + usize::from(digit - b'0'));
+    let (start, end) = (at + line + 1, at + line + 1 + length);
+    (bytes.len() >= end + 2).then_some((start, end))
+}
+
+/// The payload of the `*4 pmessage pattern channel payload` at `at`, and its end.
+fn message(bytes: &[u8], at: usize) -> Option<(usize, usize)> {
+    let mut end = at + 2;
+    let mut start = 0;
+    for _ in 0..4 {
+        (start, end) = part(bytes, end + 2)?;
+    }
+    Some((start, end))
+}
+
+fn redis(url: &str, port: u16, discard: bool) -> Result<()> {
+    let (address, db) = url.trim_start_matches("redis://").split_once('/').context("redis://HOST:PORT/DB")?;
+    let mut socket = TcpStream::connect(address)?;
+    socket.write_all(format!("PSUBSCRIBE /{db}.celeryev/*\r\n").as_bytes())?;
+    let mut buffer = vec![0; READ];
+    if socket.read(&mut buffer)? == 0 || !buffer.starts_with(b"*3\r\n$10\r\npsubscribe") {
+        bail!("not subscribed: {}", String::from_utf8_lossy(&buffer[..64]));
+    }
+    let mut decoder = Decoder::default();
+    answer(port, &decoder.events)?;
+    let mut filled = 0;
+    loop {
+        if buffer.len() - filled < READ / 2 {
+            buffer.resize(buffer.len() * 2, 0);
+        }
+        match socket.read(&mut buffer[filled..])? {
+            0 => bail!("disconnected by the server"),
+            _ if discard => continue,
+            count => filled += count,
+        }
+        let mut at = 0;
+        while let Some((start, end)) = message(&buffer[..filled], at) {
+            decoder.envelope(&buffer[start..end])?;
+            at = end + 2;
+        }
+        buffer.copy_within(at..filled, 0);
+        filled -= at;
+    }
+}
+
+async fn rabbitmq(url: &str, port: u16) -> Result<()> {
+    let connection = Connection::connect(url, ConnectionProperties::default()).await?;
+    let channel = connection.create_channel().await?;
+    let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
+    channel.exchange_declare("celeryev".into(), ExchangeKind::Topic, durable, FieldTable::default()).await?;
+    let ours = QueueDeclareOptions { exclusive: true, ..Default::default() };
+    channel.queue_declare("celeryev.bare".into(), ours, FieldTable::default()).await?;
+    let binding = QueueBindOptions::default();
+    channel.queue_bind("celeryev.bare".into(), "celeryev".into(), "#".into(), binding, FieldTable::default()).await?;
+    channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
+    let consume = BasicConsumeOptions { exclusive: true, ..Default::default() };
+    let mut consumer = channel.basic_consume("celeryev.bare".into(), "".into(), consume, FieldTable::default()).await?;
+    let mut decoder = Decoder::default();
+    answer(port, &decoder.events)?;
+    let mut next = consumer.next().await;
+    while let Some(delivery) = next.take().transpose()? {
+        decoder.body(&delivery.data)?;
+        next = consumer.next().now_or_never().flatten();
+        if next.is_none() || delivery.delivery_tag % 100 == 0 {
+            channel.basic_ack(delivery.delivery_tag, BasicAckOptions { multiple: true }).await?;
+        }
+        if next.is_none() {
+            next = consumer.next().await;
+        }
+    }
+    bail!("disconnected by the server")
+}
+
+/// Tells the number of events to whoever asks.
+fn answer(port: u16, events: &Arc<AtomicU64>) -> Result<()> {
+    let (listener, events) = (TcpListener::bind(("127.0.0.1", port))?, Arc::clone(events));
+    thread::spawn(move || {
+        for mut client in listener.incoming().flatten() {
+            let body = format!("bare_events_total {}\n", events.load(Ordering::Relaxed));
+            // A client that is gone needs no answer.
+            let _ = client.read(&mut [0; 1024]);
+            let _ = write!(client, "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+        }
+    });
+    Ok(())
+}
+
+fn main() -> Result<()> {
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    let discard = arguments.first().is_some_and(|first| first == "--discard");
+    arguments.drain(..usize::from(discard));
+    let [url, port] = &arguments[..] else { bail!("usage: bare [--discard] URL PORT") };
+    let port = port.parse()?;
+    if url.starts_with("redis:") {
+        return redis(url, port, discard);
+    }
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(rabbitmq(url, port))
+}

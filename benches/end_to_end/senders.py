@@ -1,0 +1,101 @@
+"""Writes a stream to a broker at a rate, or as fast as the broker takes it. Far cheaper than what is measured."""
+
+import socket
+import time
+
+import amqp
+from stream import BATCH, AmqpProtocol, RedisProtocol, heartbeat, worker
+
+#: No write waits for longer.
+DEADLINE = 60
+#: Bytes of one write when there is no rate to keep.
+SLICE = 1 << 20
+
+
+class Sender:
+    """Goes round and round one stream; `position` is the next message."""
+
+    def __init__(self):
+        self.position = 0
+
+    def send(self, stream, events, rate=None):
+        """Sends so many events and waits until the broker has dealt with them. Returns the seconds it took."""
+        view, ends, messages = memoryview(stream.data), stream.ends, events // BATCH
+        began, sent = time.perf_counter(), 0
+        while sent < messages:
+            if rate is None:
+                due = messages
+            else:
+                due = min(messages, 1 + int((time.perf_counter() - began) * rate / BATCH))
+            if due == sent:
+                time.sleep(min(0.001, BATCH / rate))
+                continue
+            first = self.position % stream.messages
+            last = min(first + due - sent, stream.messages)
+            start, end = ends[first - 1] if first else 0, ends[last - 1]
+            for at in range(start, end, SLICE):
+                self.socket.sendall(view[at : min(end, at + SLICE)])
+            self.position += last - first
+            sent += last - first
+        self.wait()
+        return time.perf_counter() - began
+
+    def write(self, data):
+        self.socket.sendall(data)
+        self.wait()
+
+
+class RedisSender(Sender):
+    def __init__(self, broker):
+        super().__init__()
+        self.socket = socket.create_connection(("127.0.0.1", broker.port), timeout=DEADLINE)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.sendall(b"CLIENT REPLY OFF\r\n")
+        self.client = broker.client()
+
+    def heard(self):
+        """Whether anyone listens."""
+        return self.client.pubsub_numpat()
+
+    def wait(self):
+        """Commands are dealt with in order."""
+        self.socket.sendall(b"CLIENT REPLY ON\r\n")
+        answer = b""
+        while not answer.endswith(b"\r\n"):
+            more = self.socket.recv(4096)
+            assert more, "Redis has closed the connection"
+            answer += more
+        assert answer == b"+OK\r\n", answer
+        self.socket.sendall(b"CLIENT REPLY OFF\r\n")
+
+    def close(self):
+        self.socket.close()
+
+
+class AmqpSender(Sender):
+    def __init__(self, broker):
+        super().__init__()
+        self.connection = broker.connection()
+        self.channel = self.connection.channel()
+        assert self.channel.channel_id == 1
+        self.channel.exchange_declare("celeryev", "topic", durable=True, auto_delete=False)
+        self.socket = self.connection.transport.sock
+        self.socket.settimeout(DEADLINE)
+
+    def heard(self):
+        returned = []
+        self.channel.events["basic_return"].add(lambda *answer: returned.append(answer))
+        event = amqp.Message(heartbeat(worker(0)), content_type="application/json", content_encoding="utf-8")
+        self.channel.basic_publish(event, "celeryev", "worker.probe", mandatory=True)
+        self.wait()
+        return not returned
+
+    def wait(self):
+        """What comes after on the same channel is answered after. By then all is in the queues."""
+        self.channel.exchange_declare("celeryev", "topic", passive=True)
+
+    def close(self):
+        self.connection.close()
+
+
+KINDS = {"redis": (RedisProtocol(0), RedisSender), "rabbitmq": (AmqpProtocol(), AmqpSender)}

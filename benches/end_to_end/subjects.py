@@ -1,0 +1,226 @@
+"""The four that are compared: how each is started, and what can be seen of it from outside."""
+
+import contextlib
+import http.client
+import re
+import signal
+import statistics
+import time
+from pathlib import Path
+
+from senders import KINDS
+from support.exporter import BINARY, CLEAN, Exporter
+from support.processes import ROOT, TEST_ENV, Process, free_port, wait_until
+from support.rabbitmq import RabbitMQ
+from support.redis import Redis
+
+HERE = ROOT / "benches/end_to_end"
+BARE = ROOT / "target/bench-bare/release/bare"
+#: How long nothing may be done until all is taken to be done: windows of so many seconds, with less work than so much.
+WINDOW, QUIET = 0.1, 0.006
+
+
+class Failed(Exception):
+    """What an exporter did wrong, in words for the reader of the table."""
+
+
+class Subject:
+    """One exporter on a broker of its own, with a sender beside it."""
+
+    name = title = counter = ""
+    #: Decodes some million events in a minute.
+    fast = False
+    #: Tasks that it holds by default.
+    holds = 100_000
+
+    def __init__(self, broker, settings=None):
+        self.broker, self.settings, self.port = broker, settings or {}, free_port()
+        protocol, sender = KINDS[broker.name]
+        self.protocol, self.sender = protocol, sender(broker)
+        self.sent, self.process = 0, None
+
+    def start(self):
+        """Returns the seconds from start to the first answered scrape; then waits until it listens to the broker."""
+        began = time.perf_counter()
+        self.process = self.launch()
+        while True:
+            self.alive()
+            with contextlib.suppress(OSError):
+                self.get("/metrics")
+                break
+            if time.perf_counter() - began > 30:
+                raise Failed(f"does not answer within 30 s\n{self.last_words()}")
+            time.sleep(0.002)
+        took = time.perf_counter() - began
+        wait_until(self.heard, 30, lambda: f"{self.title} listens\n{self.process.log()}")
+        self.settle(15)
+        return took
+
+    def stop(self):
+        if self.process:
+            self.process.kill()
+        with contextlib.suppress(OSError):
+            self.sender.close()
+
+    def heard(self):
+        self.alive()
+        return self.sender.heard()
+
+    def alive(self):
+        if not self.process.running:
+            raise Failed(f"has ended with exit code {self.process.popen.returncode}: {self.last_words()}")
+
+    def last_words(self):
+        lines = self.process.log().strip().splitlines()
+        return lines[-1].strip() if lines else "no output"
+
+    # What it uses
+
+    def cpu(self):
+        """Seconds of user and system time of all its threads, by the process's own CPU clock."""
+        self.alive()
+        return time.clock_gettime_ns(~self.process.pid << 3 | 2) / 1e9
+
+    def busy(self):
+        """The same, and the time its threads have waited for a CPU."""
+        waited = 0
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                waited += int((task / "schedstat").read_text().split()[1])
+        return self.cpu() + waited / 1e9
+
+    def settle(self, deadline):
+        """Waits until it does nothing any more. Returns when that began, or None when it did not."""
+        end = time.perf_counter() + deadline
+        while time.perf_counter() < end:
+            began, before = time.perf_counter(), self.busy()
+            time.sleep(WINDOW)
+            if 0 <= self.busy() - before < QUIET:
+                return began
+        return None
+
+    def memory(self):
+        """(RSS, its peak) in MiB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return tuple(int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) / 1024 for key in ("VmRSS", "VmHWM"))
+
+    # What it tells
+
+    def get(self, path, headers=None):
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+            connection.request("GET", path, headers=headers or {})
+            answer = connection.getresponse()
+            return answer.read(), answer.headers
+
+    def counted(self):
+        """The number of task events it has counted."""
+        self.alive()
+        try:
+            body = self.get("/metrics")[0].decode()
+        except (OSError, http.client.HTTPException) as error:
+            self.alive()
+            raise Failed(f"does not answer a scrape: {error!r}") from error
+        return int(sum(float(line.rpartition(" ")[2]) for line in body.splitlines() if line.startswith(self.counter)))
+
+    def scrape(self, headers=None):
+        """(seconds, seconds of CPU, bytes, whether compressed) of one scrape."""
+        cpu, began = self.cpu(), time.perf_counter()
+        body, answered = self.get("/metrics", headers)
+        took = time.perf_counter() - began
+        return took, self.cpu() - cpu, len(body), answered.get("Content-Encoding") == "gzip"
+
+    # What is done to it
+
+    def feed(self, stream, events, rate=None, halted=False, patience=60):
+        """Sends events and waits until they are dealt with. `halted`: it is stopped while they are sent, and finds them
+        all waiting. Returns seconds: of CPU, in all, to send, and from there until it was done."""
+        if halted:
+            self.process.send(signal.SIGSTOP)
+        try:
+            cpu, began = self.cpu(), time.perf_counter()
+            sending = self.sender.send(stream, events, rate)
+        finally:
+            self.process.send(signal.SIGCONT)
+        self.sent += events
+        settled = self.settle(patience)
+        if settled is None:
+            raise Failed(f"still busy {patience} s after {events:,} events")
+        return self.cpu() - cpu, time.perf_counter() - began, sending, settled - began - sending
+
+    def all_counted(self, patience=10):
+        """How many events it has counted once it counts no more; right at once where that is all that were sent."""
+        end, last = time.perf_counter() + patience, -1
+        while True:
+            counted = self.counted()
+            if counted == self.sent or counted == last or time.perf_counter() > end:
+                return counted
+            last = counted
+            time.sleep(1)
+            self.settle(patience)
+
+
+class Ours(Subject):
+    name, title, counter, fast = "ours", "flower-exporter", "flower_events_total{", True
+
+    def launch(self):
+        return Exporter(self.broker, {"http": {"listen": f"127.0.0.1:{self.port}"}, **self.settings})
+
+
+class Flower(Subject):
+    name, title, counter = "flower", "Flower 2.2.0", "flower_events_total{"
+
+    def launch(self):
+        celery = TEST_ENV / "flower/bin/celery"
+        options = ["--address=127.0.0.1", f"--port={self.port}"]
+        return Process("flower", [celery, "-b", self.broker.url, "flower", *options], env=CLEAN)
+
+
+class CeleryExporter(Subject):
+    name, title, holds = "celery-exporter", "celery-exporter 0.11.2", 10_000
+    counter = tuple(f"celery_task_{kind}_total{{" for kind in ("sent", "received", "started", "succeeded"))
+
+    def launch(self):
+        python, script = ROOT / "target/bench-env/bin/python", HERE / "celery_exporter.py"
+        options = ["--broker-url", self.broker.url, "--host", "127.0.0.1", "--port", self.port]
+        return Process("celery-exporter", [python, "-B", script, *options])
+
+
+class Bare(Subject):
+    name, title, counter, fast, holds = "bare", "bare loop", "bare_events_total", True, 0
+    options = []
+
+    def launch(self):
+        return Process("bare", [BARE, *self.options, self.broker.url, self.port])
+
+
+class Discard(Bare):
+    """Throws everything away unread: what the server can publish."""
+
+    options = ["--discard"]
+
+
+SUBJECTS = {kind.name: kind for kind in (Ours, Flower, CeleryExporter, Bare)}
+
+
+class Brokers(contextlib.ExitStack):
+    """A broker for each: servers of Redis, virtual hosts of RabbitMQ."""
+
+    def __init__(self, kind, count):
+        super().__init__()
+        self.kind, self.node = kind, None
+        if kind == "rabbitmq":
+            self.node = RabbitMQ(vhosts=count)
+            self.callback(self.node.stop)
+            self.node.wait()
+
+    def new(self):
+        if self.node:
+            return self.node.vhost()
+        server = Redis()
+        self.callback(server.stop)
+        return server
+
+
+def median(values):
+    values = [value for value in values if value is not None]
+    return statistics.median(values) if values else None

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Instructions an event (decode, ingest) and a line of a scrape (render), counted by valgrind and compared with
+# benches/instructions.txt: more than 5 % above fails. `--write` takes the figures of this run over instead.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec </dev/null
+committed=benches/instructions.txt
+
+command -v valgrind >/dev/null || { echo "no valgrind: as root, run: apt-get install valgrind" >&2; exit 1; }
+built=$(cargo bench --locked --bench stages --no-run --message-format=json-render-diagnostics)
+binary=$(grep -o '"executable":"[^"]*stages[^"]*"' <<<"$built" | tail -n 1 | cut -d'"' -f4)
+
+# Instructions of the whole run, and what a round has.
+run() {
+    valgrind --tool=cachegrind --cachegrind-out-file=/dev/null --log-file="$log" "$binary" --count "$1" "$2" | tr '\n' ' '
+    grep -oP 'I +refs: +\K[0-9,]+' "$log" | tr -d ,
+}
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+figures=$(
+    for stage in decode ingest render; do
+        read -r size few < <(run $stage 1)
+        read -r _ many < <(run $stage 3)
+        echo "$stage $(((many - few) / 2 / size))"
+    done
+)
+if [ "${1-}" = --write ]; then
+    { sed -n '/^#/p' "$committed"; echo "$figures"; } >"$committed.new"
+    mv "$committed.new" "$committed"
+    cat "$committed"
+    exit
+fi
+failed=0
+while read -r stage now; do
+    before=$(awk -v stage="$stage" '$1 == stage { print $2 }' "$committed")
+    verdict=ok
+    if [ -z "$before" ] || [ $((now * 100)) -gt $((before * 105)) ]; then verdict="MORE than 5 % above" failed=1; fi
+    printf '%-8s %6s instructions, committed %6s: %s\n' "$stage" "$now" "${before:-none}" "$verdict"
+done <<<"$figures"
+if [ $failed = 1 ]; then
+    echo "If that is worth it, take the figures over: benches/instructions.sh --write" >&2
+fi
+exit $failed

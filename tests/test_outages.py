@@ -1,0 +1,283 @@
+"""Every way to lose a broker, and what must be true once it is back. Restarts are in test_recovery.py."""
+
+import os
+import re
+import signal
+import time
+
+import pytest
+
+from support import events as ev
+from support.events import W
+from support.exposition import EVENTS, EXECUTING, ONLINE, PREFETCHED, RUNTIME
+from support.processes import directory, wait_until
+
+RECONNECT_MAX = 2
+#: On RabbitMQ each side gives up a silent peer after two to three heartbeats.
+IMPATIENT = {"broker": {"amqp": {"heartbeat": "1s"}, "connect_timeout": "1s"}}
+#: A worker that goes offline before the outage, and comes back in it.
+V = "v@tests"
+
+
+class Outage:
+    """An exporter that has counted some events; then something happens to its broker, and it is `over` again."""
+
+    def __init__(self, lab, broker, settings=None, **options):
+        self.lab, self.broker = lab, broker
+        settings = {**(settings or {})}
+        settings["broker"] = {"reconnect_max": f"{RECONNECT_MAX}s", **settings.get("broker", {})}
+        self.rig = lab.rig(broker, settings, **options)
+        self.exporter = self.rig.exporter
+        self.before = self.rig.play(
+            ev.heartbeat(active=5),
+            ev.online(V),
+            ev.offline(V),
+            ev.received("a"),
+            ev.received("b"),
+            ev.succeeded("c", runtime=1.5),
+        )
+        assert self.before.one(ONLINE, worker=V) == 0
+        assert self.before.one(PREFETCHED, worker=W, task="add") == 2
+
+    def subscriptions(self):
+        return self.exporter.log().count("listening for events")
+
+    def noticed(self, deadline=5):
+        """It says that it has no broker, and serves what it knows."""
+        wait_until(lambda: self.exporter.healthz(ready=True)[0] == 503, deadline, self.exporter.log)
+        assert self.exporter.healthz()[0] == 200
+        assert self.rig.metrics().total(EVENTS) == self.before.total(EVENTS)
+
+    def over(self, subscriptions=2, deadline=RECONNECT_MAX + 1, broker=None):
+        """The broker is back: subscribed soon, counters kept, sets emptied; one heartbeat puts the gauges right."""
+        wait_until(
+            lambda: self.subscriptions() >= subscriptions and self.exporter.healthz(ready=True)[0] == 200,
+            deadline,
+            lambda: f"subscribed again\n{self.exporter.log()}",
+        )
+        self.rig.publisher = self.lab.publisher(broker or self.broker, self.rig.exchange)
+        after = self.rig.play(ev.heartbeat(active=3), ev.heartbeat(V, active=1))
+        assert (after.one(ONLINE, worker=W), after.one(EXECUTING, worker=W)) == (1, 3)
+        assert (after.one(ONLINE, worker=V), after.one(EXECUTING, worker=V)) == (1, 1)
+        assert after.one(PREFETCHED, worker=W, task="add") == 0
+        kept = {key: value for key, value in self.before.items() if key[0] == EVENTS or key[0].startswith(RUNTIME)}
+        assert kept.items() <= after.items() and after.total(EVENTS) == self.before.total(EVENTS)
+        assert self.rig.play(ev.received("d", at=9)).one(PREFETCHED, worker=W, task="add") == 1
+
+
+@pytest.mark.parametrize("how", ["cut", "reset"])
+def test_path_ends(lab, broker, how):
+    """Connections end, and many attempts fail: back soon all the same."""
+    path = lab.proxy(broker)
+    outage = Outage(lab, broker, path=path)
+    path.drop()
+    getattr(path, how)()
+    outage.noticed()
+    attempts = path.attempts
+    wait_until(lambda: path.attempts >= attempts + 3, 10, "attempts come as seldom as they will")
+    outage.rig.publisher.send(ev.received("lost"))
+    path.resume()
+    outage.over()
+
+
+def test_backoff_is_reset_by_health(lab, broker):
+    """Not by a bare connect: who accepts and drops is not hammered, nor who drops what has subscribed."""
+    path = lab.proxy(broker)
+    outage = Outage(lab, broker, {"broker": {"reconnect_max": "4s"}}, path=path)
+
+    def seconds_until(condition):
+        started = time.monotonic()
+        path.cut()
+        wait_until(condition, 10, outage.exporter.log)
+        return time.monotonic() - started
+
+    def blind():
+        count = outage.subscriptions() + 1
+        return seconds_until(lambda: outage.subscriptions() == count)
+
+    path.drop()
+    attempts = path.attempts + 4
+    # Pauses of 0.25, 0.5, 1 and 2 s, or down to half of each.
+    assert 1.8 < seconds_until(lambda: path.attempts >= attempts) < 5
+    path.resume()
+    outage.exporter.ready(4 + 1)
+    assert 2 < blind() < 4 + 1, "it has heard nothing"
+    outage.rig.play()
+    assert blind() < 2, "it has heard events"
+
+
+def test_attempt_that_is_never_answered(lab, broker):
+    """It is waiting on a path that has forgotten it: the next begins `reconnect_max` after it, at the latest."""
+    path = lab.proxy(broker)
+    outage = Outage(lab, broker, {"broker": {"connect_timeout": f"{RECONNECT_MAX}s"}}, path=path)
+    path.drop()
+    path.cut()
+    for attempts in (3, 1):
+        wanted = path.attempts + attempts
+        wait_until(lambda: path.attempts >= wanted, 10, "attempts come as seldom as they will")  # noqa: B023
+        path.stall()
+    path.forget()
+    outage.over()
+
+
+def test_silent_paths(lab, redis, vhost):
+    """Half-open, and not a byte comes: noticed within 30 s, with default settings. All at once, as it takes long."""
+    defaults = {"broker": {"reconnect_max": "5s"}}
+    both, inward, outward = (True, True), (True, False), (False, True)
+    outages = []
+    for broker, stalled in [(redis, both), (redis, inward), (redis, outward), (vhost, both), (vhost, inward)]:
+        path = lab.proxy(broker)
+        outages.append((path, Outage(lab, broker, defaults, path=path)))
+        path.stall(*stalled)
+    end = time.monotonic() + 30
+    for _, outage in outages:
+        outage.noticed(end - time.monotonic())
+    for path, outage in outages:
+        path.resume()
+        outage.over(deadline=5 + 1)
+
+
+@pytest.mark.parametrize("inward, outward", [(True, True), (True, False), (False, True)], ids=["both", "in", "out"])
+def test_short_stall_costs_nothing(lab, broker, inward, outward):
+    """What waited on the way is counted, and the connection is still the same."""
+    path = lab.proxy(broker)
+    outage = Outage(lab, broker, path=path)
+    path.stall(inward, outward)
+    outage.rig.publisher.send([ev.received(f"{n}") for n in range(100)])
+    wait_until(lambda: path.kept_back, 5, "something waits")
+    if inward:
+        assert outage.rig.metrics().events("received", W) == 2
+        path.resume()
+    after = outage.exporter.wait_for(lambda m: m.events("received", W) == 102, 5)
+    assert after.one(PREFETCHED, worker=W, task="add") == 102
+    path.resume()
+    assert outage.rig.play().events("received", W) == 102 and outage.subscriptions() == 1
+
+
+def test_broker_that_no_longer_hears_us(lab, vhost):
+    """Its events still come, until it gives us up for want of our heartbeats."""
+    path = lab.proxy(vhost)
+    outage = Outage(lab, vhost, IMPATIENT, path=path)
+    path.stall(inward=False)
+    outage.noticed()
+    path.resume()
+    outage.over()
+
+
+def test_stop_on_a_silent_path(lab, broker):
+    """SIGTERM ends it in time, though nobody answers when it takes its leave."""
+    path = lab.proxy(broker)
+    outage = Outage(lab, broker, path=path)
+    path.stall()
+    outage.exporter.terminate()
+
+
+def test_frozen_rabbitmq(lab, vhost):
+    """SIGSTOP: it neither closes nor answers; nor are new connections answered. Redis' is in test_recovery.py."""
+    outage = Outage(lab, vhost, IMPATIENT)
+    node = vhost.server.processes[-1]
+    os.killpg(node.pid, signal.SIGSTOP)
+    try:
+        outage.noticed(5)
+        wait_until(lambda: "no answer from the broker" in outage.exporter.log(), 5, outage.exporter.log)
+    finally:
+        os.killpg(node.pid, signal.SIGCONT)
+    outage.over()
+
+
+def test_connection_for_broadcasts_is_killed(lab, redis):
+    """The second connection to Redis is made anew at once, and the subscription does not suffer."""
+    path = lab.proxy(redis)
+    outage = Outage(lab, redis, path=path)
+    wait_until(lambda: path.attempts == 2, 5, "both connections")
+    redis.client().execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    wait_until(lambda: path.attempts == 3, 2, outage.exporter.log)
+    outage.rig.publisher = lab.publisher(redis, outage.rig.exchange)
+    assert outage.rig.play(ev.received("d")).one(PREFETCHED, worker=W, task="add") == 3
+    assert outage.subscriptions() == 1
+
+
+def test_closed_by_an_administrator(lab, vhost):
+    outage = Outage(lab, vhost)
+    vhost.server.ctl("close_all_connections", "--vhost", vhost.vhost, "maintenance")
+    outage.over()
+    assert "maintenance" in outage.exporter.log(), "the log says what the server says"
+
+
+def test_our_own_queue_is_deleted(lab, vhost):
+    """Exclusive as it is, an administrator may delete it."""
+    outage = Outage(lab, vhost)
+    queue = re.search(r"on queue (\S+) bound", outage.exporter.log())[1]
+    vhost.server.ctl("delete_queue", "-p", vhost.vhost, queue)
+    outage.over()
+    assert "the queue is gone" in outage.exporter.log()
+
+
+def test_exchange_is_deleted(lab, vhost):
+    """Nobody tells a consumer: it is declared and bound again within `enable_interval`."""
+    rig = lab.rig(vhost, {"events": {"enable_interval": "1s"}})
+    rig.play(ev.heartbeat(active=5), ev.received("a"))
+    with vhost.connection() as connection:
+        connection.channel().exchange_delete(rig.exchange)
+    publisher = lab.publisher(vhost, rig.exchange)
+
+    def counted():
+        publisher.send(ev.heartbeat(active=3))
+        return rig.metrics().one(EXECUTING, worker=W) == 3
+
+    wait_until(counted, 1 + 1, rig.exporter.log)
+    rig.publisher = publisher
+    assert rig.play(ev.received("b")).events("received", W) == 2
+    assert rig.exporter.log().count("listening for events") == 1, "the connection is still the same"
+
+
+def test_credentials_are_put_right(lab, broker):
+    """`url_file` is read again on every attempt: a password that has become wrong, and right again."""
+    if broker.name == "redis":
+        broker.password = "p@ss/w:rd%"
+        broker.client().config_set("requirepass", broker.password)
+    path = lab.proxy(broker)
+    file = directory("secret") / "url"
+    file.write_text(path.url)
+    outage = Outage(lab, broker, {"broker": {"url_file": str(file)}}, path=path)
+    file.write_text(re.sub(":[^:]*@", ":wrong@", path.url))
+    path.cut()
+    refused = re.compile("WRONGPASS|ACCESS_REFUSED")
+    wait_until(lambda: refused.search(outage.exporter.log()), 5, outage.exporter.log)
+    outage.noticed()
+    file.write_text(path.url)
+    outage.over()
+
+
+def test_name_that_does_not_resolve_yet(lab, broker):
+    """Asked for again on every attempt, until it is there."""
+    hosts = directory("hosts") / "hosts"
+    hosts.write_text("")
+    os.utime(hosts, (0, 0))  # the library looks at whole seconds to see that it has changed
+    env = {"LD_PRELOAD": "libnss_wrapper.so", "NSS_WRAPPER_HOSTS": hosts}
+    settings = {"broker": {"url": broker.url.replace("127.0.0.1", "broker.test"), "reconnect_max": f"{RECONNECT_MAX}s"}}
+    exporter = lab.exporter(None, settings, env=env)
+    wait_until(lambda: "lookup" in exporter.log(), 5, exporter.log)
+    assert exporter.healthz()[0] == 200 and exporter.healthz(ready=True)[0] == 503
+    hosts.write_text("127.0.0.1 broker.test\n")
+    exporter.ready(RECONNECT_MAX + 1)
+    lab.publisher(broker).send(ev.received())
+    exporter.wait_for(lambda m: m.events("received") == 1)
+
+
+def test_next_of_the_list(lab, broker):
+    """The first broker dies, the second is used, its sets empty; and back again when that dies, too."""
+    second = lab.redis() if broker.name == "redis" else broker  # two nodes of a cluster have the same virtual hosts
+    paths = [lab.proxy(broker), lab.proxy(second)]
+    outage = Outage(lab, broker, {"broker": {"url": ";".join(path.url for path in paths)}}, path=paths[0])
+    paths[0].refuse()
+    paths[0].cut()
+    outage.over(broker=second)
+    paths[0].resume()
+    paths[1].refuse()
+    paths[1].cut()
+    wait_until(lambda: outage.subscriptions() == 3, RECONNECT_MAX + 1, outage.exporter.log)
+    outage.rig.publisher = lab.publisher(broker, outage.rig.exchange)
+    after = outage.rig.play(ev.received("e", at=10))
+    assert after.one(PREFETCHED, worker=W, task="add") == 1
+    assert after.events("received", W) == outage.before.events("received", W) + 2
