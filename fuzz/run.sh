@@ -48,7 +48,7 @@ told() { grep -oP "$2\K[0-9]+" "$logs/$1.log" | tail -n 1 || true; }
 rows=() failed=()
 for target in "${targets[@]}"; do
     say "$target"
-    options=(-timeout=20 -max_len=65536 -malloc_limit_mb=32 -rss_limit_mb=1024 -print_final_stats=1)
+    options=(-timeout=20 -max_len=20000 -malloc_limit_mb=32 -rss_limit_mb=1024 -print_final_stats=1)
     if [ "$seconds" = 0 ]; then options+=(-runs=0); else options+=("-max_total_time=$seconds"); fi
     if [ -f "dictionaries/$target.dict" ]; then options+=("-dict=$PWD/dictionaries/$target.dict"); fi
     mkdir -p "corpus/$target"
