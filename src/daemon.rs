@@ -65,6 +65,16 @@ pub struct Exporter {
     session_over: oneshot::Receiver<()>,
     /// Resolved when the last save is done with.
     saved: Option<oneshot::Receiver<()>>,
+    _ending: Ending,
+}
+
+/// Ends the ingest loop, and the store with it, however the exporter goes.
+struct Ending(Asker);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
 }
 
 impl Exporter {
@@ -105,9 +115,11 @@ impl Exporter {
             ingest.run(restored, store);
             Ok(())
         })?;
+        let asker = Asker::new(queries, arrivals.clone());
+        let ending = Ending(asker.clone());
         let session = Session {
             settings: watched.clone(),
-            arrivals: arrivals.clone(),
+            arrivals,
             acks: to_acknowledge,
             stop: stopped.clone(),
             telemetry: Arc::clone(&telemetry),
@@ -119,10 +131,9 @@ impl Exporter {
             runtime.shutdown_timeout(Duration::from_millis(100));
             Ok(())
         })?;
-        let asker = Asker::new(queries, arrivals);
         let endpoints = Endpoints::new(asker.clone(), watched, telemetry, Arc::clone(&health));
         let http = tokio::spawn(http::serve(listener, Arc::new(endpoints), stopped));
-        Ok(Self { asker, address, settings, health, stop, http, drained, session_over, saved })
+        Ok(Self { asker, address, settings, health, stop, http, drained, session_over, saved, _ending: ending })
     }
 
     /// Where `/metrics` is served.

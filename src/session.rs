@@ -23,10 +23,8 @@ pub enum Arrival {
     Connected {
         /// The session's number, for its acknowledgements.
         session: u64,
-        /// Which broker's queue, without its credentials.
-        source: Arc<str>,
-        /// It has collected since it was last listened on, whoever did.
-        keeps: bool,
+        /// What the messages are taken from: the same as before if nothing is missing.
+        source: Option<Arc<str>>,
     },
     /// Messages, and the room they take in the queue.
     Batch(Batch, Room),
@@ -163,18 +161,14 @@ impl Session {
     }
 
     fn subscribed(&self, url: &BrokerUrl, subscription: &Subscription, number: u64, blind_since: Option<Instant>) {
-        let (queue, keeps) = (subscription.describe(), subscription.continues());
-        tracing::info!(broker = %url, "listening for events on {queue}");
+        tracing::info!(broker = %url, "listening for events on {}", subscription.describe());
         if let Some(since) = blind_since {
             let blind = since.elapsed().as_secs_f64();
             self.telemetry.reconnects.inc();
             self.telemetry.blind_seconds.inc_by(blind);
-            if !keeps {
-                tracing::info!(blind_seconds = blind, "events sent in the meantime are missing");
-            }
         }
         self.telemetry.connected.set(1);
-        self.send(Arrival::Connected { session: number, source: format!("{url} {queue}").into(), keeps });
+        self.send(Arrival::Connected { session: number, source: subscription.source().map(Arc::from) });
         self.health.set_broker(BrokerStatus::Connected);
     }
 
@@ -375,6 +369,7 @@ impl Ticker<'_> {
 }
 
 async fn acknowledge(control: &Control, acks: &mut mpsc::UnboundedReceiver<Ack>, number: u64) -> Error {
+    let mut acknowledged = 0;
     loop {
         let Some(mut last) = acks.recv().await else {
             // The ingest loop has ended: nothing will be acknowledged any more.
@@ -383,10 +378,12 @@ async fn acknowledge(control: &Control, acks: &mut mpsc::UnboundedReceiver<Ack>,
         while let Ok(later) = acks.try_recv() {
             last = later;
         }
-        if last.session == number
-            && let Err(error) = control.acknowledge(last.token).await
-        {
-            return error;
+        // Two threads send them, and an old one after a newer one would be an error to the broker.
+        if last.session == number && last.token.0 > acknowledged {
+            acknowledged = last.token.0;
+            if let Err(error) = control.acknowledge(last.token).await {
+                return error;
+            }
         }
     }
 }

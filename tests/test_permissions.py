@@ -51,8 +51,8 @@ def test_rabbitmq_least(lab, vhost):
 
 
 def test_rabbitmq_named_queue(lab, vhost):
-    """Its name in all three, and that of the mark beside it; with the name alone, a warning."""
-    more = r"^flower-exporter(\.since-boot)?$"
+    """Its name and that of the mark beside it in all three; with the name alone, a warning."""
+    more = r"^flower-exporter(\.mark)?$"
     assert f"`{more}`" in README
     url = grant(vhost, **{right: f"^({pattern}|{more})$" for right, pattern in RABBITMQ.items()})
     settings = {"broker": {"url": url, "amqp": {"queue": "flower-exporter"}}}
@@ -60,11 +60,11 @@ def test_rabbitmq_named_queue(lab, vhost):
     check(lab, vhost, exporter)
     assert "no right" not in exporter.log()
     exporter.terminate()
-    more = more.replace(r"(\.since-boot)?", "")
+    more = more.replace(r"(\.mark)?", "")
     url = grant(vhost, **{right: f"^({pattern}|{more})$" for right, pattern in RABBITMQ.items()})
     exporter = lab.exporter(None, {"broker": {**settings["broker"], "url": url}})
     exporter.ready()
-    assert "no right to declare an exchange beside the queue" in exporter.log()
+    assert "no right to a mark beside the queue" in exporter.log()
 
 
 def test_rabbitmq_without_broadcasts_and_declaring(lab, vhost):

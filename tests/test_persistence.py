@@ -318,3 +318,28 @@ def test_time_away_kills_nobody(lab, redis, db):
     rig.exporter = lab.exporter(redis, {**settings, "events": {"exchange": rig.exchange}})
     assert rig.metrics().one(ONLINE, worker=W) == 1
     rig.exporter.wait_for(lambda m: m.one(ONLINE, worker=W) == 0, 5)
+
+
+def test_numbers_beyond_all_bounds(lab, redis, db):
+    """A sum that has overflowed is no reason to throw the state away."""
+    rig = lab.rig(redis, persistent(db))
+    before = rig.play([ev.succeeded(uuid, runtime=1.7e308) for uuid in "ab"])
+    assert before.one(f"{RUNTIME}_sum", worker=W, task="") == float("inf")
+    rig.exporter.terminate()
+    again(lab, rig, redis, db)
+    assert six(rig.metrics()) == six(before)
+
+
+def test_a_file_that_cannot_be_opened_at_first(lab, redis, db):
+    """It is waited for, rather than set aside for a new one."""
+    rig = lab.rig(redis, persistent(db))
+    count = everything(rig).total(EVENTS)
+    rig.exporter.terminate()
+    db.rename(db.with_name("elsewhere"))
+    db.mkdir()
+    exporter = again(lab, rig, redis, db, ready=False)
+    wait_until(lambda: "waiting for it" in exporter.log(), 5, exporter.log)
+    db.rmdir()
+    db.with_name("elsewhere").rename(db)
+    assert exporter.ready().metrics().total(EVENTS) == count
+    assert [path.name for path in db.parent.iterdir()] == ["state"]

@@ -172,10 +172,14 @@ impl Subscription {
         matches!(self, Self::Amqp(_))
     }
 
-    /// Whether the broker has collected for us since the last connection, so that nothing is missing.
+    /// What the broker has collected for us, by a name that is the same as long as nothing is missing from it. None where
+    /// it collects nothing while we are away.
     #[must_use]
-    pub fn continues(&self) -> bool {
-        matches!(self, Self::Amqp(amqp) if amqp.continues())
+    pub fn source(&self) -> Option<&str> {
+        match self {
+            Self::Redis(_) => None,
+            Self::Amqp(amqp) => amqp.source(),
+        }
     }
 
     /// What is listened on, in the broker's own words.

@@ -150,10 +150,12 @@ impl Work {
 
     fn take(&mut self, arrival: Arrival) {
         match arrival {
-            Arrival::Connected { session, source, keeps } => {
-                // Another broker's queue has collected other events.
-                let continues = keeps && self.source.as_ref().is_none_or(|last| *last == source);
-                self.source = Some(source);
+            Arrival::Connected { session, source } => {
+                let continues = source.is_some() && self.source == source;
+                if !continues && session > 1 {
+                    tracing::info!("events sent in the meantime are missing");
+                }
+                self.source = source;
                 self.session = session;
                 self.attention.listening = true;
                 self.attention.behind = false;
@@ -162,7 +164,6 @@ impl Work {
                 self.heard_since_connect = false;
                 if !continues {
                     self.state.gap();
-                    self.recent.clear();
                 }
             }
             Arrival::Disconnected => {

@@ -24,8 +24,6 @@ pub(super) struct Recent {
     order: VecDeque<u64>,
     /// How many of the newest are not saved; none are kept count of unless there is a store.
     unsaved: Option<usize>,
-    /// Those that were saved before are of no use.
-    forget: bool,
     counts: HashMap<u64, u32, FixedState>,
 }
 
@@ -36,18 +34,21 @@ impl Recent {
 
     /// Takes over the hashes that were saved, the oldest first, and remembers from now on which are not.
     pub(super) fn restore(&mut self, hashes: Vec<u64>) {
+        if self.capacity > 0 {
+            // The window may have been larger when they were saved.
+            self.capacity = self.capacity.max(hashes.len());
+        }
         for hash in hashes {
             self.remember(hash);
         }
         self.unsaved = Some(0);
     }
 
-    /// The hashes that are not saved yet, or `all`, and whether those saved before are to be forgotten.
-    pub(super) fn take_unsaved(&mut self, all: bool) -> (bool, Vec<u64>) {
+    /// The hashes that are not saved yet, or `all`.
+    pub(super) fn take_unsaved(&mut self, all: bool) -> Vec<u64> {
         let count = if all { self.order.len() } else { self.unsaved.unwrap_or(0).min(self.order.len()) };
         self.unsaved = self.unsaved.map(|_| 0);
-        let forget = std::mem::take(&mut self.forget) || all;
-        (forget, self.order.range(self.order.len() - count..).copied().collect())
+        self.order.range(self.order.len() - count..).copied().collect()
     }
 
     /// Whether the message has been taken before. If not, it is remembered.
@@ -81,14 +82,6 @@ impl Recent {
                 self.counts.remove(&oldest);
             }
         }
-    }
-
-    /// The queue is another one.
-    pub(super) fn clear(&mut self) {
-        self.order.clear();
-        self.forget = true;
-        self.unsaved = self.unsaved.map(|_| 0);
-        self.counts.clear();
     }
 }
 

@@ -27,6 +27,9 @@ pub(super) struct Saving {
     ack: Option<Ack>,
     replies: Vec<Reply<Result<(), String>>>,
     last: Instant,
+    /// Since when there is a change that is not handed over, and one that is handed over and not on disk.
+    changed: Option<Instant>,
+    handed_over: Option<Instant>,
 }
 
 impl Saving {
@@ -41,6 +44,8 @@ impl Saving {
             ack: None,
             replies: Vec::new(),
             last: Instant::now(),
+            changed: None,
+            handed_over: None,
         }
     }
 
@@ -105,26 +110,29 @@ impl Saving {
         if store.status.is_failing() {
             state.save_all();
         }
-        let taken = Instant::now();
         let changes = state.take_changes();
-        let (forget, hashes) = recent.take_unsaved(changes.whole);
+        let hashes = recent.take_unsaved(changes.whole);
         store.save(Save {
             changes,
             recent: hashes,
-            forget,
             source: source.cloned(),
             ack: self.ack.take(),
             replies: std::mem::take(&mut self.replies),
-            taken: Some(taken),
         });
         self.messages = 0;
-        self.last = taken;
+        self.last = Instant::now();
+        self.handed_over = self.handed_over.or(self.changed.take());
     }
 
     /// For how long there has been a change that is not on disk.
-    pub(super) fn age(&self, state: &State) -> Duration {
+    pub(super) fn age(&mut self, state: &State) -> Duration {
         let Some(store) = &self.store else { return Duration::ZERO };
-        let is_saved = !store.status.is_failing() && !store.status.is_busy() && !state.has_changes();
-        if is_saved { Duration::ZERO } else { store.status.saved().unwrap_or(self.last).elapsed() }
+        if !store.status.is_busy() && !store.status.is_failing() {
+            self.handed_over = None;
+        }
+        if self.changed.is_none() && state.has_changes() {
+            self.changed = Some(Instant::now());
+        }
+        self.handed_over.or(self.changed).map_or(Duration::ZERO, |since| since.elapsed())
     }
 }

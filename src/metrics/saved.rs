@@ -142,9 +142,10 @@ impl Series {
         let types = self.types.labels.len();
         let histogram = saved.runtime.filter(|_| same_bounds);
         let mut seen = [false; MAX_TYPES + 1];
-        let is_sane = saved.events.iter().all(|(id, _)| {
-            usize::from(*id) < types && !std::mem::replace(&mut seen[usize::from(*id)], true)
-        })
+        let is_sane = saved
+            .events
+            .iter()
+            .all(|(id, _)| usize::from(*id) < types && !std::mem::replace(&mut seen[usize::from(*id)], true))
             && saved.prefetch_time.is_none_or(is_gauge)
             && histogram.as_ref().is_none_or(|(counts, sum)| counts.len() == self.bounds.len() + 1 && is_gauge(*sum));
         if !is_sane {
@@ -168,6 +169,7 @@ impl Series {
     }
 }
 
+/// Sums of finite numbers overflow to infinity.
 fn is_gauge(value: f64) -> bool {
-    value >= 0.0 && value.is_finite()
+    value >= 0.0
 }

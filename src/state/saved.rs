@@ -118,6 +118,7 @@ struct SavedTask<'a> {
     last_runner: WorkerId,
     last_start: f64,
     is_ours: bool,
+    order: u64,
 }
 
 impl State {
@@ -216,6 +217,7 @@ impl State {
             last_runner: task.last_runner,
             last_start: task.last_start,
             is_ours: task.is_ours,
+            order: task.order,
         }
     }
 }
@@ -322,6 +324,7 @@ impl Restoring {
         task.run = self.run(saved.run)?;
         task.name = self.state.names.hold_text(&saved.name);
         (task.state, task.retries, task.is_ours) = (saved.state, saved.retries, saved.is_ours);
+        task.order = saved.order;
         task.eta = saved.eta.map(|eta| cut(&eta).into());
         (task.sent, task.received) = (saved.sent, saved.received);
         (task.started, task.ended, task.runtime) = (saved.started, saved.ended, saved.runtime);

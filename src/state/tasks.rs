@@ -118,6 +118,8 @@ pub(super) struct Task {
     pub(super) last_start: f64,
     /// An event of it was counted here; otherwise only its name is of use.
     pub(super) is_ours: bool,
+    /// Grows from task to task as they are put into their lists.
+    pub(super) order: u64,
     older: u32,
     newer: u32,
     listed_finished: bool,
@@ -143,6 +145,7 @@ impl Task {
             last_runner: WorkerId::NONE,
             last_start: 0.0,
             is_ours: false,
+            order: 0,
             older: NOBODY,
             newer: NOBODY,
             listed_finished: false,
@@ -151,10 +154,6 @@ impl Task {
 
     fn belongs_to_finished(&self) -> bool {
         self.state.is_finished() || !self.is_ours
-    }
-
-    fn last_heard(&self) -> f64 {
-        self.sent.max(self.received).max(self.started).max(self.ended)
     }
 }
 
@@ -179,6 +178,7 @@ pub(super) struct Tasks {
     finished: Ends,
     len: usize,
     max: usize,
+    next_order: u64,
     /// Slots that changed since the last save.
     pub(super) marks: Marks,
 }
@@ -194,6 +194,7 @@ impl Tasks {
             finished: empty,
             len: 0,
             max,
+            next_order: 0,
             marks: Marks::default(),
         }
     }
@@ -238,12 +239,16 @@ impl Tasks {
         slot
     }
 
-    /// Puts the tasks that were restored into their lists, by when they were last heard of. Returns those beyond the
+    /// Puts the tasks that were restored into their lists, in their old order. Returns those beyond the
     /// bound, which are gone, in which case the slots of the others are new ones.
     pub(super) fn restored(&mut self) -> Vec<Task> {
         let mut order: Vec<u32> = (0..number(self.len)).collect();
-        order.sort_by(|one, other| self.get(*one).last_heard().total_cmp(&self.get(*other).last_heard()));
         let excess = self.len.saturating_sub(self.max);
+        // Where some have to go, those that would go first.
+        order.sort_unstable_by_key(|slot| {
+            let task = self.get(*slot);
+            (excess > 0 && !task.belongs_to_finished(), task.order)
+        });
         if excess > 0 {
             let mut all: Vec<_> = std::mem::take(&mut self.chunks).into_iter().flatten().map(Some).collect();
             let mut in_order = order.iter().filter_map(|slot| all[*slot as usize].take());
@@ -267,7 +272,11 @@ impl Tasks {
     }
 
     fn link_by_state(&mut self, slot: u32) {
-        self.link(slot, self.get(slot).belongs_to_finished());
+        let task = self.get(slot);
+        let (order, finished) = (task.order, task.belongs_to_finished());
+        self.link(slot, finished);
+        self.get_mut(slot).order = order;
+        self.next_order = self.next_order.max(order.saturating_add(1));
     }
 
     fn enter(&mut self, slot: u32) {
@@ -314,8 +323,11 @@ impl Tasks {
 
     fn link(&mut self, slot: u32, finished: bool) {
         let before = if finished { self.finished.newest } else { self.unfinished.newest };
+        let order = self.next_order;
+        self.next_order = self.next_order.saturating_add(1);
         let task = self.get_mut(slot);
         (task.older, task.newer, task.listed_finished) = (before, NOBODY, finished);
+        task.order = order;
         if before != NOBODY {
             self.get_mut(before).newer = slot;
         }

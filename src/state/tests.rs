@@ -419,7 +419,7 @@ fn any_event() -> impl Strategy<Value = Value> {
     let fields = (0..5_u8, 0..6_u8, 0..4_u8, 0..50_u8, any::<bool>(), any::<bool>());
     (proptest::sample::select(kinds.to_vec()), fields).prop_map(|(kind, (worker, id, name, time, eta, flag))| {
         let mut event = json!({"type": kind, "hostname": format!("w{worker}"), "timestamp": f64::from(time) - 5.0,
-            "uuid": format!("id{id}"), "terminated": flag, "runtime": f64::from(time) - 10.0,
+            "uuid": format!("id{id}"), "terminated": flag, "runtime": if time == 39 { 1.7e308 } else { f64::from(time) - 10.0 },
             "active": time, "processed": time, "freq": time});
         if name > 0 {
             event["name"] = format!("n{name}").into();

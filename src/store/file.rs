@@ -111,7 +111,7 @@ impl File {
             if read.list_tables()?.next().is_some()
                 && meta(&read, KEY_LINEAGE)?.as_deref() != Some(&lineage.to_le_bytes())
             {
-                return Err(Problem::Unreadable("it holds a state that is not ours".to_owned()));
+                return Err(Problem::Unreadable("it holds another state".to_owned()));
             }
             file.lineage = lineage;
             Ok(file)
@@ -125,10 +125,14 @@ impl File {
         if !metadata.is_file() {
             return Err(Problem::Unusable("it is not a regular file".to_owned()));
         }
-        let database = Builder::new()
-            .set_cache_size(CACHE)
-            .set_check_integrity_on_open(true)
-            .create_with_backend(FileBackend::new(file)?)?;
+        let is_new = metadata.len() == 0;
+        let begun = file.try_clone().map_err(|error| Problem::of(&error))?;
+        let database = Self::database(file);
+        if is_new && matches!(database, Err(Problem::Unreadable(_) | Problem::Unusable(_))) {
+            // There is nothing in it, and it is not to be taken for a damaged one. If this fails it will be, and set aside.
+            let _ = begun.set_len(0);
+        }
+        let database = database?;
         Ok(Self {
             database,
             path: path.to_owned(),
@@ -140,6 +144,12 @@ impl File {
             saves: 0,
             compacted_at: metadata.len(),
         })
+    }
+
+    fn database(file: fs::File) -> Result<Database, Problem> {
+        let mut builder = Builder::new();
+        builder.set_cache_size(CACHE).set_check_integrity_on_open(true);
+        Ok(builder.create_with_backend(FileBackend::new(file)?)?)
     }
 
     fn load(&mut self, limits: &Limits) -> Result<Option<Restored>, Problem> {
@@ -210,10 +220,10 @@ impl File {
         if save.changes.header != self.header {
             meta.insert(KEY_HEADER, save.changes.header.as_slice())?;
         }
-        if save.source != self.source
-            && let Some(source) = &save.source
-        {
-            meta.insert(KEY_SOURCE, source.as_bytes())?;
+        match &save.source {
+            source if *source == self.source => {}
+            Some(source) => drop(meta.insert(KEY_SOURCE, source.as_bytes())?),
+            None => drop(meta.remove(KEY_SOURCE)?),
         }
         Ok(())
     }
@@ -224,11 +234,11 @@ impl File {
         save: &Save,
         kept_hashes: usize,
     ) -> Result<VecDeque<(u64, usize)>, Problem> {
-        if save.forget {
+        if save.changes.whole {
             write.delete_table(RECENT)?;
         }
         let mut table = write.open_table(RECENT)?;
-        let mut recent = if save.forget { VecDeque::new() } else { self.recent.clone() };
+        let mut recent = if save.changes.whole { VecDeque::new() } else { self.recent.clone() };
         if !save.recent.is_empty() {
             let bytes: Vec<u8> = save.recent.iter().flat_map(|hash| hash.to_le_bytes()).collect();
             table.insert(self.saves, bytes.as_slice())?;

@@ -6,10 +6,11 @@
 
 mod file;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -46,16 +47,12 @@ pub struct Save {
     pub changes: Changes,
     /// Hashes of the messages that changed it, from a named queue.
     pub recent: Vec<u64>,
-    /// The hashes from before are of no use any longer.
-    pub forget: bool,
     /// The queue they came from.
     pub source: Option<Arc<str>>,
     /// To be acknowledged once this is on disk.
     pub ack: Option<Ack>,
     /// Who wants to know; the error is fit for the log.
     pub replies: Vec<Reply<Result<(), String>>>,
-    /// When the state was as it is written.
-    pub taken: Option<Instant>,
 }
 
 /// What was saved, as it is taken up again.
@@ -74,7 +71,6 @@ pub struct Restored {
 pub struct Status {
     busy: AtomicBool,
     failing: AtomicBool,
-    saved: Mutex<Option<Instant>>,
 }
 
 impl Status {
@@ -88,12 +84,6 @@ impl Status {
     #[must_use]
     pub fn is_failing(&self) -> bool {
         self.failing.load(Ordering::Acquire)
-    }
-
-    /// When the state was as it is on disk.
-    #[must_use]
-    pub fn saved(&self) -> Option<Instant> {
-        *self.saved.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -147,6 +137,7 @@ pub struct Store {
 impl Store {
     /// Opens the file, gives what is in it to `opened`, and works until the ingest loop has ended.
     pub fn run(self, opened: oneshot::Sender<Result<Restored, OpenError>>) {
+        let _gone = Gone { status: Arc::clone(&self.status), arrivals: self.arrivals.clone() };
         let first = match self.open_first(&opened) {
             Ok((file, restored)) => {
                 self.status.busy.store(file.is_err(), Ordering::Release);
@@ -156,7 +147,7 @@ impl Store {
         };
         let Some(file) = first else { return };
         let lineage = file.as_ref().map_or_else(|_| fastrand::u64(..), |file| file.lineage);
-        Saving { store: self, lineage, file: file.map_err(Some) }.run();
+        Saving { store: self, lineage, pause: FIRST_PAUSE, file: file.map_err(Some) }.run();
     }
 
     /// The file and its state; or a state to begin with, and what is wrong with the file.
@@ -164,7 +155,7 @@ impl Store {
         &self,
         opened: &oneshot::Sender<Result<Restored, OpenError>>,
     ) -> Result<(Result<File, Problem>, Restored), OpenError> {
-        let (began, mut waiting) = (Instant::now(), false);
+        let (began, mut waiting, mut told) = (Instant::now(), false, None);
         let problem = loop {
             match File::open(&self.path, &self.limits) {
                 Ok((file, restored)) => {
@@ -183,14 +174,27 @@ impl Store {
                 }
                 Err(Problem::InUse) => return Err(OpenError::InUse(self.path.clone())),
                 Err(Problem::Unreadable(why)) => {
-                    if let Err(error) = set_aside(&self.path, &why) {
+                    if let Err(error) = set_aside(&self.path, &why, "starting empty") {
                         break error;
                     }
+                }
+                // What is there, and cannot be opened just now, would be lost if we began without it.
+                Err(problem) if self.may_exist() && began.elapsed() < PATIENCE && !opened.is_closed() => {
+                    if told != Some(problem.to_string()) {
+                        tracing::warn!(path = %self.path.display(), %problem, "the saved state cannot be opened: waiting for it");
+                        told = Some(problem.to_string());
+                    }
+                    thread::sleep(LOCK_PAUSE);
                 }
                 Err(problem) => break problem,
             }
         };
         Ok((Err(problem), self.empty()))
+    }
+
+    /// Not when it is known that nothing is there.
+    fn may_exist(&self) -> bool {
+        !matches!(self.path.try_exists(), Ok(false))
     }
 
     fn empty(&self) -> Restored {
@@ -201,17 +205,34 @@ impl Store {
 }
 
 /// One warning, which says where it is.
-fn set_aside(path: &Path, why: &str) -> Result<(), Problem> {
+fn set_aside(path: &Path, why: &str, and_then: &str) -> Result<(), Problem> {
     let aside = file::set_aside(path)
         .map_err(|error| Problem::Unusable(format!("it cannot be read ({why}), and not be renamed either: {error}")))?;
-    tracing::warn!(path = %path.display(), why, set_aside = %aside.display(), "the saved state cannot be read: starting empty");
+    tracing::warn!(path = %path.display(), why, set_aside = %aside.display(), "the saved state cannot be read: {and_then}");
     Ok(())
+}
+
+/// However the store ends, nothing waits for it.
+struct Gone {
+    status: Arc<Status>,
+    arrivals: Sender<Arrival>,
+}
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        self.status.failing.store(true, Ordering::Release);
+        self.status.busy.store(true, Ordering::Release);
+        // If the ingest loop has ended, nothing does anyway.
+        let _ = self.arrivals.send(Arrival::Nudge);
+    }
 }
 
 /// The store once it is open, or once it is known that it cannot be.
 struct Saving {
     store: Store,
     lineage: u64,
+    /// Until the next attempt after a failure.
+    pause: Duration,
     /// The problem is taken out when it is told.
     file: Result<File, Option<Problem>>,
 }
@@ -238,7 +259,7 @@ impl Saving {
                 Err(RecvTimeoutError::Disconnected) => return self.take_leave(),
                 Err(RecvTimeoutError::Timeout) => {
                     compacted = Instant::now();
-                    self.compact();
+                    next = self.compact();
                 }
             }
         }
@@ -291,10 +312,10 @@ impl Saving {
         let _ = self.store.arrivals.send(Arrival::Nudge);
     }
 
-    fn succeeded(&self, save: &Save, took: Duration) {
+    fn succeeded(&mut self, save: &Save, took: Duration) {
+        self.pause = FIRST_PAUSE;
         let Store { status, telemetry, health, path, .. } = &self.store;
         telemetry.save_duration.set(took.as_secs_f64());
-        *status.saved.lock().unwrap_or_else(PoisonError::into_inner) = save.taken;
         if status.failing.swap(false, Ordering::AcqRel) {
             health.set_unsaved(None);
             tracing::info!(path = %path.display(), "the state is saved again");
@@ -304,7 +325,10 @@ impl Saving {
     }
 
     fn failed(&mut self, problem: &Problem) {
-        self.file = Err(None);
+        let file = std::mem::replace(&mut self.file, Err(None));
+        if catch_unwind(AssertUnwindSafe(|| drop(file))).is_err() {
+            tracing::debug!("the database panicked as it was closed");
+        }
         let Store { status, telemetry, health, path, .. } = &self.store;
         telemetry.save_failures.inc();
         let warning = format!(
@@ -321,14 +345,13 @@ impl Saving {
     /// Waits until the file can be opened again. Returns a save that comes meanwhile, which is the last of all.
     fn recover(&mut self) -> Option<Save> {
         self.store.status.busy.store(true, Ordering::Release);
-        let mut pause = FIRST_PAUSE;
         loop {
-            let save = match self.store.saves.recv_timeout(pause) {
+            let save = match self.store.saves.recv_timeout(self.pause) {
                 Ok(save) => Some(save),
                 Err(RecvTimeoutError::Disconnected) => return None,
                 Err(RecvTimeoutError::Timeout) => None,
             };
-            pause = (pause * 2).min(LAST_PAUSE);
+            self.pause = (self.pause * 2).min(LAST_PAUSE);
             match self.open_again() {
                 Ok(file) => self.file = Ok(file),
                 Err(problem) => {
@@ -344,19 +367,20 @@ impl Saving {
     fn open_again(&self) -> Result<File, Problem> {
         match File::open_again(&self.store.path, self.lineage) {
             Err(Problem::Unreadable(why)) => {
-                set_aside(&self.store.path, &why)?;
+                set_aside(&self.store.path, &why, "ours is written in its place")?;
                 File::open_again(&self.store.path, self.lineage)
             }
             opened => opened,
         }
     }
 
-    fn compact(&mut self) {
-        if let Ok(file) = &mut self.file
-            && let Err(problem) = file.compact()
-        {
-            // The next save finds out whether it matters.
-            tracing::debug!(%problem, "the saved state cannot be compacted");
-        }
+    fn compact(&mut self) -> Option<Save> {
+        let Ok(file) = &mut self.file else { return None };
+        let Err(problem) = file.compact() else { return None };
+        self.store.status.busy.store(true, Ordering::Release);
+        self.failed(&problem);
+        let last = self.recover();
+        self.free();
+        last
     }
 }

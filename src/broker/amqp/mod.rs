@@ -44,7 +44,7 @@ pub struct Subscription {
     max_batch_bytes: usize,
     exchange: String,
     queue: String,
-    continues: bool,
+    source: Option<String>,
     /// How it ended, told after the last messages.
     failed: Option<Error>,
 }
@@ -81,7 +81,6 @@ pub(super) async fn connect(
     let topology = Topology::find(&connection, settings).await?;
     let consuming = connection.create_channel().await.map_err(failed)?;
     topology.declare(&consuming).await?;
-    topology.set_mark(&connection).await?;
     let prefetch = settings.broker.amqp.effective_prefetch();
     consuming.basic_qos(prefetch, BasicQosOptions { global: false }).await.map_err(failed)?;
     let options = BasicConsumeOptions { exclusive: !topology.keeps_collecting, ..BasicConsumeOptions::default() };
@@ -95,7 +94,7 @@ pub(super) async fn connect(
         max_batch_bytes: MAX_BATCH_BYTES.min(settings.events.max_backlog),
         exchange: topology.exchange.to_string(),
         queue: topology.queue.to_string(),
-        continues: topology.continues,
+        source: topology.mark.as_ref().map(|mark| format!("{}/{} {} {mark}", url.address, url.vhost, topology.queue)),
         failed: None,
     };
     let pidbox = format!("{}.pidbox", settings.events.control_exchange);
@@ -189,9 +188,9 @@ impl Subscription {
         format!("queue {} bound to exchange {}", self.queue, self.exchange)
     }
 
-    /// The queue was there before us, and has collected what came meanwhile.
-    pub(super) fn continues(&self) -> bool {
-        self.continues
+    /// See [`super::Subscription::source`].
+    pub(super) fn source(&self) -> Option<&str> {
+        self.source.as_deref()
     }
 
     pub(super) async fn next(&mut self) -> Result<Batch, Error> {
@@ -318,6 +317,6 @@ impl Control {
     }
 
     pub(super) async fn refresh(&self) -> Result<Standing, Error> {
-        self.topology.declare(&self.consuming).await
+        self.topology.refresh(&self.consuming).await
     }
 }

@@ -2,15 +2,23 @@
 
 use std::time::Duration;
 
-use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
+use lapin::options::{
+    BasicAckOptions, BasicGetOptions, BasicNackOptions, BasicPublishOptions, ConfirmSelectOptions,
+    ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
+};
 use lapin::protocol::AMQPSoftError;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
-use lapin::{Channel, Connection, ExchangeKind};
+use lapin::{BasicProperties, Channel, Connection, ExchangeKind};
 use uuid::Uuid;
 
 use super::{Error, failed, is};
 use crate::broker::Standing;
 use crate::settings::Settings;
+
+/// Long, since the mark has to outlive the queue.
+const MARK_EXPIRES: Duration = Duration::from_secs(30 * 86_400);
+const PASSIVE: QueueDeclareOptions =
+    QueueDeclareOptions { passive: true, durable: false, exclusive: false, auto_delete: false, nowait: false };
 
 #[derive(Clone, Debug)]
 pub(super) struct Topology {
@@ -18,8 +26,8 @@ pub(super) struct Topology {
     pub(super) queue: ShortString,
     /// A durable queue with a name of its own, which goes on collecting while we are away.
     pub(super) keeps_collecting: bool,
-    /// It was there before us.
-    pub(super) continues: bool,
+    /// What its contents are told by; none where nothing is kept, or that cannot be known.
+    pub(super) mark: Option<String>,
     /// We may not declare the exchange, only see that it is there.
     passive: bool,
     arguments: FieldTable,
@@ -39,53 +47,70 @@ impl Topology {
             Err(error) => return Err(failed(error)),
         }
         if topology.keeps_collecting {
-            let channel = connection.create_channel().await.map_err(failed)?;
-            let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-            let found = channel.queue_declare(topology.queue.clone(), passive, FieldTable::default()).await;
-            topology.continues = found.is_ok() && topology.is_marked(connection).await?;
+            topology.mark = topology.find_mark(connection).await?;
         }
         Ok(topology)
     }
 
-    /// A durable queue is still there after a restart of the broker, and what it held is gone. The mark is not there any
-    /// more: an exchange that is not durable, and goes with the queue.
-    fn mark(&self) -> ShortString {
-        format!("{}.since-boot", self.queue).into()
-    }
-
-    async fn is_marked(&self, connection: &Connection) -> Result<bool, Error> {
+    /// What tells the contents of the queue from those of another time: a message like those it holds, in a queue beside it.
+    /// A restart of the broker leaves both queues, and takes the messages of both. A new mark is written where there
+    /// is none, or no queue.
+    async fn find_mark(&self, connection: &Connection) -> Result<Option<String>, Error> {
         let channel = connection.create_channel().await.map_err(failed)?;
-        let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
-        let found = channel.exchange_declare(self.mark(), ExchangeKind::Fanout, passive, FieldTable::default()).await;
-        match found {
-            Ok(()) => Ok(true),
-            Err(error) if is(&error, &AMQPSoftError::NOTFOUND) => Ok(false),
+        let found = channel.queue_declare(self.queue.clone(), PASSIVE, FieldTable::default()).await.is_ok();
+        let channel = connection.create_channel().await.map_err(failed)?;
+        let mark = async {
+            self.declare_mark(&channel).await?;
+            match channel.basic_get(self.mark_name(), BasicGetOptions { no_ack: false }).await? {
+                Some(message) if found => {
+                    message.nack(BasicNackOptions { requeue: true, ..BasicNackOptions::default() }).await?;
+                    Ok(String::from_utf8_lossy(&message.data).into_owned())
+                }
+                Some(message) => {
+                    message.ack(BasicAckOptions::default()).await?;
+                    self.write_mark(&channel).await
+                }
+                None => self.write_mark(&channel).await,
+            }
+        };
+        match mark.await {
+            Ok(mark) => Ok(Some(mark)),
+            Err(error) if is(&error, &AMQPSoftError::ACCESSREFUSED) => {
+                tracing::warn!(
+                    mark = %self.mark_name(),
+                    "no right to a mark beside the queue: each time we connect, events are taken to be missing"
+                );
+                Ok(None)
+            }
             Err(error) => Err(failed(error)),
         }
     }
 
-    /// Marks the queue. A user who may not declare the mark will find each connection to be after a restart.
-    pub(super) async fn set_mark(&self, connection: &Connection) -> Result<(), Error> {
-        if !self.keeps_collecting {
-            return Ok(());
-        }
-        let channel = connection.create_channel().await.map_err(failed)?;
-        let options = ExchangeDeclareOptions { auto_delete: true, ..ExchangeDeclareOptions::default() };
-        let declaring = async {
-            channel.exchange_declare(self.mark(), ExchangeKind::Fanout, options, FieldTable::default()).await?;
-            let (queue, mark, key) = (self.queue.clone(), self.mark(), ShortString::default());
-            channel.queue_bind(queue, mark, key, QueueBindOptions::default(), FieldTable::default()).await
-        };
-        match declaring.await {
-            Err(error) if is(&error, &AMQPSoftError::ACCESSREFUSED) => {
-                tracing::warn!(
-                    exchange = %self.mark(),
-                    "no right to declare an exchange beside the queue: each time we connect, events are taken to be missing"
-                );
-                Ok(())
-            }
-            declared => declared.map_err(failed),
-        }
+    fn mark_name(&self) -> ShortString {
+        format!("{}.mark", self.queue).into()
+    }
+
+    /// An exchange and a queue of the mark's name. They go when they were not looked at for a month.
+    async fn declare_mark(&self, channel: &Channel) -> lapin::Result<()> {
+        let exchange = ExchangeDeclareOptions { durable: true, auto_delete: true, ..ExchangeDeclareOptions::default() };
+        channel.exchange_declare(self.mark_name(), ExchangeKind::Fanout, exchange, FieldTable::default()).await?;
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-expires".into(), milliseconds(MARK_EXPIRES));
+        arguments.insert("x-max-length".into(), AMQPValue::LongInt(1));
+        let queue = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        channel.queue_declare(self.mark_name(), queue, arguments).await?;
+        let (name, none) = (self.mark_name(), ShortString::default());
+        channel.queue_bind(name.clone(), name, none, QueueBindOptions::default(), FieldTable::default()).await
+    }
+
+    async fn write_mark(&self, channel: &Channel) -> lapin::Result<String> {
+        let mark = Uuid::new_v4().to_string();
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        let (exchange, key, options) = (self.mark_name(), ShortString::default(), BasicPublishOptions::default());
+        // Transient, as events are.
+        let properties = BasicProperties::default().with_delivery_mode(1);
+        channel.basic_publish(exchange, key, options, mark.as_bytes(), properties).await?.await?;
+        Ok(mark)
     }
 
     fn of(settings: &Settings) -> Self {
@@ -103,7 +128,7 @@ impl Topology {
             exchange: settings.events.exchange.as_str().into(),
             queue: amqp.queue.clone().unwrap_or_else(own).into(),
             keeps_collecting: amqp.queue.is_some(),
-            continues: false,
+            mark: None,
             passive: false,
             arguments,
         }
@@ -111,7 +136,6 @@ impl Topology {
 
     /// Declares exchange and queue and binds them; harmless where they are.
     pub(super) async fn declare(&self, channel: &Channel) -> Result<Standing, Error> {
-        self.declare_exchange(channel).await.map_err(failed)?;
         let exclusive = !self.keeps_collecting;
         let options = QueueDeclareOptions {
             durable: self.keeps_collecting,
@@ -119,6 +143,22 @@ impl Topology {
             auto_delete: exclusive,
             ..QueueDeclareOptions::default()
         };
+        self.declare_with(channel, options).await
+    }
+
+    /// The same while we listen. A named queue that is gone must not be made anew before its mark is.
+    pub(super) async fn refresh(&self, channel: &Channel) -> Result<Standing, Error> {
+        if !self.keeps_collecting {
+            return self.declare(channel).await;
+        }
+        if self.mark.is_some() {
+            self.declare_mark(channel).await.map_err(failed)?;
+        }
+        self.declare_with(channel, PASSIVE).await
+    }
+
+    async fn declare_with(&self, channel: &Channel, options: QueueDeclareOptions) -> Result<Standing, Error> {
+        self.declare_exchange(channel).await.map_err(failed)?;
         let declared = channel.queue_declare(self.queue.clone(), options, self.arguments.clone()).await;
         let queue = declared.map_err(|error| self.explain(error))?;
         let (queue_name, exchange, all) = (self.queue.clone(), self.exchange.clone(), "#".into());
