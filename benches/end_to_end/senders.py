@@ -4,6 +4,7 @@ import socket
 import time
 
 import amqp
+
 from stream import BATCH, AmqpProtocol, RedisProtocol, heartbeat, worker
 
 #: No write waits for longer.
@@ -13,13 +14,15 @@ SLICE = 1 << 20
 
 
 class Sender:
-    """Goes round and round one stream; `position` is the next message."""
+    """Goes round and round a stream, each from its beginning; `position` is the next message."""
 
     def __init__(self):
-        self.position = 0
+        self.stream, self.position = None, 0
 
     def send(self, stream, events, rate=None):
         """Sends so many events and waits until the broker has dealt with them. Returns the seconds it took."""
+        if stream is not self.stream:
+            self.stream, self.position = stream, 0
         view, ends, messages = memoryview(stream.data), stream.ends, events // BATCH
         began, sent = time.perf_counter(), 0
         while sent < messages:

@@ -1,9 +1,9 @@
 """The stream that every exporter is fed: encoded once, down to the bytes that go on the wire.
 
-Tasks go round the workers, and each worker's round the names. A worker has two tasks prefetched: one batch of its events
-tells that two tasks were received, the two before them started, and the two before those succeeded. Six sent events
-make a batch of a client. Ids are unique, and clocks rise, until a stream of 480,000 events begins again: more tasks
-than any exporter holds by default.
+Tasks go round the workers, and each worker's round the names. A worker has two tasks prefetched: one batch of its
+events tells that two tasks were received, the two before them started, and the two before those succeeded. Six sent
+events make a batch of a client. Ids are unique, and clocks rise, until a stream of 480,000 events begins again: more
+tasks than any exporter holds by default.
 """
 
 import base64
@@ -19,14 +19,15 @@ BATCH = 6
 CLIENTS = [f"gen{1000 + number}@web-{number}" for number in range(4)]
 
 _COMMON = '{"hostname": "%s", "utcoffset": 0.0, "pid": %d, "clock": %d, "uuid": "%s", '
-_ARGS = '"name": "%s", "args": "(%d, \'someone@example.com\')", "kwargs": "{\'retry\': True}", "root_id": "%s", "parent_id": null'
+_ARGS = (
+    '"name": "%s", "args": "(%d, \'someone@example.com\')", "kwargs": "{\'retry\': True}", "root_id": "%s",'
+    ' "parent_id": null'
+)
 SENT = (
     _COMMON + _ARGS + ', "retries": 0, "eta": null, "expires": null, "queue": "celery", "exchange": "",'
     ' "routing_key": "celery", "timestamp": %r, "type": "task-sent"}'
 )
-RECEIVED = (
-    _COMMON + _ARGS + ', "retries": 0, "eta": null, "expires": null, "timestamp": %r, "type": "task-received"}'
-)
+RECEIVED = _COMMON + _ARGS + ', "retries": 0, "eta": null, "expires": null, "timestamp": %r, "type": "task-received"}'
 STARTED = _COMMON + '"timestamp": %r, "type": "task-started"}'
 SUCCEEDED = _COMMON + '"result": "None", "runtime": %r, "timestamp": %r, "type": "task-succeeded"}'
 
@@ -101,9 +102,13 @@ class Stream:
             digits = f"{self.random.getrandbits(128):032x}"
             uuid = f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
             tasks.append((uuid, *self.profile.task(number), number))
-        self.add(client, [
-            SENT % (client, 1000, self.tick(), uuid, name, number, uuid, self.at()) for uuid, _, name, number in tasks
-        ])
+        self.add(
+            client,
+            [
+                SENT % (client, 1000, self.tick(), uuid, name, number, uuid, self.at())
+                for uuid, _, name, number in tasks
+            ],
+        )
         for pair in tasks[0:2], tasks[2:4], tasks[4:6]:
             self.add_visit(pair[0][1], pair)
 
@@ -114,12 +119,12 @@ class Stream:
             RECEIVED % (host, pid, self.tick(), uuid, name, task, uuid, self.at()) for uuid, _, name, task in pair
         ]
         events += [STARTED % (host, pid, self.tick(), uuid, self.at()) for uuid, *_ in received or ()]
-        events += [
-            SUCCEEDED % (host, pid, self.tick(), uuid, self.random.expovariate(2), self.at()) for uuid, *_ in started or ()
-        ]
+        for uuid, *_ in started or ():
+            events.append(SUCCEEDED % (host, pid, self.tick(), uuid, self.random.expovariate(2), self.at()))
         self.prefetched[number] = pair, received
-        while len(events) < BATCH:  # the first visits to a worker: nothing is prefetched yet, so these start twice
-            events.append(STARTED % (host, pid, self.tick(), pair[len(events) % 2][0], self.at()))
+        while len(events) < BATCH:  # a first visit, when nothing is prefetched yet: the worker sends tasks itself
+            uuid, _, name, task = pair[len(events) % 2]
+            events.append(SENT % (host, pid, self.tick(), uuid, name, task, uuid, self.at()))
         self.add(host, events)
 
     def add(self, hostname, events):
@@ -137,9 +142,10 @@ class RedisProtocol:
     def __call__(self, routing_key, hostname, body, tag):
         digits = f"{tag:032x}"
         payload = (
-            b'{"body": "%s", "content-encoding": "utf-8", "content-type": "application/json", "headers": {"hostname":'
-            b' "%s"}, "properties": {"delivery_mode": 1, "delivery_info": {"exchange": "celeryev", "routing_key": "%s"},'
-            b' "priority": 0, "body_encoding": "base64", "delivery_tag": "%s-%s-4%s-a%s-%s"}}'
+            b'{"body": "%s", "content-encoding": "utf-8", "content-type": "application/json",'
+            b' "headers": {"hostname": "%s"}, "properties": {"delivery_mode": 1,'
+            b' "delivery_info": {"exchange": "celeryev", "routing_key": "%s"}, "priority": 0,'
+            b' "body_encoding": "base64", "delivery_tag": "%s-%s-4%s-a%s-%s"}}'
         ) % (
             base64.b64encode(body),
             *(
@@ -160,7 +166,11 @@ class AmqpProtocol:
     def __call__(self, routing_key, hostname, body, tag):
         if (routing_key, hostname) not in self.kept:
             properties = Message(
-                "", content_type="application/json", content_encoding="utf-8", delivery_mode=1, priority=0,
+                "",
+                content_type="application/json",
+                content_encoding="utf-8",
+                delivery_mode=1,
+                priority=0,
                 application_headers={"hostname": hostname},
             )._serialize_properties()
             arguments = b"\x08celeryev" + bytes([len(routing_key)]) + routing_key.encode() + b"\0"

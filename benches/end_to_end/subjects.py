@@ -1,6 +1,7 @@
 """The four that are compared: how each is started, and what can be seen of it from outside."""
 
 import contextlib
+import glob
 import http.client
 import re
 import signal
@@ -8,11 +9,12 @@ import statistics
 import time
 from pathlib import Path
 
-from senders import KINDS
-from support.exporter import BINARY, CLEAN, Exporter
+from support.exporter import CLEAN, Exporter
 from support.processes import ROOT, TEST_ENV, Process, free_port, wait_until
 from support.rabbitmq import RabbitMQ
 from support.redis import Redis
+
+from senders import KINDS
 
 HERE = ROOT / "benches/end_to_end"
 BARE = ROOT / "target/bench-bare/release/bare"
@@ -72,21 +74,26 @@ class Subject:
 
     def last_words(self):
         lines = self.process.log().strip().splitlines()
-        return lines[-1].strip() if lines else "no output"
+        return lines[-1].strip()[:300] if lines else "no output"
 
     # What it uses
 
     def cpu(self):
         """Seconds of user and system time of all its threads, by the process's own CPU clock."""
         self.alive()
-        return time.clock_gettime_ns(~self.process.pid << 3 | 2) / 1e9
+        try:
+            return time.clock_gettime_ns(~self.process.pid << 3 | 2) / 1e9
+        except OSError:
+            self.process.wait(5)  # it has ended this moment
+            self.alive()
+            raise
 
     def busy(self):
         """The same, and the time its threads have waited for a CPU."""
         waited = 0
-        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+        for path in glob.glob(f"/proc/{self.process.pid}/task/*/schedstat"):
             with contextlib.suppress(OSError):
-                waited += int((task / "schedstat").read_text().split()[1])
+                waited += int(Path(path).read_text().split()[1])
         return self.cpu() + waited / 1e9
 
     def settle(self, deadline):
@@ -112,22 +119,21 @@ class Subject:
             answer = connection.getresponse()
             return answer.read(), answer.headers
 
-    def counted(self):
-        """The number of task events it has counted."""
-        self.alive()
+    def scrape(self, headers=None):
+        """(seconds, seconds of CPU, bytes, whether compressed, the body) of one scrape."""
+        cpu, began = self.cpu(), time.perf_counter()
         try:
-            body = self.get("/metrics")[0].decode()
+            body, answered = self.get("/metrics", headers)
         except (OSError, http.client.HTTPException) as error:
             self.alive()
             raise Failed(f"does not answer a scrape: {error!r}") from error
-        return int(sum(float(line.rpartition(" ")[2]) for line in body.splitlines() if line.startswith(self.counter)))
-
-    def scrape(self, headers=None):
-        """(seconds, seconds of CPU, bytes, whether compressed) of one scrape."""
-        cpu, began = self.cpu(), time.perf_counter()
-        body, answered = self.get("/metrics", headers)
         took = time.perf_counter() - began
-        return took, self.cpu() - cpu, len(body), answered.get("Content-Encoding") == "gzip"
+        return took, self.cpu() - cpu, len(body), answered.get("Content-Encoding") == "gzip", body
+
+    def counted(self, body=None):
+        """The number of task events it has counted, by this scrape or a new one."""
+        lines = (body or self.scrape()[4]).decode().splitlines()
+        return int(sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(self.counter)))
 
     # What is done to it
 
@@ -190,7 +196,7 @@ class Bare(Subject):
     options = []
 
     def launch(self):
-        return Process("bare", [BARE, *self.options, self.broker.url, self.port])
+        return Process("bare", [BARE, *self.options, self.broker.url, self.port], env={"RUST_BACKTRACE": None})
 
 
 class Discard(Bare):
@@ -199,6 +205,7 @@ class Discard(Bare):
     options = ["--discard"]
 
 
+TITLES = {"redis": "Redis", "rabbitmq": "RabbitMQ"}
 SUBJECTS = {kind.name: kind for kind in (Ours, Flower, CeleryExporter, Bare)}
 
 

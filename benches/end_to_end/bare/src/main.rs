@@ -14,7 +14,7 @@ use std::thread;
 use anyhow::{Context, Result, bail};
 use base64_simd::{Out, STANDARD};
 use foldhash::fast::FixedState;
-use futures_util::{FutureExt, StreamExt};
+use futures_util::StreamExt;
 use hashbrown::HashMap;
 use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, BasicQosOptions, ExchangeDeclareOptions, QueueBindOptions,
@@ -82,7 +82,8 @@ impl Decoder {
     }
 
     fn event(&mut self, event: &Event) {
-        let names = [Some(event.kind), Some(event.hostname), event.name].map(|name| name.map_or(0, |name| self.id(name)));
+        let names =
+            [Some(event.kind), Some(event.hostname), event.name].map(|name| name.map_or(0, |name| self.id(name)));
         let numbers = [Some(event.timestamp), event.runtime, event.active, event.processed];
         let texts = [event.uuid, event.eta].map(|text| text.map_or(0, |text| text.len() as u64));
         let all = names.into_iter().chain(numbers.map(|number| number.map_or(0, f64::to_bits))).chain(texts);
@@ -164,15 +165,10 @@ async fn rabbitmq(url: &str, port: u16) -> Result<()> {
     let mut consumer = channel.basic_consume("celeryev.bare".into(), "".into(), consume, FieldTable::default()).await?;
     let mut decoder = Decoder::default();
     answer(port, &decoder.events)?;
-    let mut next = consumer.next().await;
-    while let Some(delivery) = next.take().transpose()? {
+    while let Some(delivery) = consumer.next().await.transpose()? {
         decoder.body(&delivery.data)?;
-        next = consumer.next().now_or_never().flatten();
-        if next.is_none() || delivery.delivery_tag % 100 == 0 {
+        if delivery.delivery_tag % u64::from(PREFETCH / 2) == 0 {
             channel.basic_ack(delivery.delivery_tag, BasicAckOptions { multiple: true }).await?;
-        }
-        if next.is_none() {
-            next = consumer.next().await;
         }
     }
     bail!("disconnected by the server")

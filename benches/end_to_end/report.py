@@ -1,0 +1,145 @@
+"""Results as Markdown."""
+
+import os
+import platform
+import re
+import subprocess
+import time
+from pathlib import Path
+
+from support.exporter import BINARY
+
+from subjects import SUBJECTS, median
+
+RATIOS = [("flower", "ours"), ("celery-exporter", "ours"), ("ours", "bare")]
+#: (measure, key, unit or format, whether a ratio says anything)
+ROWS = [
+    ("CPU an event, 5,000 a second, µs", "trickle", "{:.2f}", True),
+    ("CPU an event, all waiting, µs", "backlog", "{:.2f}", True),
+    ("CPU when idle, ms a second", "idle", lambda value: f"{1000 * value:.2f}", False),
+    ("highest rate without loss, events/s", "rate", "{:,.0f}", True),
+    ("counted of a burst of 80,000", "burst", "{:.1%}", False),
+    ("start to first scrape, ms", "start", lambda value: f"{1000 * value:.0f}", True),
+    ("memory idle, MiB", "memory idle", "{:.1f}", True),
+    ("… after these events, MiB", "memory after", "{:.1f}", True),
+    ("… peak, with a backlog, MiB", "memory peak", "{:.1f}", True),
+    ("… peak, with scrapes, MiB", "memory scraped", "{:.1f}", True),
+    ("tasks held when it holds all it may", "crowd", "{:,.0f}", False),
+    ("… memory, MiB", "crowded memory", "{:.1f}", True),
+    ("… CPU an event, all waiting, µs", "crowded", "{:.2f}", True),
+    *(
+        row
+        for kind in ("plain", "gzip")
+        for row in [
+            (f"scrape, {kind}, ms", f"{kind} time", lambda value: f"{1000 * value:,.1f}", True),
+            ("… CPU, ms", f"{kind} cpu", lambda value: f"{1000 * value:,.1f}", True),
+            ("… size, KiB", f"{kind} size", lambda value: f"{value / 1024:,.0f}", True),
+        ]
+    ),
+]
+
+
+def table(title, results):
+    names = [*results]
+    ratios = [pair for pair in RATIOS if set(pair) <= set(names)]
+    titles = [SUBJECTS[name].title for name in names] + [" ÷ ".join(pair) for pair in ratios]
+    lines = [f"## {title}\n", row(["", *titles]), row(["---", *["---:"] * len(titles)])]
+    counted = [
+        f"{result['counted'][0]:,} of {result['sent'][0]:,}" if "sent" in result else "–" for result in results.values()
+    ]
+    lines.append(row(["events counted of events sent", *counted, *[""] * len(ratios)]))
+    for label, key, form, comparable in ROWS:
+        if not any(result.get(key) for result in results.values()):
+            continue
+        write = form.format if isinstance(form, str) else form
+        cells = [cell(results[name].get(key), write) for name in names]
+        cells = ["≥ " * bool(results[name].get(f"{key} capped")) + text for name, text in zip(names, cells)]
+        lines.append(row([label, *cells, *(ratio(results, key, *pair) if comparable else "" for pair in ratios)]))
+    return "\n".join(lines) + "\n"
+
+
+def cell(values, write):
+    """The median, and the range where there is one to tell; or what went wrong."""
+    if isinstance(values, str):
+        return values
+    values = [value for value in values or () if value is not None]
+    if not values:
+        return "–"
+    text = write(median(values))
+    low, high = write(min(values)), write(max(values))
+    return text if low == high else f"{text} ({low} to {high})"
+
+
+def ratio(results, key, name, base):
+    value, reference = (median(results[which].get(key) or ()) for which in (name, base))
+    if not value or not reference:
+        return ""
+    return f"{value / reference:.3g}" if value >= reference else f"1/{reference / value:.3g}"
+
+
+def row(cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def output(*command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+    except OSError:
+        return ""
+
+
+def head(title):
+    root = Path(__file__).resolve().parents[2]
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    memory = int(re.search(r"\d+", Path("/proc/meminfo").read_text())[0]) / 2**20
+    system = platform.freedesktop_os_release()["PRETTY_NAME"]
+    commit = output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12")
+    exporter = output(str(BINARY), "--version").split("\n")[0]
+    redis = re.search(r"v=(\S+)", output("redis-server", "--version"))[1]
+    rabbitmq = output("dpkg-query", "-W", "-f", "${Version}", "rabbitmq-server")
+    return f"""# {title}
+
+- {time.strftime("%Y-%m-%d %H:%M %Z")}, `{os.environ.get("COMMAND", "")}`
+- {cpu}, {os.cpu_count()} cores, {memory:.0f} GiB; load {os.getloadavg()[0]:.1f} before
+- {system}, Linux {platform.release()}; Redis {redis}, RabbitMQ {rabbitmq}, Python {platform.python_version()}
+- {exporter}, commit {commit}, {Path(BINARY).stat().st_size / 1e6:.1f} MB
+
+"""
+
+
+def method(rounds):
+    return f"""CPU: user and system time of all threads of the process, less what it takes when idle.
+Medians, and in brackets the range; {rounds} round(s).
+Events come in batches of six: sent, received, started and succeeded of every task.
+"""
+
+
+def save(text):
+    """Into benches/RESULTS.md, in the place of the section of that title."""
+    path = Path(__file__).resolve().parents[1] / "RESULTS.md"
+    title, old = text.split("\n", 1)[0], path.read_text() if path.exists() else ""
+    sections = [section for section in re.split(r"^(?=# )", old, flags=re.M) if section]
+    places = [place for place, section in enumerate(sections) if section.split("\n", 1)[0] == title]
+    if places:
+        sections[places[0]] = text
+    else:
+        sections.append(text)
+    path.write_text("\n".join(section.strip() + "\n" for section in sections))
+
+
+def tail(notes):
+    lines = "\n".join(f"- {note}" for note in notes)
+    return f"""## Notes
+
+{lines}
+- CPU, all waiting: the process is stopped by a signal, its broker is sent some ten thousand events, and it goes on.
+- The highest rate is kept up for some seconds: every event counted, and all done within 0.3 s and a tenth of that
+  time. Who failed before was started anew.
+- Celery's event state, in Flower and celery-exporter, keeps the last events in a list, four for each task that it may
+  hold, and from then on takes the oldest from the list's beginning: a longer run costs Flower more an event.
+- Flower has no gzip. Its queue on RabbitMQ, like celery-exporter's, drops what has waited for 5 s. When Redis cuts it
+  off for lagging 32 MB behind, it connects again, and what came meanwhile is lost; celery-exporter ends.
+- celery-exporter asks all workers for their queues in every scrape, and waits a second for each of two answers. Its
+  event state holds 10,000 tasks. It names a worker by what follows the @, makes every counter for every pair, and has
+  no gzip.
+"""
