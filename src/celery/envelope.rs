@@ -4,9 +4,10 @@ use std::borrow::Cow;
 use std::fmt;
 
 use base64_simd::{Out, STANDARD};
-use serde::de::{Deserialize, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 
-use super::json::{Key, Scalar};
+use super::json::{Key, Members, Scalar, Values};
+use super::scan::{self, Scanner};
 use super::{Reject, cut};
 
 /// Opens an envelope and returns the message's body, the JSON of its events.
@@ -32,19 +33,21 @@ pub fn open<'a>(payload: &'a [u8], buffer: &'a mut Vec<u8>) -> Result<Cow<'a, [u
 /// Opens an envelope as kombu writes it: a body in base64 first, which need not be read as JSON since base64 has neither
 /// quotes nor escapes. Returns how much of `buffer` the body takes, or `None` for any other envelope.
 fn open_usual(payload: &[u8], buffer: &mut Vec<u8>) -> Result<Option<usize>, Refusal> {
-    let Some(text) = payload.strip_prefix(br#"{"body": ""#) else { return Ok(None) };
-    let Some(end) = memchr::memchr(b'"', text) else { return Ok(None) };
-    let (body, Some(rest)) = (&text[..end], text[end + 1..].strip_prefix(b",")) else { return Ok(None) };
-    buffer.clear();
-    buffer.push(b'{');
-    buffer.extend_from_slice(rest);
-    match serde_json::from_slice(buffer) {
-        Ok(Envelope { has_body: false, base64: true, content_type, compression, .. }) => {
-            check_content(content_type.as_deref(), compression.as_deref())?;
-        }
-        _ => return Ok(None),
-    }
+    let Some((body, Envelope { has_body: false, base64: true, content_type, compression, .. })) = scan(payload) else {
+        return Ok(None);
+    };
+    check_content(content_type.as_deref(), compression.as_deref())?;
     Ok(decode_base64(body, buffer).ok().map(<[u8]>::len))
+}
+
+/// The text of the body, and what the rest of the envelope says.
+fn scan(payload: &[u8]) -> Option<(&[u8], Envelope<'_>)> {
+    let text = payload.strip_prefix(br#"{"body": ""#)?;
+    let (body, rest) = text.split_at(memchr::memchr(b'"', text)?);
+    let rest = scan::plain(&rest[1..])?;
+    let (mut scanner, mut envelope) = (Scanner::new(rest), Envelope::default());
+    scanner.more_members(|key, values| envelope.read(key, values)).ok()?;
+    (scanner.position() == rest.len()).then_some((body, envelope))
 }
 
 /// What tells this message from all others; `None` where it has no tag.
@@ -108,6 +111,30 @@ struct Envelope<'a> {
     base64: bool,
 }
 
+impl<'a> Envelope<'a> {
+    fn read<V: Values<'a>>(&mut self, key: &str, values: &mut V) -> Result<(), V::Error> {
+        match key {
+            "body" => {
+                self.has_body = true;
+                self.body = values.scalar()?.text();
+            }
+            "content-type" => self.content_type = values.scalar()?.text(),
+            "headers" => {
+                self.compression = match values.member("compression")? {
+                    None | Some(Scalar::Null) => None,
+                    Some(name) => Some(name.text().unwrap_or_default()),
+                };
+            }
+            "properties" => {
+                let encoding = values.member("body_encoding")?;
+                self.base64 = matches!(encoding, Some(Scalar::Text(text)) if text == "base64");
+            }
+            _ => values.skip()?,
+        }
+        Ok(())
+    }
+}
+
 impl<'de> Deserialize<'de> for Envelope<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct EnvelopeVisitor;
@@ -122,66 +149,13 @@ impl<'de> Deserialize<'de> for Envelope<'de> {
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let mut envelope = Envelope::default();
                 while let Some(Key(key)) = map.next_key()? {
-                    match &*key {
-                        "body" => {
-                            envelope.has_body = true;
-                            envelope.body = map.next_value::<Scalar>()?.text();
-                        }
-                        "content-type" => envelope.content_type = map.next_value::<Scalar>()?.text(),
-                        "headers" => {
-                            let compression = map.next_value_seed(Member("compression"))?;
-                            envelope.compression = match compression {
-                                None | Some(Scalar::Null) => None,
-                                Some(name) => Some(name.text().unwrap_or_default()),
-                            };
-                        }
-                        "properties" => {
-                            let encoding = map.next_value_seed(Member("body_encoding"))?;
-                            envelope.base64 = matches!(encoding, Some(Scalar::Text(text)) if text == "base64");
-                        }
-                        _ => drop(map.next_value::<IgnoredAny>()?),
-                    }
+                    envelope.read(&key, &mut Members(&mut map))?;
                 }
                 Ok(envelope)
             }
         }
 
         deserializer.deserialize_map(EnvelopeVisitor)
-    }
-}
-
-/// Reads one member of an inner object by its name; none where the object lacks it or is null.
-struct Member(&'static str);
-
-impl<'de> DeserializeSeed<'de> for Member {
-    type Value = Option<Scalar<'de>>;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-        deserializer.deserialize_any(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Member {
-    type Value = Option<Scalar<'de>>;
-
-    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
-        formatter.write_str("an object or null")
-    }
-
-    fn visit_unit<E>(self) -> Result<Self::Value, E> {
-        Ok(None)
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut found = None;
-        while let Some(Key(key)) = map.next_key()? {
-            if key == self.0 {
-                found = Some(map.next_value()?);
-            } else {
-                map.next_value::<IgnoredAny>()?;
-            }
-        }
-        Ok(found)
     }
 }
 

@@ -3,11 +3,12 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::Reject;
-use super::json::{self, Key, Scalar};
+use super::json::{self, Key, Members, Scalar, Values};
+use super::scan::{self, Scanner};
 
 /// What kind of event it is, by its `type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -187,26 +188,39 @@ impl<'a> Event<'a> {
 /// Reads every event of a message body, one object or a list of them, and hands each to `each`, in order. An element
 /// that cannot be read costs itself alone.
 ///
-/// With `keep_raw` the events know their own JSON text, so that [`Event::field`] works; that takes a second pass.
-pub fn decode(body: &[u8], keep_raw: bool, mut each: impl FnMut(Result<Event<'_>, Reject>)) {
+/// With `keep_raw` the events know their own JSON text, so that [`Event::field`] works.
+pub fn decode(body: &[u8], keep_raw: bool, each: impl FnMut(Result<Event<'_>, Reject>)) {
     let text = body.trim_ascii_start();
+    decode_list(text, scan::plain(text), keep_raw, each);
+}
+
+/// [`decode`] without the quick reader, which is held against this one.
+#[doc(hidden)]
+pub fn decode_by_serde(body: &[u8], keep_raw: bool, each: impl FnMut(Result<Event<'_>, Reject>)) {
+    decode_list(body.trim_ascii_start(), None, keep_raw, each);
+}
+
+/// `plain` is the text once more, if the quick reader may be tried on it.
+fn decode_list(text: &[u8], plain: Option<&str>, keep_raw: bool, mut each: impl FnMut(Result<Event<'_>, Reject>)) {
+    let scan = |start: usize| plain.and_then(|plain| Fields::scan(&plain[start..]));
     let Some(list) = text.strip_prefix(b"[") else {
-        return decode_element(text, keep_raw, &mut each);
-    };
-    let mut done = 0;
-    if !keep_raw {
-        let mut counted = |event: Result<Event<'_>, Reject>| {
-            done += 1;
-            each(event);
+        return match scan(0) {
+            Some((fields, length)) if length == text.len() => each(fields.check(keep_raw.then_some(text))),
+            _ => decode_element(text, keep_raw, &mut each),
         };
-        let read = serde_json::Deserializer::from_slice(text).deserialize_seq(Batch(&mut counted));
-        if read.is_ok() {
-            return;
+    };
+    json::elements(list, |start| match scan(start + 1) {
+        Some((fields, length)) if matches!(list.get(start + length), Some(b',' | b']')) => {
+            let end = start + length;
+            each(fields.check(keep_raw.then_some(&list[start..end])));
+            end
         }
-    }
-    for element in json::elements(list).skip(done) {
-        decode_element(&list[element], keep_raw, &mut each);
-    }
+        _ => {
+            let end = start + json::element_length(&list[start..]);
+            decode_element(&list[start..end], keep_raw, &mut each);
+            end
+        }
+    });
 }
 
 fn decode_element(text: &[u8], keep_raw: bool, each: &mut impl FnMut(Result<Event<'_>, Reject>)) {
@@ -218,24 +232,6 @@ fn decode_element(text: &[u8], keep_raw: bool, each: &mut impl FnMut(Result<Even
         Ok(fields) => each(fields.check(keep_raw.then_some(mended.as_bytes()))),
         Err(_) if serde_json::from_str::<&RawValue>(&mended).is_ok() => each(Err(Reject::NotAnEvent)),
         Err(_) => each(Err(Reject::Json)),
-    }
-}
-
-/// Visits the elements of a batch one by one, rather than collecting them.
-struct Batch<'f, F>(&'f mut F);
-
-impl<'de, F: FnMut(Result<Event<'_>, Reject>)> Visitor<'de> for Batch<'_, F> {
-    type Value = ();
-
-    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
-        formatter.write_str("a list of events")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
-        while let Some(fields) = seq.next_element::<Fields>()? {
-            (self.0)(fields.check(None));
-        }
-        Ok(())
     }
 }
 
@@ -311,7 +307,7 @@ impl<'de> Deserialize<'de> for Fields<'de> {
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let mut fields = Fields::default();
                 while let Some(Key(key)) = map.next_key()? {
-                    fields.read(&key, &mut map)?;
+                    fields.read(&key, &mut Members(&mut map))?;
                 }
                 Ok(fields)
             }
@@ -321,53 +317,44 @@ impl<'de> Deserialize<'de> for Fields<'de> {
     }
 }
 
-impl<'de> Fields<'de> {
-    fn read<A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error> {
+impl<'a> Fields<'a> {
+    /// The fields of the object that `text` begins with, and its length, if the quick reader can read it.
+    fn scan(text: &'a str) -> Option<(Self, usize)> {
+        let (mut scanner, mut fields) = (Scanner::new(text), Self::default());
+        scanner.object(|key, values| fields.read(key, values)).ok()?;
+        Some((fields, scanner.position()))
+    }
+
+    #[inline]
+    fn read<V: Values<'a>>(&mut self, key: &str, values: &mut V) -> Result<(), V::Error> {
+        let mut text = || values.scalar().map(Scalar::text);
         match key {
-            "type" => self.name_of_type = text(map)?,
-            "hostname" => self.hostname = text(map)?,
-            "timestamp" => self.timestamp = number(map)?,
-            "uuid" => self.uuid = text(map)?,
-            "name" => self.name = text(map)?.filter(|name| !name.is_empty()),
-            "eta" => self.eta = text(map)?.filter(|eta| !eta.is_empty()).map_or(Eta::None, Eta::At),
-            "runtime" => self.runtime = number(map)?,
-            "retries" => self.retries = number(map)?.and_then(whole),
-            "terminated" => self.terminated = matches!(map.next_value()?, Scalar::Bool(true)),
-            "active" => self.active = number(map)?,
-            "processed" => self.processed = number(map)?,
-            "freq" => self.freq = number(map)?,
-            "loadavg" => self.loadavg = map.next_value::<LoadAverage>()?.0,
-            "sw_ident" => self.sw_ident = text(map)?,
-            "sw_ver" => self.sw_ver = text(map)?,
-            "sw_sys" => self.sw_sys = text(map)?,
-            _ => drop(map.next_value::<IgnoredAny>()?),
+            "type" => self.name_of_type = text()?,
+            "hostname" => self.hostname = text()?,
+            "uuid" => self.uuid = text()?,
+            "name" => self.name = text()?.filter(|name| !name.is_empty()),
+            "eta" => self.eta = text()?.filter(|eta| !eta.is_empty()).map_or(Eta::None, Eta::At),
+            "sw_ident" => self.sw_ident = text()?,
+            "sw_ver" => self.sw_ver = text()?,
+            "sw_sys" => self.sw_sys = text()?,
+            "timestamp" => self.timestamp = values.scalar()?.number(),
+            "runtime" => self.runtime = values.scalar()?.number(),
+            "retries" => self.retries = values.scalar()?.number().and_then(whole),
+            "terminated" => self.terminated = matches!(values.scalar()?, Scalar::Bool(true)),
+            "active" => self.active = values.scalar()?.number(),
+            "processed" => self.processed = values.scalar()?.number(),
+            "freq" => self.freq = values.scalar()?.number(),
+            "loadavg" => self.loadavg = values.three_numbers()?,
+            _ => values.skip()?,
         }
         Ok(())
     }
-}
-
-fn text<'de, A: MapAccess<'de>>(map: &mut A) -> Result<Option<Cow<'de, str>>, A::Error> {
-    map.next_value().map(Scalar::text)
-}
-
-fn number<'de, A: MapAccess<'de>>(map: &mut A) -> Result<Option<f64>, A::Error> {
-    map.next_value::<Scalar>().map(|value| value.number())
 }
 
 fn whole(number: f64) -> Option<u32> {
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked by the round trip")]
     let whole = number as u32;
     (f64::from(whole).total_cmp(&number).is_eq()).then_some(whole)
-}
-
-/// A list of exactly three numbers; anything else reads as absent.
-struct LoadAverage(Option<[f64; 3]>);
-
-impl<'de> Deserialize<'de> for LoadAverage {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = <&RawValue>::deserialize(deserializer)?;
-        Ok(Self(serde_json::from_str(text.get()).ok()))
-    }
 }
 
 /// The value of one field of an object, the last one where it is there twice (as Python reads it).

@@ -2,9 +2,9 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::ops::Range;
 
-use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserialize, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
 
 /// A JSON value as far as the events' fields need it: a field of another type than expected is no error, it is
 /// simply not the value that was asked for.
@@ -37,6 +37,80 @@ impl<'a> Scalar<'a> {
 impl<'de> Deserialize<'de> for Scalar<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_any(ScalarVisitor)
+    }
+}
+
+/// The values of an object's members, one after the other: what `serde_json` and [`super::scan`] read alike.
+pub(crate) trait Values<'a> {
+    /// Why it cannot be read.
+    type Error;
+
+    fn scalar(&mut self) -> Result<Scalar<'a>, Self::Error>;
+
+    /// A list of exactly three numbers; anything else reads as absent.
+    fn three_numbers(&mut self) -> Result<Option<[f64; 3]>, Self::Error>;
+
+    /// One member of an object by its name; none where the object lacks it or there is null instead.
+    fn member(&mut self, name: &str) -> Result<Option<Scalar<'a>>, Self::Error>;
+
+    fn skip(&mut self) -> Result<(), Self::Error>;
+}
+
+/// The values as `serde_json` reads them.
+pub(crate) struct Members<'m, A>(pub(crate) &'m mut A);
+
+impl<'de, A: MapAccess<'de>> Values<'de> for Members<'_, A> {
+    type Error = A::Error;
+
+    fn scalar(&mut self) -> Result<Scalar<'de>, A::Error> {
+        self.0.next_value()
+    }
+
+    fn three_numbers(&mut self) -> Result<Option<[f64; 3]>, A::Error> {
+        self.0.next_value::<&RawValue>().map(|list| serde_json::from_str(list.get()).ok())
+    }
+
+    fn member(&mut self, name: &str) -> Result<Option<Scalar<'de>>, A::Error> {
+        self.0.next_value_seed(Member(name))
+    }
+
+    fn skip(&mut self) -> Result<(), A::Error> {
+        self.0.next_value::<IgnoredAny>().map(drop)
+    }
+}
+
+/// See [`Values::member`].
+struct Member<'n>(&'n str);
+
+impl<'de> DeserializeSeed<'de> for Member<'_> {
+    type Value = Option<Scalar<'de>>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Member<'_> {
+    type Value = Option<Scalar<'de>>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        formatter.write_str("an object or null")
+    }
+
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut found = None;
+        while let Some(Key(key)) = map.next_key()? {
+            if key == self.0 {
+                found = Some(map.next_value()?);
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(found)
     }
 }
 
@@ -100,26 +174,25 @@ impl<'de> Deserialize<'de> for Key<'de> {
     }
 }
 
-/// The elements of a JSON list as byte ranges of `text`, found by brackets and quotes alone, so that an element which
-/// is no JSON costs only itself. `text` is what follows the opening bracket. The list may lack its end.
-pub(crate) fn elements(text: &[u8]) -> impl Iterator<Item = Range<usize>> {
+/// Visits the elements of a JSON list. `text` is what follows the opening bracket; the list may lack its end. `take` is
+/// called where an element begins, and returns how far it reaches.
+pub(crate) fn elements(text: &[u8], mut take: impl FnMut(usize) -> usize) {
     let mut at = 0;
-    std::iter::from_fn(move || {
+    loop {
         while text.get(at).is_some_and(u8::is_ascii_whitespace) {
             at += 1;
         }
         if at >= text.len() || text[at] == b']' {
-            return None;
+            return;
         }
-        let start = at;
-        let end = start + element_length(&text[start..]);
+        let end = take(at);
         at = end + usize::from(text.get(end) == Some(&b','));
-        Some(start..end)
-    })
+    }
 }
 
-/// How far the element at the start of `text` reaches: to the comma or bracket that ends it.
-fn element_length(text: &[u8]) -> usize {
+/// How far the element at the start of `text` reaches: to the comma or bracket that ends it, found by brackets and quotes
+/// alone, so that an element which is no JSON costs only itself.
+pub(crate) fn element_length(text: &[u8]) -> usize {
     let (mut depth, mut in_text, mut escaped) = (0_usize, false, false);
     for (at, byte) in text.iter().enumerate() {
         match byte {
@@ -194,7 +267,13 @@ mod tests {
     use super::*;
 
     fn split(text: &str) -> Vec<&str> {
-        elements(text.as_bytes()).map(|range| &text[range]).collect()
+        let mut found = Vec::new();
+        elements(text.as_bytes(), |start| {
+            let end = start + element_length(&text.as_bytes()[start..]);
+            found.push(&text[start..end]);
+            end
+        });
+        found
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod envelope;
 pub mod event;
 mod json;
 mod name;
+mod scan;
 
 pub use control::Broadcast;
 pub use event::{Event, EventKind};
