@@ -11,7 +11,6 @@ use flower_exporter::metrics::text::Format;
 use flower_exporter::state::{Limits, State, Timeouts};
 use flower_exporter_fuzz::{exposition, samples};
 use libfuzzer_sys::fuzz_target;
-use serde::de::IgnoredAny;
 
 const WORKERS: usize = 3;
 const TASKS: usize = 4;
@@ -30,11 +29,11 @@ fuzz_target!(|script: &[u8]| {
     cluster.check();
 });
 
-/// Reads a body in both ways, which agree on every body that is JSON.
+/// Reads a body with the quick reader and without, which agree on every event to the last bit.
 fn decode(body: &[u8], mut each: impl FnMut(&Event)) {
     let (mut plain, mut observed) = (Vec::new(), Vec::new());
     event::decode(body, false, |event| plain.push(summary(&event)));
-    event::decode(body, true, |event| {
+    event::decode_by_serde(body, true, |event| {
         observed.push(summary(&event));
         if let Ok(event) = event {
             assert_eq!(event.text("hostname").as_deref(), Some(&*event.hostname));
@@ -42,16 +41,15 @@ fn decode(body: &[u8], mut each: impl FnMut(&Event)) {
             each(&event);
         }
     });
-    if serde_json::from_slice::<IgnoredAny>(body).is_ok() {
-        assert_eq!(plain, observed);
-    }
+    assert_eq!(plain, observed);
 }
 
-fn summary(event: &Result<Event<'_>, Reject>) -> Result<(String, String, Option<f64>), Reject> {
-    event
-        .as_ref()
-        .map_err(|reason| *reason)
-        .map(|event| (event.uuid.to_string(), event.hostname.to_string(), event.timestamp))
+/// Every field; `-0.0` is not `0.0` here.
+fn summary(event: &Result<Event<'_>, Reject>) -> Result<String, Reject> {
+    event.as_ref().map_err(|reason| *reason).map(|event| {
+        let text = format!("{event:?}");
+        text.split_once(", raw: ").expect("the last field").0.to_owned()
+    })
 }
 
 struct Cluster {

@@ -112,20 +112,20 @@ struct Envelope<'a> {
 }
 
 impl<'a> Envelope<'a> {
-    fn read<V: Values<'a>>(&mut self, key: &str, values: &mut V) -> Result<(), V::Error> {
+    fn read<V: Values<'a>>(&mut self, key: &[u8], values: &mut V) -> Result<(), V::Error> {
         match key {
-            "body" => {
+            b"body" => {
                 self.has_body = true;
                 self.body = values.scalar()?.text();
             }
-            "content-type" => self.content_type = values.scalar()?.text(),
-            "headers" => {
+            b"content-type" => self.content_type = values.scalar()?.text(),
+            b"headers" => {
                 self.compression = match values.member("compression")? {
                     None | Some(Scalar::Null) => None,
                     Some(name) => Some(name.text().unwrap_or_default()),
                 };
             }
-            "properties" => {
+            b"properties" => {
                 let encoding = values.member("body_encoding")?;
                 self.base64 = matches!(encoding, Some(Scalar::Text(text)) if text == "base64");
             }
@@ -149,7 +149,7 @@ impl<'de> Deserialize<'de> for Envelope<'de> {
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let mut envelope = Envelope::default();
                 while let Some(Key(key)) = map.next_key()? {
-                    envelope.read(&key, &mut Members(&mut map))?;
+                    envelope.read(key.as_bytes(), &mut Members(&mut map))?;
                 }
                 Ok(envelope)
             }

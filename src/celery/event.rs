@@ -307,7 +307,7 @@ impl<'de> Deserialize<'de> for Fields<'de> {
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let mut fields = Fields::default();
                 while let Some(Key(key)) = map.next_key()? {
-                    fields.read(&key, &mut Members(&mut map))?;
+                    fields.read(key.as_bytes(), &mut Members(&mut map))?;
                 }
                 Ok(fields)
             }
@@ -326,25 +326,25 @@ impl<'a> Fields<'a> {
     }
 
     #[inline]
-    fn read<V: Values<'a>>(&mut self, key: &str, values: &mut V) -> Result<(), V::Error> {
+    fn read<V: Values<'a>>(&mut self, key: &[u8], values: &mut V) -> Result<(), V::Error> {
         let mut text = || values.scalar().map(Scalar::text);
         match key {
-            "type" => self.name_of_type = text()?,
-            "hostname" => self.hostname = text()?,
-            "uuid" => self.uuid = text()?,
-            "name" => self.name = text()?.filter(|name| !name.is_empty()),
-            "eta" => self.eta = text()?.filter(|eta| !eta.is_empty()).map_or(Eta::None, Eta::At),
-            "sw_ident" => self.sw_ident = text()?,
-            "sw_ver" => self.sw_ver = text()?,
-            "sw_sys" => self.sw_sys = text()?,
-            "timestamp" => self.timestamp = values.scalar()?.number(),
-            "runtime" => self.runtime = values.scalar()?.number(),
-            "retries" => self.retries = values.scalar()?.number().and_then(whole),
-            "terminated" => self.terminated = matches!(values.scalar()?, Scalar::Bool(true)),
-            "active" => self.active = values.scalar()?.number(),
-            "processed" => self.processed = values.scalar()?.number(),
-            "freq" => self.freq = values.scalar()?.number(),
-            "loadavg" => self.loadavg = values.three_numbers()?,
+            b"type" => self.name_of_type = text()?,
+            b"hostname" => self.hostname = text()?,
+            b"uuid" => self.uuid = text()?,
+            b"name" => self.name = text()?.filter(|name| !name.is_empty()),
+            b"eta" => self.eta = text()?.filter(|eta| !eta.is_empty()).map_or(Eta::None, Eta::At),
+            b"sw_ident" => self.sw_ident = text()?,
+            b"sw_ver" => self.sw_ver = text()?,
+            b"sw_sys" => self.sw_sys = text()?,
+            b"timestamp" => self.timestamp = values.scalar()?.number(),
+            b"runtime" => self.runtime = values.scalar()?.number(),
+            b"retries" => self.retries = values.scalar()?.number().and_then(whole),
+            b"terminated" => self.terminated = matches!(values.scalar()?, Scalar::Bool(true)),
+            b"active" => self.active = values.scalar()?.number(),
+            b"processed" => self.processed = values.scalar()?.number(),
+            b"freq" => self.freq = values.scalar()?.number(),
+            b"loadavg" => self.loadavg = values.three_numbers()?,
             _ => values.skip()?,
         }
         Ok(())

@@ -6,7 +6,6 @@
 //! have read (the fuzz targets `event` and `envelope` hold them against each other).
 
 use std::borrow::Cow;
-use std::ops::Range;
 
 use super::json::{Scalar, Values};
 
@@ -57,7 +56,7 @@ impl<'a> Scanner<'a> {
     /// Reads an object; `member` is called with each key and has to take the value.
     pub(crate) fn object(
         &mut self,
-        member: impl FnMut(&'a str, &mut Self) -> Result<(), Unusual>,
+        member: impl FnMut(&'a [u8], &mut Self) -> Result<(), Unusual>,
     ) -> Result<(), Unusual> {
         self.expect("{")?;
         if self.peek() == Some(b'}') {
@@ -70,12 +69,12 @@ impl<'a> Scanner<'a> {
     /// Reads the rest of an object of which a member has been read.
     pub(crate) fn more_members(
         &mut self,
-        member: impl FnMut(&'a str, &mut Self) -> Result<(), Unusual>,
+        member: impl FnMut(&'a [u8], &mut Self) -> Result<(), Unusual>,
     ) -> Result<(), Unusual> {
         if self.goes_on(b'}')? { self.members(member) } else { Ok(()) }
     }
 
-    fn members(&mut self, mut member: impl FnMut(&'a str, &mut Self) -> Result<(), Unusual>) -> Result<(), Unusual> {
+    fn members(&mut self, mut member: impl FnMut(&'a [u8], &mut Self) -> Result<(), Unusual>) -> Result<(), Unusual> {
         loop {
             self.expect("\"")?;
             let key = self.text_to_quote()?;
@@ -102,70 +101,50 @@ impl<'a> Scanner<'a> {
 
     /// Text without escapes, whose opening quote has been taken.
     #[inline]
-    fn text_to_quote(&mut self) -> Result<&'a str, Unusual> {
-        let start = self.at;
-        self.find_quote_or_escape()?;
-        let end = self.at;
-        self.expect("\"")?;
-        Ok(&self.text[start..end])
-    }
-
-    /// Goes to the next quote or backslash, eight bytes at a time.
-    #[inline]
-    fn find_quote_or_escape(&mut self) -> Result<(), Unusual> {
-        const ONES: u64 = u64::from_ne_bytes([0x01; 8]);
-        const HIGH: u64 = u64::from_ne_bytes([0x80; 8]);
-        let mut rest = &self.text.as_bytes()[self.at..];
-        while let Some((eight, more)) = rest.split_first_chunk() {
-            let word = u64::from_le_bytes(*eight);
-            // A byte below 0x80 that is not zero gets its high bit when 0x7f is added.
-            let differs = |byte: u8| (word ^ (ONES * u64::from(byte))).wrapping_add(HIGH - ONES);
-            let found = !(differs(b'"') & differs(b'\\')) & HIGH;
-            if found != 0 {
-                self.at += found.trailing_zeros() as usize / 8;
-                return Ok(());
+    fn text_to_quote(&mut self) -> Result<&'a [u8], Unusual> {
+        let rest = &self.text.as_bytes()[self.at..];
+        match quote_or_escape(rest) {
+            Some(end) if rest[end] == b'"' => {
+                self.at += end + 1;
+                Ok(&rest[..end])
             }
-            self.at += 8;
-            rest = more;
+            _ => Err(Unusual),
         }
-        self.at += rest.iter().position(|byte| matches!(byte, b'"' | b'\\')).ok_or(Unusual)?;
-        Ok(())
     }
 
     /// Goes behind text whose opening quote has been taken.
+    #[inline]
     fn skip_text(&mut self) -> Result<(), Unusual> {
         loop {
-            self.find_quote_or_escape()?;
-            let bytes = &self.text.as_bytes()[self.at..];
-            self.at += match bytes {
-                [b'"', ..] => {
-                    self.at += 1;
-                    return Ok(());
-                }
-                [b'\\', b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't', ..] => 2,
-                [b'\\', b'u', a, b, c, d, ..] if [a, b, c, d].iter().all(|digit| digit.is_ascii_hexdigit()) => 6,
+            let rest = &self.text.as_bytes()[self.at..];
+            let end = quote_or_escape(rest).ok_or(Unusual)?;
+            self.at += end + 1;
+            if rest[end] == b'"' {
+                return Ok(());
+            }
+            self.at += match rest[end + 1..] {
+                [b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't', ..] => 1,
+                [b'u', a, b, c, d, ..] if [a, b, c, d].iter().all(u8::is_ascii_hexdigit) => 5,
                 _ => return Err(Unusual),
             };
         }
     }
 
-    /// Takes digits, at least one.
+    /// Takes digits, at least one; how many.
     #[inline]
-    fn digits(&mut self) -> Result<Range<usize>, Unusual> {
-        let start = self.at;
-        while self.peek().is_some_and(|byte| byte.is_ascii_digit()) {
-            self.at += 1;
-        }
-        if start == self.at { Err(Unusual) } else { Ok(start..self.at) }
+    fn digits(&mut self) -> Result<usize, Unusual> {
+        let rest = &self.text.as_bytes()[self.at..];
+        let count = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
+        self.at += count;
+        if count == 0 { Err(Unusual) } else { Ok(count) }
     }
 
-    /// Takes a number; its text.
+    /// Goes behind a number.
     #[inline]
-    fn number_text(&mut self) -> Result<&'a str, Unusual> {
-        let start = self.at;
+    fn skip_number(&mut self) -> Result<(), Unusual> {
         self.at += usize::from(self.peek() == Some(b'-'));
-        let whole = self.digits()?;
-        if whole.len() > 1 && self.text.as_bytes()[whole.start] == b'0' {
+        let leads_with_zero = self.peek() == Some(b'0');
+        if self.digits()? > 1 && leads_with_zero {
             return Err(Unusual);
         }
         if self.peek() == Some(b'.') {
@@ -177,11 +156,13 @@ impl<'a> Scanner<'a> {
             self.at += usize::from(matches!(self.peek(), Some(b'+' | b'-')));
             self.digits()?;
         }
-        Ok(&self.text[start..self.at])
+        Ok(())
     }
 
     fn number(&mut self) -> Result<f64, Unusual> {
-        match self.number_text()?.parse::<f64>() {
+        let start = self.at;
+        self.skip_number()?;
+        match self.text[start..self.at].parse::<f64>() {
             Ok(number) if number.is_finite() => Ok(number),
             _ => Err(Unusual),
         }
@@ -193,7 +174,7 @@ impl<'a> Scanner<'a> {
                 self.at += 1;
                 self.skip_text()
             }
-            Some(b'-' | b'0'..=b'9') => self.number_text().map(drop),
+            Some(b'-' | b'0'..=b'9') => self.skip_number(),
             Some(b'n') => self.expect("null"),
             Some(b't') => self.expect("true"),
             Some(b'f') => self.expect("false"),
@@ -216,6 +197,26 @@ impl<'a> Scanner<'a> {
     }
 }
 
+/// Where the next quote or backslash is, found eight bytes at a time.
+#[inline]
+fn quote_or_escape(text: &[u8]) -> Option<usize> {
+    const ONES: u64 = u64::from_ne_bytes([0x01; 8]);
+    const HIGH: u64 = u64::from_ne_bytes([0x80; 8]);
+    let mut rest = text;
+    while let Some((eight, more)) = rest.split_first_chunk() {
+        let word = u64::from_le_bytes(*eight);
+        // A byte below 0x80 that is not zero gets its high bit when 0x7f is added.
+        let differs = |byte: u8| (word ^ (ONES * u64::from(byte))).wrapping_add(HIGH - ONES);
+        let found = !(differs(b'"') & differs(b'\\')) & HIGH;
+        if found != 0 {
+            return Some(text.len() - rest.len() + found.trailing_zeros() as usize / 8);
+        }
+        rest = more;
+    }
+    let end = rest.iter().position(|byte| matches!(byte, b'"' | b'\\'))?;
+    Some(text.len() - rest.len() + end)
+}
+
 impl<'a> Values<'a> for Scanner<'a> {
     type Error = Unusual;
 
@@ -224,7 +225,9 @@ impl<'a> Values<'a> for Scanner<'a> {
         match self.peek() {
             Some(b'"') => {
                 self.at += 1;
-                self.text_to_quote().map(|text| Scalar::Text(Cow::Borrowed(text)))
+                let start = self.at;
+                let length = self.text_to_quote()?.len();
+                Ok(Scalar::Text(Cow::Borrowed(&self.text[start..start + length])))
             }
             Some(b'-' | b'0'..=b'9') => self.number().map(Scalar::Number),
             Some(b'n') => self.expect("null").map(|()| Scalar::Null),
@@ -250,7 +253,7 @@ impl<'a> Values<'a> for Scanner<'a> {
         }
         let mut found = None;
         self.object(|key, scanner| {
-            if key == name {
+            if key == name.as_bytes() {
                 found = Some(scanner.scalar()?);
                 return Ok(());
             }
