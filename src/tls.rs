@@ -16,7 +16,7 @@ use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::sign::CertifiedKey;
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -103,7 +103,10 @@ impl Client {
     ///
     /// # Errors
     /// Those of the connection, rustls' own within them: see [`explain`].
-    pub async fn handshake(&self, host: &str, stream: TcpStream, limit: Duration) -> io::Result<TlsStream<TcpStream>> {
+    pub async fn handshake<S>(&self, host: &str, stream: S, limit: Duration) -> io::Result<TlsStream<S>>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
         let name = ServerName::try_from(server_name(host)).map_err(io::Error::other)?.to_owned();
         within(limit, TlsConnector::from(self.config()).connect(name, stream)).await
     }

@@ -1,5 +1,6 @@
 //! `RabbitMQ`, by lapin: a consumer with prefetch, acknowledged many at a time, and channels beside it for the rest.
 
+mod runtime;
 mod topology;
 
 use std::borrow::Cow;
@@ -26,6 +27,7 @@ use tokio::sync::Mutex;
 
 use topology::Topology;
 
+use super::pace::Paced;
 use super::{AckToken, Batch, Error, Message, Standing, Wire};
 use crate::celery::envelope::Refusal;
 use crate::celery::{Broadcast, Reject, envelope};
@@ -117,7 +119,7 @@ async fn open(url: &BrokerUrl, settings: &Settings, tls: Option<&tls::Client>) -
     let connect = async move |uri: AMQPUri, _| {
         let socket = socket.lock().ok().and_then(|mut socket| socket.take());
         let socket = socket.ok_or_else(|| io::Error::other("the connection is not made twice"))?;
-        let stream = AsyncTcpStream::Plain(Compat::new(socket));
+        let stream = AsyncTcpStream::Plain(Compat::new(Paced::new(socket)));
         match &connector {
             None => Ok(stream),
             Some(connector) => {
@@ -126,8 +128,7 @@ async fn open(url: &BrokerUrl, settings: &Settings, tls: Option<&tls::Client>) -
             }
         }
     };
-    let runtime = lapin::runtime::default_runtime().map_err(failed)?;
-    let connection = Connection::connector(uri, runtime, connect, properties).await.map_err(failed)?;
+    let connection = Connection::connector(uri, runtime::paced(), connect, properties).await.map_err(failed)?;
     Ok((connection, leash))
 }
 

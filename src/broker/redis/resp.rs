@@ -9,6 +9,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
 use super::Error;
+use crate::broker::pace::Paced;
 use crate::settings::Secret;
 use crate::settings::url::Address;
 use crate::tls;
@@ -49,12 +50,13 @@ impl Access {
             Address::Tcp { host, port } => {
                 let stream = TcpStream::connect((host.as_str(), *port)).await?;
                 stream.set_nodelay(true)?;
+                let stream = Paced::new(stream);
                 match &self.tls {
                     Some(tls) => Ok(Box::new(tls.handshake(host, stream, self.limit).await?)),
                     None => Ok(Box::new(stream)),
                 }
             }
-            Address::Unix(path) => Ok(Box::new(UnixStream::connect(path).await?)),
+            Address::Unix(path) => Ok(Box::new(Paced::new(UnixStream::connect(path).await?))),
         }
     }
 }
