@@ -1,80 +1,87 @@
-//! How long a save holds up the event path: what changed is encoded between two messages, the rest happens elsewhere.
+//! What holds up the event path: `cargo bench --bench hold_up`.
 //!
-//! `cargo bench --bench save` holds 100,000 tasks and 10,000 label pairs, lets 20,000 events a second come in (5,000
-//! between two saves, in batches of six), and tells how long the encoding took; then the same for all of the state at once,
-//! which happens at the start and after a failed save.
+//! Between two messages, what changed is encoded for a save, and numbers are copied for a scrape; all the rest of both
+//! happens elsewhere. For saves there are 100,000 tasks and 10,000 label pairs, and 20,000 events a second come in, 5,000
+//! between two saves; then the same for all of the state at once, which happens at the start and after a failed
+//! save. For scrapes there are 20,000 label pairs; each slice of a copy is timed.
+
+mod workload;
 
 use std::time::{Duration, Instant};
 
-use flower_exporter::celery::event;
-use flower_exporter::state::{Limits, State};
-use serde_json::{Value, json};
+use flower_exporter::ingest::SLICE;
+use flower_exporter::metrics::Copying;
+use flower_exporter::state::State;
+use workload::{Cluster, ingest, state};
 
-const WORKERS: usize = 200;
-const NAMES: usize = 50;
 const TASKS: usize = 100_000;
-/// At 20,000 a second, four saves a second.
-const EVENTS_PER_SAVE: usize = 5_000;
-const SAVES: usize = 200;
-const KINDS: [&str; 4] = ["task-sent", "task-received", "task-started", "task-succeeded"];
+const TASKS_PER_SAVE: usize = 5_000 / 4;
 
 fn main() {
-    let buckets = vec![0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
-    let mut state = State::new(&Limits { max_workers: 5_000, max_tasks: TASKS, max_label_pairs: 100_000, buckets });
+    saves();
+    scrapes();
+}
+
+fn saves() {
+    let cluster = Cluster { workers: 200, names: 50 };
+    let mut state = state();
     state.keep_changes();
-    let mut events = (0..).map(nth);
-    feed(&mut state, &mut events, TASKS * KINDS.len());
+    let mut tasks = 0;
+    let mut feed = |state: &mut State, count| {
+        ingest(state, &cluster.bodies(tasks, count));
+        tasks += count;
+    };
+    for _ in 0..TASKS / TASKS_PER_SAVE {
+        feed(&mut state, TASKS_PER_SAVE);
+    }
     drop(state.take_changes());
-    println!("{} tasks and {} label pairs held", state.task_count(), state.series().pair_count());
-
-    let mut took = Vec::new();
-    let mut bytes = 0;
-    for _ in 0..SAVES {
-        feed(&mut state, &mut events, EVENTS_PER_SAVE);
-        let began = Instant::now();
-        let changes = state.take_changes();
-        took.push(began.elapsed());
-        bytes = changes.tasks.bytes() + changes.pairs.bytes() + changes.workers.bytes();
-    }
-    report(&format!("after {EVENTS_PER_SAVE} events ({} KiB)", bytes >> 10), &mut took);
-
-    let mut took = Vec::new();
-    for _ in 0..20 {
+    println!("{} tasks, {} label pairs", state.task_count(), state.series().pair_count());
+    let took = std::iter::repeat_with(|| {
+        feed(&mut state, TASKS_PER_SAVE);
+        save(&mut state)
+    });
+    report("a save of what changed", took.take(200).collect());
+    let took = std::iter::repeat_with(|| {
         state.save_all();
-        let began = Instant::now();
-        let changes = state.take_changes();
-        took.push(began.elapsed());
-        bytes = changes.tasks.bytes() + changes.pairs.bytes() + changes.workers.bytes();
+        save(&mut state)
+    });
+    report("a save of everything", took.take(20).collect());
+}
+
+fn save(state: &mut State) -> Duration {
+    let began = Instant::now();
+    let changes = state.take_changes();
+    let took = began.elapsed();
+    drop(changes);
+    took
+}
+
+fn scrapes() {
+    let cluster = Cluster { workers: 400, names: 50 };
+    let mut state = state();
+    ingest(&mut state, &cluster.bodies(0, 20_000));
+    println!("{} label pairs", state.series().pair_count());
+    let slices = (0..200).flat_map(|_| scrape(&state));
+    report("a slice of a scrape's copy", slices.collect());
+}
+
+/// How long each slice took, the first with the start and the last with the end.
+fn scrape(state: &State) -> Vec<Duration> {
+    let mut began = Instant::now();
+    let mut copying = Copying::start(state.series());
+    let mut slices = Vec::new();
+    while !copying.proceed_for(state.series(), SLICE) {
+        slices.push(began.elapsed());
+        began = Instant::now();
     }
-    report(&format!("all at once ({} KiB)", bytes >> 10), &mut took);
+    let snapshot = copying.finish(state.series());
+    slices.push(began.elapsed());
+    drop(snapshot);
+    slices
 }
 
-fn feed(state: &mut State, events: &mut impl Iterator<Item = Value>, count: usize) {
-    for _ in 0..count / 6 {
-        let batch: Vec<Value> = events.by_ref().take(6).collect();
-        let body = serde_json::to_vec(&batch).unwrap_or_default();
-        event::decode(&body, false, |event| {
-            if let Ok(event) = event {
-                state.apply(&event, Duration::from_secs(1));
-            }
-        });
-    }
-}
-
-/// Tasks in all stages, on all pairs of worker and name in turn.
-fn nth(number: usize) -> Value {
-    let kind = number % KINDS.len();
-    let task = number / KINDS.len();
-    let worker = if kind == 0 { "gen1@web".to_owned() } else { format!("celery@worker-{}", task % WORKERS) };
-    json!({
-        "type": KINDS[kind], "hostname": worker, "uuid": format!("00000000-0000-4000-8000-{task:012x}"),
-        "name": format!("project.app.tasks.{}", task / WORKERS % NAMES), "timestamp": 1.7e9 + number as f64 / 2e4,
-        "eta": null, "runtime": 0.25,
-    })
-}
-
-fn report(what: &str, took: &mut [Duration]) {
+fn report(what: &str, mut took: Vec<Duration>) {
     took.sort_unstable();
     let (median, most) = (took[took.len() / 2], took[took.len() - 1]);
-    println!("{what}: median {median:?}, at most {most:?}");
+    println!("{what}: median {median:.2?}, at most {most:.2?} of {}", took.len());
 }

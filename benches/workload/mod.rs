@@ -1,6 +1,8 @@
 //! The stream that all benchmarks use: what Celery 5 sends of tasks that are sent, received, started and succeed, in batches
 //! of six, as they come from one process, in the words of Python's `json`.
 
+#![allow(dead_code, reason = "each benchmark has its own copy of this module and uses some of it")]
+
 use std::time::Duration;
 
 use base64_simd::STANDARD;

@@ -37,11 +37,9 @@ use crate::telemetry::{Health, Telemetry};
 pub type Observer = Box<dyn FnMut(&Event<'_>) + Send>;
 
 /// How long copying may hold up events at a time.
-const SLICE: Duration = Duration::from_millis(1);
+pub const SLICE: Duration = Duration::from_millis(1);
 /// Bytes of the buffer that are kept from message to message.
 const KEPT: usize = 1 << 20;
-/// Rows copied between two looks at the clock.
-const ROWS: usize = 256;
 /// Nothing heard for this long after connecting is worth a warning.
 const QUIET_START: Duration = Duration::from_secs(60);
 
@@ -280,13 +278,10 @@ impl Work {
 
     fn copy(&mut self) {
         let Some((mut copying, replies)) = self.copying.take() else { return };
-        let began = Instant::now();
         let series = self.state.series();
-        while !copying.proceed(series, ROWS) {
-            if began.elapsed() >= SLICE {
-                self.copying = Some((copying, replies));
-                return;
-            }
+        if !copying.proceed_for(series, SLICE) {
+            self.copying = Some((copying, replies));
+            return;
         }
         let snapshot = Arc::new(copying.finish(series));
         for reply in replies {

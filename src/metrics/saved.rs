@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::histogram::Histogram;
 use super::label::OTHER;
-use super::series::{MAX_TYPES, PairId, Series, WorkerRow};
+use super::series::{MAX_TYPES, PairId, Series, WorkerRow, small};
 use crate::celery::cut;
 
 /// One pair's numbers.
@@ -40,14 +40,6 @@ impl WorkerRow {
     }
 }
 
-impl PairId {
-    /// As it is saved.
-    #[must_use]
-    pub fn number(self) -> u32 {
-        self.0
-    }
-}
-
 impl Series {
     /// From now on, remembers which pairs changed.
     pub fn keep_marks(&mut self) {
@@ -57,8 +49,7 @@ impl Series {
     /// Marks all pairs as changed.
     pub fn mark_all(&mut self) {
         let Self { pairs, marks, .. } = self;
-        #[allow(clippy::cast_possible_truncation, reason = "as in PairId")]
-        pairs.iter().for_each(|(pair, _)| marks.mark(pair as u32));
+        pairs.iter().for_each(|(pair, _)| marks.mark(small(pair)));
     }
 
     /// Whether any pair changed since the last [`Series::take_marks`].
@@ -160,7 +151,7 @@ impl Series {
             (None, None) if self.workers[row.0 as usize].other.is_none() => self.make_pair(row, OTHER, None),
             _ => return None,
         };
-        let restored = &mut self.pairs[pair.0 as usize];
+        let restored = &mut self.pairs[pair.place()];
         restored.events = saved.events.into_owned();
         restored.runtime = histogram.map(|(counts, sum)| Box::new(Histogram { counts: counts.into(), sum }));
         restored.prefetch_time = saved.prefetch_time;

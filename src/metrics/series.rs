@@ -3,6 +3,7 @@
 //! Families with the labels worker and task share one row a pair, those with worker alone one row a worker. A row is
 //! found by interned ids, so the key is the real label tuple; its label text is escaped once, when it is made.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use foldhash::fast::RandomState;
@@ -23,7 +24,24 @@ pub struct WorkerRow(pub(super) u32);
 
 /// The row of a (worker, task) pair. Valid as long as its worker's row is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PairId(pub(super) u32);
+pub struct PairId(NonZeroU32);
+
+impl PairId {
+    /// By its place in the slab. One more is stored, so that an `Option` of it takes no more room: tasks have two.
+    fn of(place: usize) -> Self {
+        Self(NonZeroU32::MIN.saturating_add(small(place)))
+    }
+
+    pub(super) fn place(self) -> usize {
+        self.number() as usize
+    }
+
+    /// What it is called where the state is saved.
+    #[must_use]
+    pub fn number(self) -> u32 {
+        self.0.get() - 1
+    }
+}
 
 /// A task name as the state's table knows it, together with its text.
 #[derive(Clone, Copy, Debug)]
@@ -123,8 +141,8 @@ impl Series {
     /// Removes the worker's series from all six families. `released` is told each task name its pairs held.
     pub fn remove_worker(&mut self, row: WorkerRow, mut released: impl FnMut(u32)) {
         for id in self.workers.remove(row.0 as usize).pairs {
-            self.marks.mark(id.0);
-            if let Some(task) = self.pairs.remove(id.0 as usize).task {
+            self.marks.mark(id.number());
+            if let Some(task) = self.pairs.remove(id.place()).task {
                 self.index.remove(&(row, task));
                 released(task);
             }
@@ -164,7 +182,7 @@ impl Series {
         let split = small(label.len());
         label.push(',');
         label::append(&mut label, "worker", &worker.text);
-        let id = PairId(small(self.pairs.insert(Pair {
+        let id = PairId::of(self.pairs.insert(Pair {
             number: self.made,
             worker: row,
             label: label.into(),
@@ -174,8 +192,8 @@ impl Series {
             prefetch_time: None,
             prefetched: None,
             task,
-        })));
-        self.marks.mark(id.0);
+        }));
+        self.marks.mark(id.number());
         worker.pairs.push(id);
         if task.is_none() {
             worker.other = Some(id);
@@ -194,8 +212,8 @@ impl Series {
 
     #[inline]
     fn pair_mut(&mut self, pair: PairId) -> &mut Pair {
-        self.marks.mark(pair.0);
-        &mut self.pairs[pair.0 as usize]
+        self.marks.mark(pair.number());
+        &mut self.pairs[pair.place()]
     }
 
     /// Counts one event.
@@ -211,8 +229,8 @@ impl Series {
 
     /// Observes a task's runtime in seconds.
     pub fn observe_runtime(&mut self, pair: PairId, seconds: f64) {
-        self.marks.mark(pair.0);
-        let histogram = &mut self.pairs[pair.0 as usize].runtime;
+        self.marks.mark(pair.number());
+        let histogram = &mut self.pairs[pair.place()].runtime;
         histogram.get_or_insert_with(|| Box::new(Histogram::new(&self.bounds))).observe(&self.bounds, seconds);
     }
 
@@ -246,9 +264,9 @@ impl Series {
     /// Sets the worker's prefetched-tasks gauges to 0, as far as they exist.
     pub fn empty_prefetched(&mut self, row: WorkerRow) {
         for pair in &self.workers[row.0 as usize].pairs {
-            if let Some(count @ 1..) = &mut self.pairs[pair.0 as usize].prefetched {
+            if let Some(count @ 1..) = &mut self.pairs[pair.place()].prefetched {
                 *count = 0;
-                self.marks.mark(pair.0);
+                self.marks.mark(pair.number());
             }
         }
     }
@@ -256,10 +274,9 @@ impl Series {
     /// Sets the worker's prefetch-time gauges to 0, as far as they exist.
     pub fn zero_prefetch_times(&mut self, row: WorkerRow) {
         for pair in &self.workers[row.0 as usize].pairs {
-            if let Some(seconds) = self.pairs[pair.0 as usize].prefetch_time.as_mut().filter(|seconds| **seconds != 0.0)
-            {
+            if let Some(seconds) = self.pairs[pair.place()].prefetch_time.as_mut().filter(|seconds| **seconds != 0.0) {
                 *seconds = 0.0;
-                self.marks.mark(pair.0);
+                self.marks.mark(pair.number());
             }
         }
     }

@@ -1,8 +1,12 @@
 //! A copy of the numbers, taken in slices between batches of events.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::series::{Pair, Series, Worker, small};
+
+/// Rows copied between two looks at the clock.
+const ROWS: usize = 256;
 
 /// What one scrape shows: copied numbers, and shared texts that were escaped when their series were made.
 #[derive(Debug)]
@@ -96,6 +100,17 @@ impl Copying {
         }
         self.next_pair = end;
         self.next_worker >= series.workers.capacity() && self.next_pair >= series.pairs.capacity()
+    }
+
+    /// Goes on for about so long. Whether all are copied.
+    pub fn proceed_for(&mut self, series: &Series, limit: Duration) -> bool {
+        let began = Instant::now();
+        while !self.proceed(series, ROWS) {
+            if began.elapsed() >= limit {
+                return false;
+            }
+        }
+        true
     }
 
     /// The finished copy.

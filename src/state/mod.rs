@@ -224,7 +224,7 @@ impl State {
         match &event.eta {
             Eta::Absent => {}
             Eta::None => task.eta = None,
-            Eta::At(eta) => task.eta = Some(cut(eta).into()),
+            Eta::At(eta) => task.eta = Some(Box::new(cut(eta).into())),
         }
         task.retries = event.retries.unwrap_or(task.retries);
     }

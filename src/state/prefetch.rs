@@ -37,7 +37,7 @@ impl State {
         let (worker, epoch, gone) = (sender.id, sender.epoch, sender.presence == Presence::Offline);
         let task = self.tasks.get_mut(slot);
         task.state = task.state.after(TaskState::Received);
-        if task.last_runner == worker && time <= task.last_start {
+        if task.started_by == worker && time <= task.started {
             // Late news of a run that has begun. Flower shows a series for it all the same.
             if task.received == 0.0 {
                 task.received = time;
@@ -56,7 +56,7 @@ impl State {
     fn start(&mut self, slot: u32, worker: WorkerId, pair: PairId, time: f64) {
         let task = self.tasks.get_mut(slot);
         task.state = task.state.after(TaskState::Started);
-        (task.started, task.last_start, task.last_runner) = (time, time, worker);
+        (task.started, task.started_by) = (time, worker);
         let closed = task.entry.take_if(|entry| entry.worker == worker);
         let measured = task.eta.is_none() && task.received_by == worker && task.received != 0.0;
         let waited = (time - task.received).max(0.0);
@@ -75,7 +75,7 @@ impl State {
         let task = self.tasks.get_mut(slot);
         task.state = task.state.after(state);
         task.ended = event.timestamp.unwrap_or_default();
-        task.runtime = event.runtime.filter(|seconds| *seconds >= 0.0).or(task.runtime);
+        task.runtime = event.runtime.filter(|seconds| *seconds >= 0.0).unwrap_or(task.runtime);
         let holds_entry = task.entry.is_some_and(|entry| entry.worker == worker && entry.epoch == epoch);
         let holds_run = task.run.is_some_and(|run| run.worker == worker);
         let never_ran = state == TaskState::Revoked && !event.terminated;

@@ -17,7 +17,7 @@ use crate::celery::cut;
 use crate::metrics::{OTHER, PairId, SavedGauges, SavedPair, WorkerRow};
 
 /// The version of these records, and of the hashes beside them. Any other is not read.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// What a save writes: the records of rows by number, none for a row that is gone.
 #[derive(Debug, Default)]
@@ -115,8 +115,7 @@ struct SavedTask<'a> {
     received_by: WorkerId,
     entry: Option<(WorkerId, u32, u32)>,
     run: Option<(WorkerId, Option<u32>)>,
-    last_runner: WorkerId,
-    last_start: f64,
+    started_by: WorkerId,
     is_ours: bool,
     order: u64,
 }
@@ -204,18 +203,17 @@ impl State {
             name: Cow::Borrowed(self.names.text(task.name)),
             state: task.state,
             retries: task.retries,
-            eta: task.eta.as_deref().map(Cow::Borrowed),
+            eta: task.eta.as_deref().map(|eta| Cow::Borrowed(&**eta)),
             worker: task.worker,
             sent: task.sent,
             received: task.received,
             started: task.started,
             ended: task.ended,
-            runtime: task.runtime,
+            runtime: (task.runtime >= 0.0).then_some(task.runtime),
             received_by: task.received_by,
             entry: task.entry.map(|entry| (entry.worker, entry.epoch, entry.pair.number())),
             run: task.run.map(|run| (run.worker, run.pair.map(PairId::number))),
-            last_runner: task.last_runner,
-            last_start: task.last_start,
+            started_by: task.started_by,
             is_ours: task.is_ours,
             order: task.order,
         }
@@ -325,11 +323,11 @@ impl Restoring {
         task.name = self.state.names.hold_text(&saved.name);
         (task.state, task.retries, task.is_ours) = (saved.state, saved.retries, saved.is_ours);
         task.order = saved.order;
-        task.eta = saved.eta.map(|eta| cut(&eta).into());
+        task.eta = saved.eta.map(|eta| Box::new(cut(&eta).into()));
         (task.sent, task.received) = (saved.sent, saved.received);
-        (task.started, task.ended, task.runtime) = (saved.started, saved.ended, saved.runtime);
-        (task.worker, task.received_by) = (saved.worker, saved.received_by);
-        (task.last_runner, task.last_start) = (saved.last_runner, saved.last_start);
+        (task.started, task.ended) = (saved.started, saved.ended);
+        task.runtime = saved.runtime.unwrap_or(task.runtime);
+        (task.worker, task.received_by, task.started_by) = (saved.worker, saved.received_by, saved.started_by);
         let slot = self.state.tasks.restore(task);
         self.moved |= slot != number;
         Ok(())

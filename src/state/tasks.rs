@@ -95,27 +95,29 @@ pub(super) struct Run {
     pub(super) pair: Option<PairId>,
 }
 
-/// What is remembered of a task. Times are Unix seconds by the sender's clock, 0 for none.
+/// What is remembered of a task, in 136 bytes: there may be a million. Times are Unix seconds by the sender's clock, 0
+/// for none.
 #[derive(Debug)]
 pub(super) struct Task {
     pub(super) id: TaskId,
     pub(super) name: NameId,
     pub(super) state: TaskState,
     pub(super) retries: u32,
-    pub(super) eta: Option<Box<str>>,
+    /// Few tasks have one: not more than a pointer's room for those that do not.
+    pub(super) eta: Option<Box<Box<str>>>,
     pub(super) worker: WorkerId,
     pub(super) sent: f64,
     pub(super) received: f64,
     pub(super) started: f64,
     pub(super) ended: f64,
-    pub(super) runtime: Option<f64>,
+    /// In seconds; below 0 for none.
+    pub(super) runtime: f64,
     /// Whose `received` it is.
     pub(super) received_by: WorkerId,
     pub(super) entry: Option<Entry>,
     pub(super) run: Option<Run>,
-    /// Who started it last, at `last_start`.
-    pub(super) last_runner: WorkerId,
-    pub(super) last_start: f64,
+    /// Who started it last.
+    pub(super) started_by: WorkerId,
     /// An event of it was counted here; otherwise only its name is of use.
     pub(super) is_ours: bool,
     /// Grows from task to task as they are put into their lists.
@@ -124,6 +126,8 @@ pub(super) struct Task {
     newer: u32,
     listed_finished: bool,
 }
+
+const _: () = assert!(size_of::<Task>() == 136);
 
 impl Task {
     pub(super) fn new(id: TaskId) -> Self {
@@ -138,12 +142,11 @@ impl Task {
             received: 0.0,
             started: 0.0,
             ended: 0.0,
-            runtime: None,
+            runtime: -1.0,
             received_by: WorkerId::NONE,
             entry: None,
             run: None,
-            last_runner: WorkerId::NONE,
-            last_start: 0.0,
+            started_by: WorkerId::NONE,
             is_ours: false,
             order: 0,
             older: NOBODY,
@@ -419,9 +422,9 @@ impl TaskView {
             received: known(task.received),
             started: known(task.started),
             ended: known(task.ended),
-            runtime: task.runtime.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
+            runtime: Duration::try_from_secs_f64(task.runtime).ok(),
             retries: task.retries,
-            eta: task.eta.as_deref().map(str::to_owned),
+            eta: task.eta.as_deref().map(ToString::to_string),
         }
     }
 }
