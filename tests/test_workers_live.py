@@ -32,7 +32,7 @@ def test_a_day_in_the_life(lab, broker, pool):
             (UNICODE, ()),
         ]:
             app.send_task(name, arguments)
-        # Expired when it arrives: revoked, and never received.
+        # Expired when it arrives: revoked, and never received. Only the client tells its name, maybe later than that.
         app.send_task("add", (1, 2), expires=-10)
         app.send_task("add", (1, 2), countdown=1)
         later = app.send_task("add", (1, 2), countdown=2)
@@ -43,7 +43,7 @@ def test_a_day_in_the_life(lab, broker, pool):
                 m.events("succeeded", host, "add") == 3
                 and m.events("succeeded", host, "retry") == 1
                 and m.events("rejected", host) == 1
-                and m.events("revoked", host, "add") == 2
+                and m.events("revoked", host) == 2
             ),
             30,
         )
@@ -70,7 +70,7 @@ def test_a_day_in_the_life(lab, broker, pool):
         ("received", "add", 8),
         ("started", "add", 7),
         ("succeeded", "add", 7),
-        ("revoked", "add", 2),
+        ("revoked", None, 2),
         ("failed", "fail", 1),
         ("received", "retry", 2),
         ("retried", "retry", 1),
@@ -82,7 +82,7 @@ def test_a_day_in_the_life(lab, broker, pool):
         assert samples.events(kind, host, task) == count, (kind, task)
     [sender] = {dict(labels)["worker"] for name, labels in samples if name == EVENTS} - {host}
     assert sender.startswith("gen") and samples.events("sent", sender, "add") == 9
-    assert samples.total(EVENTS, task="") == 0, "every name is known"
+    assert samples.total(EVENTS, task="") == samples.events("revoked", host, ""), "every other name is known"
     assert samples.total(PREFETCHED, worker=host) == 0
     assert samples.total(PREFETCH_TIME, worker=host) == 0
     assert samples.one(f"{RUNTIME}_count", worker=host, task="nap") == 2
