@@ -59,14 +59,16 @@ fn plant_values(text: &str) -> String {
 }
 
 fn plant_value(line: &str) -> String {
-    let key = line.split('=').next().unwrap_or_default().trim().to_ascii_lowercase();
+    let Some((name, value)) = line.split_once('=') else { return line.to_owned() };
+    let key = name.trim().to_ascii_lowercase();
     let last = key.rsplit(['.', '_']).next().unwrap_or_default();
-    match key.rsplit("__").next() {
+    let value = match key.rsplit("__").next() {
         // A list of URLs, or an escape that may be a separator: not understood here.
-        _ if last == "url" && !line.contains([',', '\\']) => plant(line),
-        Some(key) if key.ends_with("sentinel_password") => line.replace("{secret}", SECRET),
-        _ => line.to_owned(),
-    }
+        _ if last == "url" && !line.contains([',', '\\']) => plant(value),
+        Some(key) if key.ends_with("sentinel_password") => value.replace("{secret}", SECRET),
+        _ => return line.to_owned(),
+    };
+    format!("{name}={value}")
 }
 
 /// The report without the sources.

@@ -1,0 +1,89 @@
+"""A Prometheus server, and what a panel of Grafana asks of it."""
+
+import json
+import math
+import re
+import urllib.error
+import urllib.parse
+import urllib.request
+
+from .processes import ROOT, Process, directory, free_port, wait_until
+
+RULES = ROOT / "deploy/prometheus"
+FILES = ["flower.rules.yml", "flower.alerts.yml", "flower-self.alerts.yml"]
+
+
+class Prometheus(Process):
+    """Scrapes these ports of ours every second, and evaluates the shipped rules as often."""
+
+    def __init__(self, ports=(), rules=FILES, job="flower-exporter"):
+        self.port = free_port()
+        home = directory("prometheus")
+        config = home / "prometheus.yml"
+        scrape = {"job_name": job, "static_configs": [{"targets": [f"127.0.0.1:{port}" for port in ports]}]}
+        config.write_text(
+            json.dumps(
+                {
+                    "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+                    "rule_files": [str(RULES / name) for name in rules],
+                    "scrape_configs": [scrape],
+                }
+            )
+        )
+        super().__init__(
+            "prometheus",
+            [
+                "prometheus",
+                f"--config.file={config}",
+                f"--storage.tsdb.path={home / 'tsdb'}",
+                f"--web.listen-address=127.0.0.1:{self.port}",
+            ],
+            cwd=home,
+        )
+
+    def ready(self):
+        def answers():
+            assert self.running, self.log()
+            try:
+                return self.get("/-/ready")
+            except OSError:
+                return False
+
+        wait_until(answers, 30, lambda: f"prometheus is ready\n{self.log()}")
+        return self
+
+    def get(self, path, **parameters):
+        url = f"http://127.0.0.1:{self.port}{path}?{urllib.parse.urlencode(parameters, doseq=True)}"
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return response.read()
+
+    def api(self, path, **parameters):
+        try:
+            return json.loads(self.get(f"/api/v1/{path}", **parameters))["data"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{path} {parameters}: {error.read().decode()}") from error
+
+    def instant(self, query, at=None):
+        """[(labels, value)], without the values that are no number."""
+        found = self.api("query", query=query, **({"time": at} if at else {}))["result"]
+        return [
+            (series["metric"], value) for series in found if not math.isnan(value := float(series["value"][1]))
+        ]
+
+    def range(self, query, start, end, step=1):
+        """[(labels, [values])], likewise; a series of nothing else is left out."""
+        found = self.api("query_range", query=query, start=start, end=end, step=step)["result"]
+        series = [
+            (one["metric"], [value for _, text in one["values"] if not math.isnan(value := float(text))])
+            for one in found
+        ]
+        return [(labels, values) for labels, values in series if values]
+
+    def label_values(self, query, start, end):
+        """Of a variable's query `label_values(SELECTOR, LABEL)`."""
+        selector, label = re.fullmatch(r"label_values\((.*), *(\w+)\)", query).groups()
+        return self.api(f"label/{label}/values", **{"match[]": selector}, start=start, end=end)
+
+    def rules(self):
+        """Every rule of every file, as Prometheus has read it."""
+        return [rule for group in self.api("rules")["groups"] for rule in group["rules"]]

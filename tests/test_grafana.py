@@ -1,0 +1,220 @@
+"""The dashboard in deploy/grafana: each of its queries, asked of a real Prometheus as Grafana would ask it."""
+
+import json
+import re
+import time
+from functools import partial
+
+import pytest
+
+from support.exporter import CLEAN
+from support.exposition import EXECUTING, PREFETCH_TIME, PREFETCHED
+from support.processes import ROOT, TEST_ENV, Process, free_port, wait_until
+from support.prometheus import Prometheus
+from support.worker import client
+
+GRAFANA = ROOT / "deploy/grafana"
+FILE = GRAFANA / "flower-exporter.json"
+DASHBOARD = json.loads(FILE.read_text())
+VARIABLES = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
+PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+
+#: What the dashboard and the alerts published with Flower ask for.
+SELECTED = 'worker=~"$worker", task=~"$task"'
+FLOWERS_QUERIES = [
+    'count(flower_worker_online{worker=~"$worker"} == 1) or vector(0)',
+    'count(flower_worker_online{worker=~"$worker"} == 0) or vector(0)',
+    f'sum(increase(flower_events_total{{{SELECTED}, type=~"task-(succeeded|failed)"}}[$__range])) or vector(0)',
+    f'sum(increase(flower_events_total{{{SELECTED}, type="task-failed"}}[$__range])) or vector(0)',
+    'flower_worker_number_of_currently_executing_tasks{worker=~"$worker"}',
+    *(
+        f"sum by (worker) (increase(flower_events_total{{{SELECTED}, type{kind}}}[$__rate_interval]))"
+        for kind in ('=~"task-(succeeded|failed)"', '="task-failed"', '="task-retried"')
+    ),
+    f"sum by (worker) (flower_worker_prefetched_tasks{{{SELECTED}}})",
+    f"avg by (task) (flower_task_prefetch_time_seconds{{{SELECTED}}})",
+    f"sum by (task) (rate(flower_task_runtime_seconds_sum{{{SELECTED}}}[$__rate_interval])) / clamp_min("
+    f"sum by (task) (rate(flower_task_runtime_seconds_count{{{SELECTED}}}[$__rate_interval])), 0.000000001)",
+    "histogram_quantile(0.95, sum by (le, task) "
+    f"(rate(flower_task_runtime_seconds_bucket{{{SELECTED}}}[$__rate_interval])))",
+    "flower_worker_online",
+    '(sum(avg_over_time(flower_events_total{type="task-failed"}[15m])) by (task) / '
+    'sum(avg_over_time(flower_events_total{type=~"task-failed|task-succeeded"}[15m])) by (task)) * 100',
+    "sum(avg_over_time(flower_task_prefetch_time_seconds[15m])) by (task, worker)",
+]
+
+
+class Viewer:
+    """A dashboard open over `server`, from `start` to `end`, with a scrape interval of 1 s."""
+
+    def __init__(self, server, start, end, **chosen):
+        self.server, self.start, self.end = server, start, end
+        self.values = {"__range": f"{end - start}s", "__rate_interval": "4s"}
+        for name in ("broker", "worker", "task"):
+            self.values[name] = VARIABLES[name]["allValue"]
+        self.values |= {name: self.choice(values) for name, values in chosen.items()}
+
+    @staticmethod
+    def choice(values):
+        """What Grafana makes of a variable of several values in a query of Prometheus."""
+        escaped = [re.sub(r"[$^*{}\[\]'+?.()|]", r"\\\\\g<0>", value.replace("\\", "\\\\\\\\")) for value in values]
+        return escaped[0] if len(escaped) == 1 else f"({'|'.join(escaped)})"
+
+    def fill(self, query):
+        return re.sub(r"\$(\w+)", lambda found: self.values[found[1]], query)
+
+    def ask(self, query, instant=False):
+        if instant:
+            return [(labels, [value]) for labels, value in self.server.instant(self.fill(query), self.end)]
+        return self.server.range(self.fill(query), self.start, self.end)
+
+    def options(self, variable):
+        return self.server.label_values(self.fill(variable["query"]["query"]), self.start, self.end)
+
+    def panel(self, title, reduce=lambda values: values[-1]):
+        """Each query's answer: {labels: last value}."""
+        [panel] = [panel for panel in PANELS if panel["title"] == title]
+        return [
+            {tuple(labels.values()): reduce(values) for labels, values in self.ask(target["expr"], target["instant"])}
+            for target in panel["targets"]
+        ]
+
+    def missing(self):
+        """What shows no data, or not what its legend says."""
+        for panel in PANELS:
+            for target in panel["targets"]:
+                found = self.ask(target["expr"], target["instant"])
+                legend = set(re.findall(r"{{(\w+)}}", target["legendFormat"])) - {"broker"}
+                if not found or not all(legend <= set(labels) for labels, _ in found):
+                    yield panel["title"], target["expr"], found
+
+
+def start_flower(lab, broker):
+    port = free_port()
+    options = ["--address=127.0.0.1", f"--port={port}"]
+    flower = Process("flower", [TEST_ENV / "flower/bin/celery", "-b", broker.url, "flower", *options], env=CLEAN)
+    lab.callback(flower.kill)
+    return port
+
+
+def test_every_query_has_data(lab, redis):
+    """Every panel, variable and rule on two exporters of one broker, and on Flower; and Flower's queries on ours.
+
+    All tasks run after the servers have begun to scrape, so the counts of the time range are exact: first events count,
+    and each once, though two exporters have seen it.
+    """
+    workers = [lab.worker(redis) for _ in range(2)]
+    settings = {"events": {"enable_interval": "500ms"}, "metrics": {"self_metrics": True}}
+    exporters = [lab.exporter(redis, settings, ready=False) for _ in range(2)]
+    flower = start_flower(lab, redis)
+    ours, flowers = servers = Prometheus([exporter.port for exporter in exporters]), Prometheus([flower])
+    for server in servers:
+        lab.callback(server.kill)
+        server.ready()
+    for worker in workers:
+        worker.ready()
+        wait_until(lambda worker=worker: "enabled by remote" in worker.log(), 20, worker.log)
+
+    def until(query):
+        """Every server has a value other than 0."""
+        for server in servers:
+            wait_until(partial(holds, server, query), 20, partial(state, server, query))
+
+    until("count(flower_worker_online == 1) == 2 * count(up == 1)")
+    begin = int(time.time()) + 1
+    until(f"timestamp(up) > {begin}")
+
+    def events(kind, count):
+        return f'sum(flower_events_total{{type="task-{kind}"}}) == {count} * count(up)'
+
+    with client(redis) as app:
+
+        def load():
+            for name, arguments in [*[("add", (1, 2))] * 50, ("fail", ()), ("retry", ())]:
+                app.send_task(name, arguments)
+            for _ in range(8):  # more than two workers of two processes can start
+                app.send_task("nap", (2,))
+
+        load()
+        until(events("succeeded", 59))
+        load()
+        until(events("succeeded", 118))
+        until(events("failed", 2))
+        for gauge in (PREFETCHED, EXECUTING, PREFETCH_TIME):
+            until(f"max(max_over_time({gauge}[5m])) > 0")
+
+    for server in servers:
+        viewer = Viewer(server, begin, int(time.time()) + 1)
+        assert list(viewer.missing()) == []
+        assert [set(viewer.options(VARIABLES[name])) for name in ("broker", "worker", "task")] == [
+            set(),
+            {worker.hostname for worker in workers},
+            {"add", "nap", "fail", "retry"},
+        ]
+        assert viewer.panel("Workers online") == [{(): 2}]
+        assert viewer.panel("Workers offline") == [{(): 0}]
+        assert viewer.panel("Failure ratio") == [{(): pytest.approx(2 / 120)}]
+        assert viewer.panel("Tasks by outcome") == [
+            {("add",): 100, ("nap",): 16, ("fail",): 0, ("retry",): 2},
+            {("add",): 0, ("nap",): 0, ("fail",): 2, ("retry",): 0},
+            {("add",): 0, ("nap",): 0, ("fail",): 0, ("retry",): 2},
+        ]
+        [ratios] = viewer.panel("Failure ratio, by task", max)
+        assert ratios == {("add",): 0, ("nap",): 0, ("fail",): 1, ("retry",): 0}
+        one = Viewer(server, begin, viewer.end, worker=[workers[0].hostname], task=["add", "nap", "a.(b)"])
+        assert one.panel("Workers online") == [{(): 1}]
+        assert one.panel("Failure ratio") == [{(): 0}]
+        assert {("add",)} <= set(one.panel("Finished tasks, by task")[0]) <= {("add",), ("nap",)}
+        wait_until(lambda server=server: not [*unsettled(server)], 20, lambda server=server: [*unsettled(server)])
+
+    viewer = Viewer(ours, begin, int(time.time()) + 1)
+    assert [query for query in FLOWERS_QUERIES if not viewer.ask(query)] == []
+
+
+def holds(server, query):
+    return any(value for _, value in server.instant(query))
+
+
+def state(server, query):
+    return "\n".join([query, *(f"{labels}: {value}" for labels, value in server.instant('{__name__=~"flower_.*", le=""}'))])
+
+
+def unsettled(server):
+    """Rules with an error, recording rules without data, and alerts that fire or are about to: the cluster is well."""
+    for rule in server.rules():
+        silent = rule["type"] == "recording" and not server.instant(rule["name"])
+        if rule["health"] != "ok" or silent or rule.get("state", "inactive") != "inactive":
+            yield {key: rule.get(key) for key in ("name", "health", "lastError", "state", "alerts")}
+
+
+def test_dashboard_is_complete_and_readable():
+    """What Grafana and its reader need: ids, variables, units, descriptions, thresholds; the same form at each change."""
+    assert FILE.read_text() == json.dumps(DASHBOARD, indent=2, ensure_ascii=False) + "\n"
+    assert "__inputs" not in DASHBOARD and DASHBOARD["id"] is None and DASHBOARD["uid"]
+    assert list(VARIABLES) == ["datasource", "broker", "worker", "task"]
+    assert VARIABLES["datasource"]["type"] == "datasource"
+    assert all(VARIABLES[name]["multi"] and VARIABLES[name]["includeAll"] for name in ("broker", "worker", "task"))
+    ids = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(set(ids)) == len(ids)
+    taken = set()
+    for panel in DASHBOARD["panels"]:
+        place = panel["gridPos"]
+        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        assert not cells & taken and max(cells)[0] < 24, panel["title"]
+        taken |= cells
+    datasource = {"type": "prometheus", "uid": "${datasource}"}
+    for panel in PANELS:
+        defaults = panel["fieldConfig"]["defaults"]
+        assert panel["title"] and panel["description"] and defaults["unit"] and defaults["thresholds"], panel["title"]
+        assert all(source["datasource"] == datasource for source in [panel, *panel["targets"]])
+        for target in panel["targets"]:
+            assert all(f'{name}=~"${name}"' in target["expr"] for name in ("broker", "worker")), target["expr"]
+
+
+def test_provisioning():
+    """The examples are YAML of the form that Grafana reads, and name what the dashboard needs."""
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not there")
+    [source] = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yml").read_text())["datasources"]
+    assert source["type"] == "prometheus" and source["jsonData"]["timeInterval"]
+    [provider] = yaml.safe_load((GRAFANA / "provisioning/dashboards/flower-exporter.yml").read_text())["providers"]
+    assert provider["type"] == "file" and provider["options"]["path"]
