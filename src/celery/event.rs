@@ -413,6 +413,51 @@ mod tests {
         }
     }
 
+    /// What Python writes of a received and a succeeded task and of a heartbeat.
+    const PYTHON: &str = concat!(
+        r#"[{"hostname": "celery@w1", "utcoffset": 0, "pid": 77, "clock": 12, "uuid": "0b6a3b4e-9d3f-4a53-93a1", "#,
+        r#""name": "shop.add", "args": "('it\\'s', \"\u00e9\")", "kwargs": "{}", "root_id": null, "retries": 1, "eta": null, "#,
+        r#""timestamp": 1763820000.1234567, "type": "task-received"}, {"hostname": "w", "uuid": "a", "result": "[1, 2]", "#,
+        r#""runtime": 8.8e-05, "timestamp": 1763820000.5, "type": "task-succeeded"}, {"hostname": "w", "freq": 2.0, "#,
+        r#""active": 0, "processed": 3, "loadavg": [0.5, 0.25, 1], "sw_ident": "py-celery", "timestamp": -0.0, "#,
+        r#""x": [[], {"a": {}}], "type": "worker-heartbeat"}]"#
+    );
+
+    fn told(decode: impl FnOnce(&mut dyn FnMut(Result<Event<'_>, Reject>))) -> Vec<String> {
+        let mut seen = Vec::new();
+        decode(&mut |event| seen.push(format!("{event:?}")));
+        seen
+    }
+
+    #[test]
+    fn what_python_writes_is_read_by_the_quick_reader() {
+        let mut rest = &PYTHON[1..];
+        for _ in 0..3 {
+            let (_, length) = Fields::scan(rest).unwrap();
+            rest = rest[length..].trim_start_matches([',', ' ']);
+        }
+        assert_eq!(rest, "]");
+    }
+
+    proptest::proptest! {
+        /// Both readers agree on what Python writes, and on what comes out when that is damaged.
+        #[test]
+        fn the_quick_reader_agrees_with_serde(
+            damage in proptest::collection::vec((0..PYTHON.len(), proptest::sample::select(&b"\"\\{}[],: 0-.e1nu\x00\x80\n"[..])), 0..4),
+            cut in 0..PYTHON.len() * 2,
+            keep_raw: bool,
+        ) {
+            let mut body = PYTHON.as_bytes().to_vec();
+            for (at, byte) in damage {
+                body[at] = byte;
+            }
+            body.truncate(cut.max(1));
+            let quick = told(|each| decode(&body, keep_raw, each));
+            let slow = told(|each| decode_by_serde(&body, keep_raw, each));
+            proptest::prop_assert_eq!(quick, slow);
+        }
+    }
+
     #[test]
     fn what_an_event_must_have() {
         for (body, expected) in [
