@@ -12,7 +12,8 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::runtime::Handle;
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until};
 
 /// Between two readings that emptied the socket.
 const PAUSE: Duration = Duration::from_millis(25);
@@ -67,7 +68,8 @@ enum State<S: Socket> {
 pub(super) struct Paced<S: Socket> {
     state: State<S>,
     runtime: Handle,
-    pause: Pin<Box<Sleep>>,
+    /// A task, since it is cancelled with its runtime, while a timer that outlives it panics: lapin's thread may.
+    pause: Option<JoinHandle<()>>,
     /// When all readings so far would have been due, had there been a pause between each two.
     due: Instant,
 }
@@ -75,8 +77,7 @@ pub(super) struct Paced<S: Socket> {
 impl<S: Socket> Paced<S> {
     /// To be called on a tokio runtime.
     pub(super) fn new(socket: S) -> Self {
-        let (runtime, now) = (Handle::current(), Instant::now());
-        Self { state: State::Watched(socket), runtime, pause: Box::pin(sleep(Duration::ZERO)), due: now }
+        Self { state: State::Watched(socket), runtime: Handle::current(), pause: None, due: Instant::now() }
     }
 
     /// So much was read into so much room: is it time for a pause?
@@ -87,8 +88,8 @@ impl<S: Socket> Paced<S> {
         let now = Instant::now();
         self.due = self.due.max(now) + PAUSE;
         if self.due > now + PAUSE * AT_ONCE {
-            self.pause.as_mut().reset(self.due - PAUSE * AT_ONCE);
             self.unwatch()?;
+            self.pause = Some(self.runtime.spawn(sleep_until(self.due - PAUSE * AT_ONCE)));
         }
         Ok(())
     }
@@ -122,8 +123,10 @@ impl<S: Socket> AsyncRead for Paced<S> {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let (before, room) = (buffer.filled().len(), buffer.remaining());
-        if let State::Unwatched(_) = self.state {
-            ready!(self.pause.as_mut().poll(context));
+        if let Some(pause) = &mut self.pause {
+            // Over, or cancelled: there is nothing more to wait for.
+            let _ = ready!(Pin::new(pause).poll(context));
+            self.pause = None;
         }
         if let State::Unwatched(socket) = &mut self.state {
             match socket.read(buffer.initialize_unfilled_to(room.min(LARGE))) {
@@ -166,11 +169,14 @@ mod tests {
     use std::future::poll_fn;
 
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::task::yield_now;
     use tokio::time::advance;
 
     use super::*;
 
     async fn is_readable(paced: &mut Paced<UnixStream>, buffer: &mut Vec<u8>) -> bool {
+        // The pause's task has its turn.
+        yield_now().await;
         let mut reading = std::pin::pin!(paced.read_buf(buffer));
         poll_fn(|context| Poll::Ready(reading.as_mut().poll(context).is_ready())).await
     }
@@ -238,6 +244,18 @@ mod tests {
         }
         drop(writer.join().unwrap());
         assert_eq!(paced.read(&mut buffer).await.unwrap(), 0, "the end comes through");
+    }
+
+    #[test]
+    fn a_pause_ends_with_its_runtime() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (mut paced, theirs) = runtime.block_on(tired());
+        runtime.shutdown_background();
+        drop(theirs);
+        let mut buffer = Vec::new();
+        let mut reading = std::pin::pin!(paced.read_buf(&mut buffer));
+        let mut context = Context::from_waker(std::task::Waker::noop());
+        assert!(matches!(reading.as_mut().poll(&mut context), Poll::Ready(Ok(0))));
     }
 
     #[tokio::test(start_paused = true)]
