@@ -167,6 +167,7 @@ impl<S: Socket> AsyncWrite for Paced<S> {
 #[cfg(test)]
 mod tests {
     use std::future::poll_fn;
+    use std::task::Waker;
 
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::task::yield_now;
@@ -248,14 +249,19 @@ mod tests {
 
     #[test]
     fn a_pause_ends_with_its_runtime() {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let (mut paced, theirs) = runtime.block_on(tired());
-        runtime.shutdown_background();
-        drop(theirs);
-        let mut buffer = Vec::new();
-        let mut reading = std::pin::pin!(paced.read_buf(&mut buffer));
-        let mut context = Context::from_waker(std::task::Waker::noop());
-        assert!(matches!(reading.as_mut().poll(&mut context), Poll::Ready(Ok(0))));
+        for is_closed in [true, false] {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let (mut paced, theirs) = runtime.block_on(tired());
+            runtime.shutdown_background();
+            let kept = (!is_closed).then_some(theirs);
+            let mut buffer = Vec::new();
+            let mut reading = std::pin::pin!(paced.read_buf(&mut buffer));
+            let Poll::Ready(end) = reading.as_mut().poll(&mut Context::from_waker(Waker::noop())) else {
+                panic!("it waits for ever");
+            };
+            assert_eq!(end.is_ok_and(|count| count == 0), is_closed);
+            drop(kept);
+        }
     }
 
     #[tokio::test(start_paused = true)]
