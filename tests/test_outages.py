@@ -164,6 +164,21 @@ def test_broker_that_no_longer_hears_us(lab, vhost):
     outage.over()
 
 
+def test_broker_that_only_hums(lab, vhost):
+    """Its heartbeats come and nothing else, no answer either: given up after 15 s, or three heartbeats."""
+    path = lab.proxy(vhost)
+    outage = Outage(lab, vhost, IMPATIENT, path=path)
+    path.stall()
+    end = time.monotonic() + 15 + 5
+    while outage.exporter.healthz(ready=True)[0] == 200:
+        assert time.monotonic() < end, outage.exporter.log()
+        path.say(b"\x08\0\0\0\0\0\0\xce")
+        time.sleep(0.2)
+    assert "no answer from the broker for 15 s" in outage.exporter.log()
+    path.forget()
+    outage.over()
+
+
 def test_stop_on_a_silent_path(lab, broker):
     """SIGTERM ends it in time, though nobody answers when it takes its leave."""
     path = lab.proxy(broker)

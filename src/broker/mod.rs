@@ -237,6 +237,12 @@ impl Control {
         }
     }
 
+    /// Whether both halves have one connection, so that an error here is the end of the subscription, too.
+    #[must_use]
+    pub fn shares_connection(&self) -> bool {
+        matches!(self, Self::Amqp(_))
+    }
+
     /// Takes leave of the broker.
     pub async fn close(&self) {
         match self {

@@ -89,7 +89,9 @@ impl<S: Socket> Paced<S> {
         self.due = self.due.max(now) + PAUSE;
         if self.due > now + PAUSE * AT_ONCE {
             self.unwatch()?;
-            self.pause = Some(self.runtime.spawn(sleep_until(self.due - PAUSE * AT_ONCE)));
+            let end = self.due - PAUSE * AT_ONCE;
+            // A timer, too, must be made on the runtime.
+            self.pause = Some(self.runtime.spawn(async move { sleep_until(end).await }));
         }
         Ok(())
     }

@@ -21,7 +21,7 @@ class Proxy:
         #: Connections that were accepted, and bytes that a stall has kept back.
         self.attempts = self.kept_back = 0
         self._target = int(re.search(r"127\.0\.0\.1:(\d+)/", broker.url)[1])
-        self._server, self._drops, self._ends = None, False, set()
+        self._server, self._drops, self._ends, self._near = None, False, set(), set()
         self._gates = asyncio.Event(), asyncio.Event()  # inward, outward
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
@@ -44,6 +44,10 @@ class Proxy:
         """Nothing reaches the exporter (inward), the broker (outward); what is sent waits. Nobody is told."""
         self._do(self._open(not inward, not outward))
         self._drops = False
+
+    def say(self, data):
+        """Speaks to the exporter on every connection, in the broker's stead."""
+        self._do(self._speak(data))
 
     def refuse(self):
         """New connections are refused, as where nothing listens."""
@@ -92,6 +96,10 @@ class Proxy:
                 writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             writer.transport.abort()
 
+    async def _speak(self, data):
+        for writer in self._near:
+            writer.write(data)
+
     async def _give_up(self):
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
@@ -105,7 +113,7 @@ class Proxy:
             if self._drops:
                 return
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
-            with self._among_ends(far_writer):
+            with self._among_ends(far_writer), self._listening(writer):
                 pumps = self._pump(reader, far_writer, outward), self._pump(far_reader, writer, inward)
                 tasks = [asyncio.create_task(each) for each in pumps]
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -121,6 +129,14 @@ class Proxy:
                 writer.write(data)
                 await writer.drain()
         await gate.wait()
+
+    @contextlib.contextmanager
+    def _listening(self, writer):
+        self._near.add(writer)
+        try:
+            yield
+        finally:
+            self._near.discard(writer)
 
     @contextlib.contextmanager
     def _among_ends(self, writer):

@@ -8,6 +8,7 @@ use std::fmt;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use async_compat::Compat;
 use bytes::Bytes;
@@ -24,6 +25,7 @@ use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserIn
 use lapin::{AsyncTcpStream, BasicProperties, Channel, Connection, ConnectionProperties, Consumer, ExchangeKind};
 use tokio::net::TcpStream;
 use tokio::sync::Mutex;
+use tokio::time::timeout;
 
 use topology::Topology;
 
@@ -38,6 +40,9 @@ use crate::tls;
 /// Messages and bytes of one batch, about.
 const MAX_BATCH: usize = 1024;
 const MAX_BATCH_BYTES: usize = 1 << 20;
+
+/// No answer for so long, or for three heartbeats: the broker is given up.
+const SILENCE: Duration = Duration::from_secs(15);
 
 /// The receiving half.
 pub struct Subscription {
@@ -65,6 +70,8 @@ pub struct Control {
     topology: Topology,
     pidbox: String,
     prefetch: u16,
+    /// With a question that is not answered.
+    patience: Duration,
     _leash: Leash,
 }
 
@@ -101,7 +108,9 @@ pub(super) async fn connect(
     };
     let pidbox = format!("{}.pidbox", settings.events.control_exchange);
     let publishing = Mutex::new(None);
-    Ok((subscription, Control { connection, consuming, publishing, topology, pidbox, prefetch, _leash: leash }))
+    let patience = (settings.broker.amqp.heartbeat * 3).max(SILENCE);
+    let control = Control { connection, consuming, publishing, topology, pidbox, prefetch, patience, _leash: leash };
+    Ok((subscription, control))
 }
 
 /// Makes the connection on a socket of our own. A connection that lapin has begun and we have given up would keep its
@@ -303,9 +312,10 @@ impl Control {
         Ok(())
     }
 
-    /// Any question that changes nothing: here, the prefetch that is set already.
+    /// Any question that changes nothing: here, the prefetch that is set already. lapin itself only looks for bytes.
     pub(super) async fn pulse(&self) -> Result<(), Error> {
-        self.consuming.basic_qos(self.prefetch, BasicQosOptions { global: false }).await.map_err(failed)
+        let answer = self.consuming.basic_qos(self.prefetch, BasicQosOptions { global: false });
+        timeout(self.patience, answer).await.map_err(|_| Error::Silent(self.patience))?.map_err(failed)
     }
 
     pub(super) async fn close(&self) {
