@@ -237,7 +237,7 @@ impl Control {
         }
     }
 
-    /// Whether both halves have one connection, so that an error here is the end of the subscription, too.
+    /// Whether both halves have one connection, so that a broker that is silent here is deaf to the subscription, too.
     #[must_use]
     pub fn shares_connection(&self) -> bool {
         matches!(self, Self::Amqp(_))

@@ -72,12 +72,20 @@ pub(super) struct Paced<S: Socket> {
     pause: Option<JoinHandle<()>>,
     /// When all readings so far would have been due, had there been a pause between each two.
     due: Instant,
+    /// A writer waits for room: whoever is not watched is not told of it.
+    is_full: bool,
 }
 
 impl<S: Socket> Paced<S> {
     /// To be called on a tokio runtime.
     pub(super) fn new(socket: S) -> Self {
-        Self { state: State::Watched(socket), runtime: Handle::current(), pause: None, due: Instant::now() }
+        Self {
+            state: State::Watched(socket),
+            runtime: Handle::current(),
+            pause: None,
+            due: Instant::now(),
+            is_full: false,
+        }
     }
 
     /// So much was read into so much room: is it time for a pause?
@@ -87,7 +95,7 @@ impl<S: Socket> Paced<S> {
         }
         let now = Instant::now();
         self.due = self.due.max(now) + PAUSE;
-        if self.due > now + PAUSE * AT_ONCE {
+        if self.due > now + PAUSE * AT_ONCE && !self.is_full {
             self.unwatch()?;
             let end = self.due - PAUSE * AT_ONCE;
             // A timer, too, must be made on the runtime.
@@ -153,7 +161,9 @@ impl<S: Socket> AsyncWrite for Paced<S> {
                 written => return Poll::Ready(written),
             }
         }
-        Pin::new(self.watch()?).poll_write(context, bytes)
+        let written = Pin::new(self.watch()?).poll_write(context, bytes);
+        self.is_full = written.is_pending();
+        written
     }
 
     /// Sockets hold nothing back.
@@ -274,13 +284,26 @@ mod tests {
         let mut got = [0; 3];
         theirs.read_exact(&mut got).await.unwrap();
         assert_eq!(&got, b"now");
-        // More than the socket holds: it is watched again, until there is room.
+        // More than the socket holds: it is watched until there is room, however much is read meanwhile.
         let all = vec![b'x'; 4 << 20];
+        let mut written = 0;
+        while let Poll::Ready(count) = poll_fn(|context| {
+            Poll::Ready(Pin::new(&mut paced).poll_write(context, &all[written..]).map(Result::unwrap))
+        })
+        .await
+        {
+            written += count;
+        }
+        for _ in 0..2 * AT_ONCE {
+            theirs.write_all(b"x").await.unwrap();
+            paced.read_u8().await.unwrap();
+            assert!(matches!(paced.state, State::Watched(_)));
+        }
         let reader = tokio::spawn(async move {
             let mut all = Vec::new();
             theirs.read_to_end(&mut all).await.map(|_| all.len())
         });
-        paced.write_all(&all).await.unwrap();
+        paced.write_all(&all[written..]).await.unwrap();
         paced.shutdown().await.unwrap();
         assert_eq!(reader.await.unwrap().unwrap(), all.len());
     }
