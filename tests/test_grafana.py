@@ -6,6 +6,7 @@ import time
 from functools import partial
 
 import pytest
+import yaml
 
 from support.exporter import CLEAN
 from support.exposition import EXECUTING, PREFETCH_TIME, PREFETCHED
@@ -213,7 +214,6 @@ def test_dashboard_is_complete_and_readable():
 
 def test_provisioning():
     """The examples are YAML of the form that Grafana reads, and name what the dashboard needs."""
-    yaml = pytest.importorskip("yaml", reason="PyYAML is not there")
     [source] = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yml").read_text())["datasources"]
     assert source["type"] == "prometheus" and source["jsonData"]["timeInterval"]
     [provider] = yaml.safe_load((GRAFANA / "provisioning/dashboards/flower-exporter.yml").read_text())["providers"]
