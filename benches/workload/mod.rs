@@ -14,6 +14,9 @@ pub const BATCH: usize = 6;
 /// Events of a task.
 const LIFE: usize = 4;
 
+/// Clients that send the tasks, of any cluster: few, as they have label pairs of their own.
+const CLIENTS: usize = 4;
+
 /// A cluster's size.
 #[derive(Clone, Copy, Debug)]
 pub struct Cluster {
@@ -41,7 +44,7 @@ impl Cluster {
     /// The events of a task, each with its sender.
     fn life(self, task: usize) -> [(String, String); LIFE] {
         let (worker, name) = (task % self.workers, task / self.workers % self.names);
-        let client = format!("gen{}@web-{}", 1000 + worker, worker % 4);
+        let client = format!("gen{}@web-{}", 1000 + worker % CLIENTS, worker % CLIENTS);
         let worker = format!("celery@worker-{worker:04}.example.com");
         // Neither in order nor alike at their ends, as random ids.
         let uuid = uuid::Builder::from_random_bytes(
