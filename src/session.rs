@@ -443,7 +443,7 @@ async fn pulse(control: &Control, arrivals: &Sender<Arrival>) -> Error {
         let asked = Instant::now();
         match control.pulse().await {
             Ok(()) => send(arrivals, Arrival::Pulse(asked)),
-            Err(silent @ Error::Silent(_)) if control.shares_connection() => return silent,
+            Err(silent @ Error::Silent(_)) => return silent,
             // Whether the subscription has suffered is for the subscription to say.
             Err(error) => {
                 complain(&mut complaint, "no sign of life from the broker: no worker is timed out", None, &error);

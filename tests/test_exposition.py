@@ -1,18 +1,16 @@
 """What /metrics says, to the letter: strict parsers, Flower's own text, and a Prometheus server."""
 
 import gzip
-import json
 import re
 import subprocess
-import urllib.parse
-import urllib.request
 
 import pytest
 
 from support import events as ev
 from support.exposition import EXECUTING, FAMILIES, parse_openmetrics, parse_text
 from support.flower_reference import Flower
-from support.processes import Process, free_port, wait_until
+from support.processes import wait_until
+from support.prometheus import Prometheus
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -199,44 +197,16 @@ def test_self_metrics(lab, shared_redis):
 
 def test_prometheus_scrapes_it(full, lab, flower):
     """A real Prometheus answers a query for each family, odd labels and all."""
-    port = free_port()
-    config = full.config.with_name("prometheus.yml")
-    config.write_text(
-        json.dumps(
-            {
-                "global": {"scrape_interval": "1s"},
-                "scrape_configs": [{"job_name": "flower", "static_configs": [{"targets": [f"127.0.0.1:{full.port}"]}]}],
-            }
-        )
-    )
-    prometheus = Process(
-        "prometheus",
-        [
-            "prometheus",
-            f"--config.file={config}",
-            f"--storage.tsdb.path={config.with_name('tsdb')}",
-            f"--web.listen-address=127.0.0.1:{port}",
-        ],
-    )
+    prometheus = Prometheus([full.port], rules=())
     lab.callback(prometheus.kill)
-
-    def ask(query):
-        url = f"http://127.0.0.1:{port}/api/v1/query?" + urllib.parse.urlencode({"query": query})
-        try:
-            with urllib.request.urlopen(url, timeout=5) as response:
-                return json.load(response)["data"]["result"]
-        except OSError:
-            return []
-
-    wait_until(lambda: [1 for found in ask("up") if found["value"][1] == "1"], 60, lambda: f"up\n{prometheus.log()}")
+    prometheus.ready()
+    wait_until(lambda: [1 for _, value in prometheus.instant("up") if value == 1], 60, lambda: f"up\n{prometheus.log()}")
     names = {name for name, _ in flower.metrics()}
     assert len(names) == len(FAMILIES) + 2
     for name in names:
         found = {
-            frozenset(
-                (key, value) for key, value in result["metric"].items() if key not in ("__name__", "instance", "job")
-            ): float(result["value"][1])
-            for result in ask(name)
+            frozenset((key, value) for key, value in labels.items() if key not in ("__name__", "instance", "job")): value
+            for labels, value in prometheus.instant(name)
         }
         assert found == {labels: value for (sample, labels), value in flower.metrics().items() if sample == name}, name
     assert EXECUTING in names

@@ -19,6 +19,9 @@ use crate::settings::url::Transport;
 use crate::settings::{self, BrokerUrl, Settings};
 use crate::tls;
 
+/// A broker that says nothing for this long, though it was asked, is given up.
+const SILENCE: Duration = Duration::from_secs(15);
+
 /// How a message's bytes are to be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Wire {
@@ -228,19 +231,13 @@ impl Control {
     /// Asks the broker for a sign of life; returns when it has answered.
     ///
     /// # Errors
-    /// It has not.
+    /// It has not. [`Error::Silent`] where that is the end of the connection, the subscription's too.
     pub async fn pulse(&self) -> Result<(), Error> {
         match self {
             // fred's futures are large.
             Self::Redis(redis) => Box::pin(redis.pulse()).await,
             Self::Amqp(amqp) => amqp.pulse().await,
         }
-    }
-
-    /// Whether both halves have one connection, so that a broker that is silent here is deaf to the subscription, too.
-    #[must_use]
-    pub fn shares_connection(&self) -> bool {
-        matches!(self, Self::Amqp(_))
     }
 
     /// Takes leave of the broker.

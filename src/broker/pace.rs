@@ -113,16 +113,25 @@ impl<S: Socket> Paced<S> {
     }
 
     fn watch(&mut self) -> io::Result<&mut S> {
-        if let State::Unwatched(_) = self.state
-            && let State::Unwatched(socket) = std::mem::replace(&mut self.state, State::Broken)
-        {
-            let _on = self.runtime.enter();
-            self.state = State::Watched(S::watch(socket)?);
-        }
+        self.state = match std::mem::replace(&mut self.state, State::Broken) {
+            State::Unwatched(socket) => {
+                let _on = self.runtime.enter();
+                State::Watched(S::watch(socket)?)
+            }
+            other => other,
+        };
         match &mut self.state {
             State::Watched(socket) => Ok(socket),
             _ => Err(ErrorKind::NotConnected.into()),
         }
+    }
+}
+
+/// What a socket that does not block has done; none where it would have to wait.
+fn at_once(done: io::Result<usize>) -> Option<io::Result<usize>> {
+    match done {
+        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => None,
+        done => Some(done),
     }
 }
 
@@ -138,15 +147,12 @@ impl<S: Socket> AsyncRead for Paced<S> {
             let _ = ready!(Pin::new(pause).poll(context));
             self.pause = None;
         }
-        if let State::Unwatched(socket) = &mut self.state {
-            match socket.read(buffer.initialize_unfilled_to(room.min(LARGE))) {
-                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
-                Err(error) => return Poll::Ready(Err(error)),
-                Ok(count) => {
-                    buffer.advance(count);
-                    return Poll::Ready(self.has_read(count, room));
-                }
-            }
+        if let State::Unwatched(socket) = &mut self.state
+            && let Some(read) = at_once(socket.read(buffer.initialize_unfilled_to(room.min(LARGE))))
+        {
+            let count = read?;
+            buffer.advance(count);
+            return Poll::Ready(self.has_read(count, room));
         }
         ready!(Pin::new(self.watch()?).poll_read(context, buffer))?;
         Poll::Ready(self.has_read(buffer.filled().len() - before, room))
@@ -155,11 +161,10 @@ impl<S: Socket> AsyncRead for Paced<S> {
 
 impl<S: Socket> AsyncWrite for Paced<S> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        if let State::Unwatched(socket) = &mut self.state {
-            match socket.write(bytes) {
-                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
-                written => return Poll::Ready(written),
-            }
+        if let State::Unwatched(socket) = &mut self.state
+            && let Some(written) = at_once(socket.write(bytes))
+        {
+            return Poll::Ready(written);
         }
         let written = Pin::new(self.watch()?).poll_write(context, bytes);
         self.is_full = written.is_pending();

@@ -3,11 +3,11 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::de::{Deserialize, DeserializeSeed, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::Reject;
-use super::json::{self, Key, Members, Scalar, Values};
+use super::json::{self, Key, Member, Members, Scalar, Values};
 use super::scan::{self, Scanner};
 
 /// What kind of event it is, by its `type`.
@@ -130,11 +130,11 @@ impl<'a> Event<'a> {
     #[must_use]
     pub fn field(&self, name: &str) -> Option<serde_json::Value> {
         let raw = self.raw?;
-        let read = serde_json::Deserializer::from_slice(raw).deserialize_map(FieldVisitor(name));
+        let read = Member::of(name).deserialize(&mut serde_json::Deserializer::from_slice(raw));
         // What was skipped when the event was read may be what JSON forbids.
         let read = read.or_else(|_| {
             let mended = json::mend(raw);
-            serde_json::Deserializer::from_str(&mended).deserialize_map(FieldVisitor(name))
+            Member::of(name).deserialize(&mut serde_json::Deserializer::from_str(&mended))
         });
         read.ok()?
     }
@@ -355,29 +355,6 @@ fn whole(number: f64) -> Option<u32> {
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked by the round trip")]
     let whole = number as u32;
     (f64::from(whole).total_cmp(&number).is_eq()).then_some(whole)
-}
-
-/// The value of one field of an object, the last one where it is there twice (as Python reads it).
-struct FieldVisitor<'n>(&'n str);
-
-impl<'de> Visitor<'de> for FieldVisitor<'_> {
-    type Value = Option<serde_json::Value>;
-
-    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
-        formatter.write_str("an object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut found = None;
-        while let Some(Key(key)) = map.next_key()? {
-            if key == self.0 {
-                found = Some(map.next_value()?);
-            } else {
-                map.next_value::<IgnoredAny>()?;
-            }
-        }
-        Ok(found)
-    }
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::marker::PhantomData;
 
 use serde::de::{Deserialize, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
@@ -71,7 +72,7 @@ impl<'de, A: MapAccess<'de>> Values<'de> for Members<'_, A> {
     }
 
     fn member(&mut self, name: &str) -> Result<Option<Scalar<'de>>, A::Error> {
-        self.0.next_value_seed(Member(name))
+        self.0.next_value_seed(Member::of(name))
     }
 
     fn skip(&mut self) -> Result<(), A::Error> {
@@ -79,19 +80,26 @@ impl<'de, A: MapAccess<'de>> Values<'de> for Members<'_, A> {
     }
 }
 
-/// See [`Values::member`].
-struct Member<'n>(&'n str);
+/// Reads one member of an object by its name, the last one where it is there twice (as Python reads it); none where the
+/// object lacks it or there is null instead.
+pub(crate) struct Member<'n, T>(&'n str, PhantomData<T>);
 
-impl<'de> DeserializeSeed<'de> for Member<'_> {
-    type Value = Option<Scalar<'de>>;
+impl<'n, T> Member<'n, T> {
+    pub(crate) fn of(name: &'n str) -> Self {
+        Self(name, PhantomData)
+    }
+}
+
+impl<'de, T: Deserialize<'de>> DeserializeSeed<'de> for Member<'_, T> {
+    type Value = Option<T>;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
         deserializer.deserialize_any(self)
     }
 }
 
-impl<'de> Visitor<'de> for Member<'_> {
-    type Value = Option<Scalar<'de>>;
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Member<'_, T> {
+    type Value = Option<T>;
 
     fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
         formatter.write_str("an object or null")

@@ -109,11 +109,11 @@ class Proxy:
     async def _serve(self, reader, writer):
         self.attempts += 1
         inward, outward = self._gates
-        with contextlib.suppress(OSError), self._among_ends(writer):
+        with contextlib.suppress(OSError), self._among(writer, self._ends, self._near):
             if self._drops:
                 return
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
-            with self._among_ends(far_writer), self._listening(writer):
+            with self._among(far_writer, self._ends):
                 pumps = self._pump(reader, far_writer, outward), self._pump(far_reader, writer, inward)
                 tasks = [asyncio.create_task(each) for each in pumps]
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -131,18 +131,12 @@ class Proxy:
         await gate.wait()
 
     @contextlib.contextmanager
-    def _listening(self, writer):
-        self._near.add(writer)
+    def _among(self, writer, *groups):
+        for group in groups:
+            group.add(writer)
         try:
             yield
         finally:
-            self._near.discard(writer)
-
-    @contextlib.contextmanager
-    def _among_ends(self, writer):
-        self._ends.add(writer)
-        try:
-            yield
-        finally:
-            self._ends.discard(writer)
+            for group in groups:
+                group.discard(writer)
             writer.transport.abort()

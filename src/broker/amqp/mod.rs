@@ -30,7 +30,7 @@ use tokio::time::timeout;
 use topology::Topology;
 
 use super::pace::Paced;
-use super::{AckToken, Batch, Error, Message, Standing, Wire};
+use super::{AckToken, Batch, Error, Message, SILENCE, Standing, Wire};
 use crate::celery::envelope::Refusal;
 use crate::celery::{Broadcast, Reject, envelope};
 use crate::settings::url::Address;
@@ -40,9 +40,6 @@ use crate::tls;
 /// Messages and bytes of one batch, about.
 const MAX_BATCH: usize = 1024;
 const MAX_BATCH_BYTES: usize = 1 << 20;
-
-/// No answer for so long, or for three heartbeats: the broker is given up.
-const SILENCE: Duration = Duration::from_secs(15);
 
 /// The receiving half.
 pub struct Subscription {
@@ -70,7 +67,7 @@ pub struct Control {
     topology: Topology,
     pidbox: String,
     prefetch: u16,
-    /// With a question that is not answered.
+    /// With a question that is not answered: three heartbeats at least, since lapin bears two.
     patience: Duration,
     _leash: Leash,
 }

@@ -28,7 +28,7 @@ use uuid::Uuid;
 use resp::{Access, Connection, Frame, READ_SIZE, Scan, complaint, foreign, text};
 use sentinel::Sentinels;
 
-use super::{Batch, Error, Message, Wire};
+use super::{Batch, Error, Message, SILENCE, Wire};
 use crate::celery::{Broadcast, Reject, envelope};
 use crate::settings::url::{Address, Transport};
 use crate::settings::{BrokerUrl, FanoutPrefix, Settings};
@@ -36,8 +36,6 @@ use crate::tls;
 
 /// A quiet server is asked for a sign of life after this long.
 const PING_AFTER: Duration = Duration::from_secs(5);
-/// A server from which no byte has come for this long is given up.
-const SILENCE: Duration = Duration::from_secs(15);
 /// Messages of one batch at most.
 const MAX_BATCH: usize = 1024;
 /// Bytes that are kept of a message that is too large.
