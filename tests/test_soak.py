@@ -143,7 +143,7 @@ class Soak:
         first = self.steps
         self.steps += TASKS
         tasks = range(first, self.steps)
-        before = self.rig.metrics().total(EVENTS)
+        before = self.rig.play().total(EVENTS)  # with the last events of the load, which may still be on their way
         all_ = self.rig.play([self.received(step) for step in tasks], ev.heartbeat(active=3))
         assert all_.total(PREFETCHED) == TASKS
         assert (all_.one(ONLINE, worker=W), all_.one(EXECUTING, worker=W)) == (1, 3)
