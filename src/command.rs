@@ -18,8 +18,9 @@ use crate::broker;
 use crate::daemon::Exporter;
 use crate::logging::Logging;
 use crate::settings::cli::Cli;
-use crate::settings::{self, Settings};
+use crate::settings::{self, Loaded, Settings};
 use crate::signals::{Intent, Intents};
+use crate::systemd;
 
 /// A mistake of the operator's: wrong settings, a taken port.
 const MISTAKE: u8 = 2;
@@ -53,36 +54,39 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             Err(error) => fail(1, &format!("{error:#}")),
         };
     }
-    runtime.block_on(serve(&cli, loaded.settings))
+    runtime.block_on(serve(&cli, loaded))
 }
 
 fn fail(code: u8, error: &dyn std::fmt::Display) -> ExitCode {
     eprintln!("flower-exporter: {error}");
+    systemd::failed(&error.to_string());
     ExitCode::from(code)
 }
 
-async fn serve(cli: &Cli, settings: Settings) -> ExitCode {
+async fn serve(cli: &Cli, loaded: Loaded) -> ExitCode {
     let mut intents = match Intents::listen() {
         Ok(intents) => intents,
         Err(error) => return fail(1, &error),
     };
-    let logging = Logging::start(&settings.log);
+    let logging = Logging::start(&loaded.settings.log);
+    if let Some(overruled) = loaded.overruled_url() {
+        tracing::warn!("{overruled}");
+    }
     let exporter = tokio::select! {
-        started = Exporter::start(settings, Vec::new()) => match started {
+        started = Exporter::start(loaded.settings, Vec::new()) => match started {
             Ok(exporter) => exporter,
             Err(error) => return fail(MISTAKE, &error),
         },
         () = told_to_stop(&mut intents) => return ExitCode::SUCCESS,
     };
     let address = exporter.address();
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), "serving http://{address}/metrics");
-    loop {
-        match intents.next().await {
-            Intent::Stop => break,
-            Intent::Reload => reload(cli, &exporter, &logging),
-            Intent::Save => drop(tokio::spawn(save(exporter.save()))),
-        }
+    tracing::info!(version = crate::VERSION, "serving http://{address}/metrics");
+    systemd::ready();
+    tokio::select! {
+        () = obey(&mut intents, cli, &exporter, &logging) => {}
+        never = systemd::keep_told(&exporter) => match never {},
     }
+    systemd::stopping();
     tracing::info!("stopping");
     tokio::select! {
         done = exporter.stop() => {
@@ -94,6 +98,20 @@ async fn serve(cli: &Cli, settings: Settings) -> ExitCode {
         () = told_to_stop(&mut intents) => {
             tracing::warn!("told to stop again: exiting at once");
             ExitCode::FAILURE
+        }
+    }
+}
+
+async fn obey(intents: &mut Intents, cli: &Cli, exporter: &Exporter, logging: &Logging) {
+    loop {
+        match intents.next().await {
+            Intent::Stop => return,
+            Intent::Reload => {
+                systemd::reloading();
+                reload(cli, exporter, logging);
+                systemd::ready();
+            }
+            Intent::Save => drop(tokio::spawn(save(exporter.save()))),
         }
     }
 }

@@ -57,6 +57,7 @@ pub struct Exporter {
     asker: Asker,
     address: SocketAddr,
     settings: watch::Sender<Arc<Settings>>,
+    telemetry: Arc<Telemetry>,
     health: Arc<Health>,
     stop: watch::Sender<bool>,
     http: JoinHandle<()>,
@@ -131,9 +132,21 @@ impl Exporter {
             runtime.shutdown_timeout(Duration::from_millis(100));
             Ok(())
         })?;
-        let endpoints = Endpoints::new(asker.clone(), watched, telemetry, Arc::clone(&health));
+        let endpoints = Endpoints::new(asker.clone(), watched, Arc::clone(&telemetry), Arc::clone(&health));
         let http = tokio::spawn(http::serve(listener, Arc::new(endpoints), stopped));
-        Ok(Self { asker, address, settings, health, stop, http, drained, session_over, saved, _ending: ending })
+        Ok(Self {
+            asker,
+            address,
+            settings,
+            telemetry,
+            health,
+            stop,
+            http,
+            drained,
+            session_over,
+            saved,
+            _ending: ending,
+        })
     }
 
     /// Where `/metrics` is served.
@@ -146,6 +159,12 @@ impl Exporter {
     #[must_use]
     pub fn health(&self) -> &Health {
         &self.health
+    }
+
+    /// Events read so far, counted or not.
+    #[must_use]
+    pub fn events(&self) -> u64 {
+        self.telemetry.events.get()
     }
 
     /// All workers as they stand; none when the exporter has stopped.

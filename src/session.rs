@@ -3,6 +3,7 @@
 //! What comes in goes to the ingest loop as [`Arrival`]s, with markers for every gap. The queue between is bounded in
 //! bytes: `RabbitMQ` is made to wait when it is full, what Redis sends meanwhile is dropped and counted.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
@@ -96,10 +97,11 @@ impl Session {
     /// Runs until it is told to stop.
     pub async fn run(mut self) {
         let room = Arc::new(Semaphore::new(capacity(&self.settings.borrow())));
-        let telemetry = Arc::clone(&self.telemetry);
+        let (telemetry, health) = (Arc::clone(&self.telemetry), Arc::clone(&self.health));
         tokio::select! {
             () = self.connect_until_stopped(&room) => {}
             () = tell_drops(&telemetry) => {}
+            never = keep_turning(&health) => match never {},
         }
         self.health.set_broker(BrokerStatus::Stopped);
         self.telemetry.connected.set(0);
@@ -323,6 +325,14 @@ impl Reader<'_> {
             // The gap is behind what still fitted: told before the next batch.
             self.gap = true;
         }
+    }
+}
+
+/// Tells that this thread is not stuck.
+async fn keep_turning(health: &Health) -> Infallible {
+    loop {
+        health.session_turned();
+        sleep(PULSE).await;
     }
 }
 

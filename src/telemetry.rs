@@ -72,8 +72,9 @@ impl Telemetry {
             &["reason"],
         )?;
         let info = IntGauge::with_opts(
-            Opts::new("flower_exporter_build_info", "The exporter's version.")
-                .const_label("version", env!("CARGO_PKG_VERSION")),
+            Opts::new("flower_exporter_build_info", "The exporter's version, and the commit it was built from.")
+                .const_label("version", env!("CARGO_PKG_VERSION"))
+                .const_label("revision", env!("FLOWER_EXPORTER_REVISION")),
         )?;
         info.set(1);
         registry.register(Box::new(reasons.clone()))?;
@@ -187,6 +188,7 @@ pub struct Health {
     /// Milliseconds after `started`, 0 for never.
     last_event: AtomicU64,
     last_turn: AtomicU64,
+    last_session_turn: AtomicU64,
     waiting: AtomicUsize,
     dead: AtomicBool,
 }
@@ -211,6 +213,7 @@ impl Default for Health {
             }),
             last_event: AtomicU64::new(0),
             last_turn: AtomicU64::new(0),
+            last_session_turn: AtomicU64::new(0),
             waiting: AtomicUsize::new(0),
             dead: AtomicBool::new(false),
         }
@@ -279,13 +282,18 @@ impl Health {
     pub fn since_last_event(&self) -> Option<Duration> {
         match self.last_event.load(Ordering::Relaxed) {
             0 => None,
-            at => Some(Duration::from_millis(self.milliseconds().saturating_sub(at))),
+            _ => Some(self.since(&self.last_event)),
         }
     }
 
     /// The ingest loop has gone round.
     pub fn turned(&self) {
         self.last_turn.store(self.milliseconds(), Ordering::Relaxed);
+    }
+
+    /// The broker's session has gone round, or waits for something.
+    pub fn session_turned(&self) {
+        self.last_session_turn.store(self.milliseconds(), Ordering::Relaxed);
     }
 
     /// A batch was put on the queue.
@@ -306,8 +314,19 @@ impl Health {
     /// Whether events can still be processed.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        let stuck_for = self.milliseconds().saturating_sub(self.last_turn.load(Ordering::Relaxed));
-        let stuck = self.waiting.load(Ordering::Relaxed) > 0 && u128::from(stuck_for) > STUCK_AFTER.as_millis();
-        !stuck && !self.dead.load(Ordering::Relaxed)
+        let stuck = self.waiting.load(Ordering::Relaxed) > 0 && self.since(&self.last_turn) > STUCK_AFTER;
+        let deaf = self.broker() != BrokerStatus::Stopped && self.since(&self.last_session_turn) > STUCK_AFTER;
+        !stuck && !deaf && !self.dead.load(Ordering::Relaxed)
+    }
+
+    /// Whether all parts run, and both loops have gone round that recently: they do several times a second.
+    #[must_use]
+    pub fn has_turned_within(&self, limit: Duration) -> bool {
+        let since = self.since(&self.last_turn).max(self.since(&self.last_session_turn));
+        since < limit && !self.dead.load(Ordering::Relaxed)
+    }
+
+    fn since(&self, moment: &AtomicU64) -> Duration {
+        Duration::from_millis(self.milliseconds().saturating_sub(moment.load(Ordering::Relaxed)))
     }
 }

@@ -77,7 +77,7 @@ def test_changed_arguments_are_explained(lab, vhost):
     lab.exporter(vhost, QUEUE).terminate()
     changed = {"broker": {"amqp": {"queue": "flower-exporter", "queue_max_bytes": "1MiB"}, "reconnect_max": "200ms"}}
     exporter = lab.exporter(None, {"broker": {**changed["broker"], "url": vhost.url}})
-    wait_until(lambda: "delete_queue flower-exporter" in exporter.log(), 10, exporter.log)
+    wait_until(lambda: "delete_queue -p VHOST flower-exporter" in exporter.log(), 10, exporter.log)
     assert exporter.healthz(ready=True)[0] == 503
     with vhost.connection() as connection:
         connection.channel().queue_delete("flower-exporter")

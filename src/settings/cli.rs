@@ -3,17 +3,17 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::Parser;
 use clap::error::{ContextKind, ContextValue};
+use clap::{Parser, ValueHint};
 
 use super::value::Secret;
 
 /// Exports Celery's events as Prometheus metrics.
 #[derive(Clone, Debug, Default, Parser)]
-#[command(name = "flower-exporter", version)]
+#[command(name = "flower-exporter", version = crate::VERSION)]
 pub struct Cli {
     /// Settings file [else `FLOWER_EXPORTER_CONFIG`, else /etc/flower-exporter/flower-exporter.toml where it exists]
-    #[arg(short, long, value_name = "FILE")]
+    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub config: Option<PathBuf>,
     /// Broker URL as in Celery, or several separated by ';'
     #[arg(short, long, value_name = "URL")]

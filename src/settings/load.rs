@@ -85,6 +85,18 @@ impl Loaded {
         }
         report
     }
+
+    /// Where a URL that is not the default one is overruled by a URL file.
+    #[must_use]
+    pub fn overruled_url(&self) -> Option<String> {
+        let broker = &self.settings.broker;
+        if broker.url_file.is_none() || broker.url == Broker::default().url {
+            return None;
+        }
+        let source = |name| KEYS.iter().zip(&self.sources).find(|(key, _)| key.name == name).map(|(_, source)| source);
+        let (url, file) = (source("broker.url")?, source("broker.url_file")?);
+        Some(format!("broker.url ({url}) is not used: broker.url_file ({file}) is"))
+    }
 }
 
 /// Reads default, file, environment and command line, and checks the result.

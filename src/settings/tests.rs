@@ -436,6 +436,22 @@ fn a_url_file_wins_and_is_read_every_time() {
 }
 
 #[test]
+fn a_url_that_a_file_overrules_is_told_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("url");
+    fs::write(&path, "redis://a").unwrap();
+    let variable = format!("BROKER__URL_FILE={}", path.display());
+    let overruled = |file: &str, variables: &[&str]| load(file, variables, &[]).unwrap().overruled_url();
+    let told = overruled("broker.url = 'redis://ignored'", &[&variable]).unwrap();
+    assert!(told.starts_with("broker.url ("), "{told}");
+    assert!(told.ends_with("x.toml) is not used: broker.url_file (environment FLOWER_EXPORTER_BROKER__URL_FILE) is"));
+    assert_eq!(overruled(EXAMPLE, &[&variable]), None, "the default says nothing");
+    assert_eq!(overruled("broker.url = 'redis://used'", &[]), None);
+    let later = load("", &[&variable], &["-b", "redis://later"]).unwrap();
+    assert_eq!(later.overruled_url(), None, "the later layer wins");
+}
+
+#[test]
 fn tls_is_wanted_or_not() {
     let off = "broker.tls.enabled = false: broker.url asks for TLS, by amqps://, rediss:// or an ssl_ parameter: \
                expected one of both";

@@ -183,7 +183,7 @@ impl Topology {
         let queue = &self.queue;
         Error::Refused(format!(
             "queue {queue} exists with other arguments: set broker.amqp.queue_* back to what they were, or delete it \
-             (rabbitmqctl delete_queue {queue}) and lose what it holds ({error})"
+             (rabbitmqctl delete_queue -p VHOST {queue}) and lose what it holds ({error})"
         ))
     }
 }
