@@ -37,6 +37,9 @@ need "/usr/lib/$(uname -m)-linux-gnu/libjemalloc.so.2" libjemalloc2
 need "/usr/lib/$(uname -m)-linux-gnu/libnss_wrapper.so" libnss-wrapper
 need /usr/bin/prometheus prometheus
 need /usr/bin/promtool prometheus
+need /usr/bin/podman podman
+need /usr/sbin/runc runc
+need /usr/bin/docker-compose docker-compose
 /usr/bin/python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 if [ ${#missing[@]} -gt 0 ]; then
     command -v apt-get >/dev/null || die "missing: ${missing[*]}. This is no Debian: install them, at Debian's paths"

@@ -1,0 +1,261 @@
+"""The container image, built and run by podman as documented; the Compose file, as far as it goes without images.
+
+No image can be pulled here, so both bases are made of this machine's files; the Containerfile is the shipped one.
+"""
+
+import ipaddress
+import json
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import yaml
+
+from support import events as ev
+from support.container import CONTAINERFILE, RUN, Container, Podman
+from support.exporter import BINARY
+from support.exposition import FAMILIES
+from support.processes import ROOT, TEST_ENV, Process, directory
+from support.prometheus import FILES
+from support.worker import NEWEST
+
+HERE = CONTAINERFILE.parent
+WORKER = HERE / "worker.Containerfile"
+PACKAGE = tomllib.loads((ROOT / "Cargo.toml").read_text())["package"]
+REVISION, CREATED = "c0ffee0123456789c0ffee0123456789c0ffee01", "2026-01-02T03:04:05Z"
+CHECK = ["/usr/bin/flower-exporter", "--healthcheck"]
+STATE = "/var/lib/flower-exporter"
+
+
+@pytest.fixture(scope="module")
+def podman(shared):
+    """With the base that the image runs on."""
+    podman = Podman()
+    shared.callback(podman.close)
+    if reason := podman.cannot():
+        pytest.skip(reason)
+    return podman
+
+
+@pytest.fixture(scope="module")
+def image(podman):
+    podman.image(REVISION=REVISION, CREATED=CREATED)
+    return podman.inspect("flower-exporter")
+
+
+@pytest.fixture
+def contained(lab, podman, image):
+    """Starts the exporter in a container."""
+
+    def start(broker, settings=None, **options):
+        container = Container(podman, broker, settings, **options)
+        lab.callback(container.kill)
+        lab.callback(container.terminate)
+        return container.ready()
+
+    return start
+
+
+# --- the image ---------------------------------------------------------------------
+
+
+def test_context(podman):
+    """No target/, no .git, no tests: the sources, and what Cargo.toml names."""
+    file = directory("context") / "Containerfile"
+    file.write_text("FROM scratch\nCOPY . /context\n")
+    podman.build("context", file, ROOT)
+    wanted = [ROOT / "Cargo.toml", ROOT / "Cargo.lock", ROOT / "build.rs", *ROOT.glob("benches/*.rs")]
+    wanted += [path for path in ROOT.glob("src/**/*") if path.is_file()]
+    found = {name.removeprefix("context/") for name, file in podman.files("context").items() if file.isfile()}
+    assert {name for name in found if not name.startswith("etc/")} == {str(path.relative_to(ROOT)) for path in wanted}
+
+
+def test_metadata(image):
+    config = image["Config"]
+    assert config["User"] == "65532:65532"
+    assert config["Entrypoint"] == ["/usr/bin/flower-exporter"] and not config.get("Cmd")
+    assert config["StopSignal"] == "SIGTERM"
+    assert list(config["ExposedPorts"]) == ["9555/tcp"]
+    assert image["Healthcheck"]["Test"] == ["CMD", *CHECK]
+    prefix = "org.opencontainers.image."
+    labels = {key.removeprefix(prefix): value for key, value in config["Labels"].items() if key.startswith(prefix)}
+    assert labels.pop("description")
+    assert labels == {
+        "title": PACKAGE["name"],
+        "licenses": PACKAGE["license"],
+        "version": PACKAGE["version"],
+        "revision": REVISION,
+        "created": CREATED,
+        "base.name": "localhost/runtime",
+    }
+
+
+def test_content(podman, image):
+    """Beside its base, which has no shell, there is the program, and a place for its state."""
+    base, files = podman.files("runtime"), podman.files("flower-exporter")
+    added = {path: files[path] for path in files.keys() - base.keys() - {"usr/bin"}}
+    assert added.keys() == {"usr/bin/flower-exporter", STATE[1:]}
+    program, state = added["usr/bin/flower-exporter"], added[STATE[1:]]
+    assert (program.uid, program.gid, program.mode & 0o7777) == (0, 0, 0o755)
+    assert (state.uid, state.gid, state.mode & 0o7777) == (65532, 65532, 0o755) and state.isdir()
+    assert all((files[path].uid, files[path].mode) == (base[path].uid, base[path].mode) for path in base)
+
+
+def test_runs(redis, lab, contained):
+    """Read-only, without capabilities, as its own user: counts an event, is healthy, and ends at its signal."""
+    container = contained(redis)
+    lab.publisher(redis).send(ev.sent())
+    container.wait_for(lambda metrics: metrics.events("sent") == 1)
+    status = dict(line.split(":\t", 1) for line in open(f"/proc/{container.inner}/status").read().splitlines())
+    assert set(status["Uid"].split() + status["Gid"].split()) == {"65532"}
+    assert int(status["CapBnd"], 16) == 0 and status["NoNewPrivs"] == "1"
+    healthy = container.execute(*CHECK)
+    assert healthy.returncode == 0 and json.loads(healthy.stdout)["status"] == "ok"
+    assert container.execute("/bin/sh", "-c", "true").returncode == 127
+    assert f"({REVISION[:12]}, " in container.execute(CHECK[0], "--version").stdout
+    container.terminate()
+    assert "stopping" in container.log()
+
+
+def test_unhealthy(redis, contained):
+    """Nobody answers where the settings say: that is a code, and a line."""
+    container = contained(redis)
+    done = container.podman.run(
+        "exec", "--env", "FLOWER_EXPORTER_HTTP__LISTEN=127.0.0.1:9", container.container, *CHECK
+    )
+    assert done.returncode == 1 and "no exporter at 127.0.0.1:9" in done.stderr
+
+
+@pytest.mark.parametrize("source", ["environment", "file"])
+def test_wrong_setting(podman, image, source):
+    """Code 2, and the one line that says where."""
+    file = directory("settings") / "flower-exporter.toml"
+    file.write_text('[state]\nmax_tasks = "x"\n')
+    options, where = {
+        "environment": (["--env", "FLOWER_EXPORTER_STATE__MAX_TASKS=x"], "FLOWER_EXPORTER_STATE__MAX_TASKS"),
+        "file": (["--volume", f"{file}:/etc/flower-exporter/flower-exporter.toml:ro"], "/etc/flower-exporter/"),
+    }[source]
+    done = podman.run("run", "--rm", *RUN, "--read-only", *options, "flower-exporter")
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert where in line and '"x"' in line
+
+
+def test_state(redis, lab, podman, contained):
+    """A new volume belongs to the exporter's user, and the next container goes on with what is in it."""
+    podman("volume", "create", "state")
+    options = {"settings": {"STATE__PERSISTENT": "true"}, "volumes": [f"state:{STATE}"]}
+    before = contained(redis, **options)
+    lab.publisher(redis).send(ev.sent())
+    before.wait_for(lambda metrics: metrics.events("sent") == 1)
+    before.terminate()
+    assert contained(redis, **options).metrics().events("sent") == 1
+
+
+# --- Compose -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compose():
+    """The file as docker-compose reads it. This release of it does not know `name` yet."""
+    file = directory("compose") / "compose.yml"
+    lines = (HERE / "compose.yml").read_text().splitlines(keepends=True)
+    assert "name: flower-exporter\n" in lines
+    file.write_text("".join(line for line in lines if not line.startswith("name:")))
+    argv = ["docker-compose", "-f", file, "--project-directory", HERE, "config"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return yaml.safe_load(done.stdout)["services"]
+
+
+def mounts(service):
+    """What of the repository is mounted into it: {path inside: path here}."""
+    volumes = [volume.split(":") for volume in service["volumes"]]
+    assert all(options == "ro" for source, _, options in volumes if source.startswith("/"))
+    return {target: source for source, target, _ in volumes if source.startswith("/")}
+
+
+def here(service, path):
+    """The file of the repository that the service has at `path`."""
+    [found] = [source + path[len(target) :] for target, source in mounts(service).items() if path.startswith(target)]
+    return ROOT / found
+
+
+def test_compose_is_for_this_machine_alone(compose):
+    """All ports are on loopback, every image has its release in its tag, and the exporter may do nothing."""
+    ports = [port for service in compose.values() for port in service.get("ports", [])]
+    assert {port.split(":", 1)[1] for port in ports} == {"9555:9555/tcp", "9090:9090/tcp", "3000:3000/tcp"}
+    assert all(ipaddress.ip_address(port.split(":")[0]).is_loopback for port in ports)
+    images = [service["image"] for service in compose.values() if "build" not in service]
+    images += re.findall(r"^ARG \w+_IMAGE=(.+)", CONTAINERFILE.read_text() + WORKER.read_text(), re.M)
+    assert len(images) == 6
+    assert all(re.search(r":v?\d+\.\d+|distroless/cc-debian\d+:nonroot$", name) for name in images)
+    exporter = compose["exporter"]
+    assert exporter["read_only"] and exporter["cap_drop"] == ["ALL"] and exporter["mem_limit"]
+    assert exporter["security_opt"] == ["no-new-privileges:true"] and exporter["healthcheck"]["test"][1:] == CHECK
+
+
+def test_compose_exporter(compose):
+    """The environment is valid, the broker is the service of that name, and the state's place is a volume."""
+    service = compose["exporter"]
+    environment = {"PATH": "/usr/bin:/bin", **service["environment"]}
+    done = subprocess.run([BINARY, "--check-config"], env=environment, capture_output=True, text=True, timeout=10)
+    assert done.returncode == 0, done.stderr
+    assert urlsplit(environment["FLOWER_EXPORTER_BROKER__URL"]).hostname in service["depends_on"]
+    assert f"state:{STATE}:rw" in service["volumes"]
+    assert '"0.0.0.0:9555"' in done.stdout and f'"{STATE}/' in done.stdout
+
+
+def test_compose_prometheus(compose):
+    """Prometheus finds its settings and our rules where they are mounted, and asks the exporter."""
+    service, inside = compose["prometheus"], directory("compose-prometheus")
+    for target, source in mounts(service).items():
+        path = inside / target[1:]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(source)
+    done = subprocess.run(
+        ["promtool", "check", "config", "etc/prometheus/prometheus.yml"], cwd=inside, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("rules found") == len(FILES)
+    ours = yaml.safe_load((HERE / "prometheus.yml").read_text())
+    shipped = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+    assert ours["scrape_configs"][0].pop("static_configs") == [{"targets": ["exporter:9555"]}]
+    assert shipped["scrape_configs"][0].pop("static_configs")
+    assert ours.pop("rule_files") == [f"rules/{name}" for name in shipped.pop("rule_files")]
+    assert ours == shipped
+
+
+def test_compose_grafana(compose):
+    """The data source is Prometheus, and the dashboard lies where the provider and the home page look for it."""
+    service = compose["grafana"]
+    assert all((ROOT / source).exists() for source in mounts(service).values())
+    path = "datasources/prometheus.yml"
+    ours = yaml.safe_load(here(service, f"/etc/grafana/provisioning/{path}").read_text())
+    shipped = yaml.safe_load((ROOT / "deploy/grafana/provisioning" / path).read_text())
+    assert ours["datasources"][0].pop("url") == "http://prometheus:9090" and shipped["datasources"][0].pop("url")
+    assert ours == shipped
+    provider = yaml.safe_load(here(service, "/etc/grafana/provisioning/dashboards/flower-exporter.yml").read_text())
+    dashboard = f"{provider['providers'][0]['options']['path']}/flower-exporter.json"
+    assert here(service, dashboard) == ROOT / "deploy/grafana/flower-exporter.json"
+    assert service["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"] == dashboard
+
+
+def test_compose_worker_and_tasks(compose, lab, redis):
+    """Their commands, run here: all six series come of them."""
+    exporter, worker = lab.exporter(redis), compose["worker"]
+    assert Path(worker["build"]["context"], worker["build"]["dockerfile"]).resolve() == WORKER
+    assert compose["tasks"]["build"] == worker["build"]
+    copied = [name for line in re.findall(r"^COPY (.+) /app/$", WORKER.read_text(), re.M) for name in line.split()]
+    assert copied and all(Path(worker["build"]["context"], name).is_file() for name in copied)
+    [argv] = re.findall(r"^CMD (.+)$", WORKER.read_text(), re.M)
+    for name, command in {"worker": json.loads(argv), "tasks": compose["tasks"]["command"]}.items():
+        [variable] = compose[name]["environment"]
+        environment = {variable: redis.url, "C_FORCE_ROOT": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        program = [TEST_ENV / f"celery-{NEWEST}/bin" / command[0], *command[1:]]
+        process = Process(name, program, env=environment, cwd=worker["build"]["context"])
+        lab.callback(process.kill)
+    exporter.wait_for(lambda metrics: {key[0].removesuffix("_count") for key in metrics} >= {*FAMILIES}, 30)
