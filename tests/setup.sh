@@ -40,6 +40,10 @@ need /usr/bin/promtool prometheus
 need /usr/bin/podman podman
 need /usr/sbin/runc runc
 need /usr/bin/docker-compose docker-compose
+need /usr/bin/systemd-analyze systemd
+need /usr/bin/dpkg-shlibdeps dpkg-dev
+need /usr/sbin/debootstrap debootstrap
+need /usr/bin/unshare util-linux
 /usr/bin/python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 if [ ${#missing[@]} -gt 0 ]; then
     command -v apt-get >/dev/null || die "missing: ${missing[*]}. This is no Debian: install them, at Debian's paths"
@@ -50,6 +54,33 @@ if [ ${#missing[@]} -gt 0 ]; then
         || die "apt-get could not install ${missing[*]}; see above"
 fi
 
+# Cargo's own tools, built quickly rather than well: they are used once or twice.
+tool() {
+    [ "$("$env/tools/bin/$1" --version 2>/dev/null)" = "$1 $2" ] && return
+    say "cargo install $1 $2 (a minute or two)"
+    cargo install --quiet --locked --debug --root "$env/tools" --target-dir "$env/tools/target" "$1@$2" </dev/null \
+        || die "cargo could not install $1 $2; is the registry reachable?"
+    rm -rf "$env/tools/target"
+}
+mkdir -p "$env"
+tool cargo-deb 3.8.0
+tool cargo-deny 0.20.2
+
+# A clean Debian for the package, from the mirror that this machine uses. Tests that need it say so where there is none.
+if [ ! -e "$env/debian.done" ] && [ "$(id -u)" = 0 ]; then
+    say "debootstrap into $env/debian (a minute)"
+    rm -rf "${env:?}/debian"
+    mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | head -n 1)
+    release=$(. /etc/os-release && echo "$VERSION_CODENAME")
+    if debootstrap --variant=minbase --include=systemd,man-db "$release" "$env/debian" "$mirror" \
+        </dev/null >"$env/debootstrap.log" 2>&1; then
+        touch "$env/debian.done"
+    else
+        say "debootstrap failed, see $env/debootstrap.log: the tests of the Debian package will be skipped"
+        rm -rf "${env:?}/debian"
+    fi
+fi
+
 python=/usr/bin/python3
 stamp=$( { "$python" --version; cat "$here"/setup.sh "$here"/requirements/*.txt; } | sha256sum | cut -c1-64)
 if [ "$(cat "$env/stamp" 2>/dev/null)" = "$stamp" ]; then
@@ -57,7 +88,6 @@ if [ "$(cat "$env/stamp" 2>/dev/null)" = "$stamp" ]; then
     exit
 fi
 
-mkdir -p "$env"
 for name in "${environments[@]}"; do
     say "$env/$name: $("$python" --version), requirements/$name.txt"
     rm -rf "${env:?}/$name"

@@ -1,0 +1,162 @@
+"""A clean Debian with systemd as its first process, for what a package does to a machine."""
+
+import contextlib
+import os
+import subprocess
+from pathlib import Path
+
+from .exporter import Exporter
+from .processes import TEST_ENV, Process, directory, wait_until
+
+#: Made once by tests/setup.sh, and never changed: each machine writes to a layer of its own.
+TREE = TEST_ENV / "debian"
+CGROUPS = Path("/sys/fs/cgroup")
+
+#: In namespaces of its own, but for the network: our brokers are reached on loopback.
+BOOT = """
+mount --make-rprivate /
+mount -t tmpfs tmpfs "$HOME_DIR"
+mkdir "$HOME_DIR"/upper "$HOME_DIR"/work "$HOME_DIR"/root
+mount -t overlay -o lowerdir="$TREE",upperdir="$HOME_DIR"/upper,workdir="$HOME_DIR"/work overlay "$HOME_DIR"/root
+cd "$HOME_DIR"/root
+mount -t proc proc proc
+mount --rbind /sys sys
+for group in $GROUPS; do mount --bind "$group" ."${group%/*}"; done
+mount -t tmpfs -o mode=755 tmpfs dev
+for node in null zero full random urandom tty; do touch dev/$node; mount --bind /dev/$node dev/$node; done
+mkdir dev/pts dev/shm
+mount -t devpts -o newinstance,ptmxmode=666 devpts dev/pts
+ln -s pts/ptmx dev/ptmx
+mount -t tmpfs -o mode=755 tmpfs run
+mount --bind "$SHARED" mnt
+mkdir old
+pivot_root . old
+umount -l old
+rmdir old
+# As systemd itself does where it is not told of a container: credentials are mounted by a child.
+mount --make-rshared /
+exec env -i container=tests PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/systemd --unit=basic.target
+"""
+
+
+def unavailable():
+    """Why this machine can have no such Debian, if so."""
+    if os.geteuid() != 0:
+        return "not root: no mounts, no chroot"
+    if not TREE.is_dir():
+        return f"no {TREE}: debootstrap failed in tests/setup.sh"
+    done = subprocess.run(
+        ["unshare", "--mount", "--pid", "--cgroup", "--uts", "--ipc", "--fork", "true"], capture_output=True, text=True
+    )
+    return done.stderr.strip()
+
+
+class Debian(Process):
+    """One that has booted. What lies in `shared` is in its /mnt."""
+
+    def __init__(self):
+        self.home, self.shared = directory("debian"), directory("shared")
+        # What systemd makes there goes with it, and it manages nothing else. (cpuset takes nobody without its processors.)
+        groups = [path.parent / self.home.name for path in CGROUPS.glob("*/cgroup.procs") if path.parent.name != "cpuset"]
+        self.groups = groups or [CGROUPS / self.home.name]
+        join = "".join(f'mkdir "{path}"; echo $$ > "{path}"/cgroup.procs\n' for path in self.groups)
+        super().__init__(
+            "debian",
+            ["bash", "-euc", f'{join} exec unshare -mpCui --fork --kill-child bash -euc "$BOOT"'],
+            env={"BOOT": BOOT, "HOME_DIR": self.home, "TREE": TREE, "SHARED": self.shared, "GROUPS": " ".join(map(str, self.groups))},
+        )
+        try:
+            self.first = wait_until(self._first, 10, self.log)
+            booted = lambda: self.run("systemctl", "is-system-running").stdout.strip() in ("running", "degraded")  # noqa: E731
+            wait_until(booted, 30, lambda: f"systemd has booted\n{self.log()}")
+        except BaseException:
+            self.kill()
+            raise
+
+    def _first(self):
+        """The pid of its systemd, seen from here."""
+        assert self.running, self.log()
+        for child in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
+            with contextlib.suppress(FileNotFoundError):
+                if Path(f"/proc/{child}/comm").read_text() == "systemd\n":
+                    return int(child)
+        return None
+
+    def run(self, *argv, deadline=60):
+        """The finished command, run inside."""
+        inside = ["nsenter", "-t", self.first, "-m", "-p", "-C", "-u", "-i", "env", "-i", "LC_ALL=C.UTF-8"]
+        inside += ["DEBIAN_FRONTEND=noninteractive", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"]
+        return subprocess.run(
+            [str(part) for part in [*inside, *argv]],
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=deadline,
+        )
+
+    def __call__(self, *argv, **options):
+        """What the command says; it must succeed."""
+        done = self.run(*argv, **options)
+        assert done.returncode == 0, f"{argv}: {done.returncode}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    def put(self, path, text, mode=0o644):
+        source = self.shared / "file"
+        source.write_text(text)
+        self("install", "-D", "-m", f"{mode:o}", "/mnt/file", path)
+
+    def journal(self, unit):
+        return self("journalctl", "--no-pager", "-o", "cat", "-u", unit)
+
+    def kill(self):
+        super().kill()
+        for group in self.groups:
+            wait_until(lambda: self._removed(group), 10, lambda: [*group.rglob("cgroup.procs")])  # noqa: B023
+
+    @staticmethod
+    def _removed(group):
+        """Whether the cgroup is gone: those that have died leave it in a moment."""
+        for folder, _, _ in os.walk(group, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+        return not group.exists()
+
+
+class Service(Exporter):
+    """The exporter as the package's unit runs it."""
+
+    NAME = "flower-exporter.service"
+
+    def __init__(self, debian, port):
+        self.debian, self.port = debian, port
+
+    def show(self, *names):
+        """Properties of the unit, as text."""
+        shown = self.debian("systemctl", "show", *(f"--property={name}" for name in names), self.NAME)
+        found = dict(line.split("=", 1) for line in shown.splitlines())
+        return found[names[0]] if len(names) == 1 else [found[name] for name in names]
+
+    @property
+    def running(self):
+        return self.show("ActiveState") in ("active", "activating", "reloading")
+
+    @property
+    def main(self):
+        """Its pid, seen from here."""
+        inside = self.show("MainPID")
+        namespace = os.readlink(f"/proc/{self.debian.first}/ns/pid")
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                is_ours = os.readlink(process / "ns/pid") == namespace
+                if is_ours and f"NSpid:\t{process.name}\t{inside}\n" in (process / "status").read_text():
+                    return int(process.name)
+        raise AssertionError(f"no process {inside}\n{self.log()}")
+
+    def log(self):
+        return self.debian.journal(self.NAME)
+
+    def own_lines(self):
+        """What the exporter itself said: the journal's lines that are not systemd's."""
+        lines = self.debian("journalctl", "--no-pager", "-o", "cat", "_COMM=flower-exporter").splitlines()
+        return [line.strip() for line in lines]
