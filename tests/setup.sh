@@ -44,6 +44,7 @@ need /usr/bin/systemd-analyze systemd
 need /usr/bin/dpkg-shlibdeps dpkg-dev
 need /usr/sbin/debootstrap debootstrap
 need /usr/bin/unshare util-linux
+need /usr/bin/shellcheck shellcheck
 /usr/bin/python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 if [ ${#missing[@]} -gt 0 ]; then
     command -v apt-get >/dev/null || die "missing: ${missing[*]}. This is no Debian: install them, at Debian's paths"
@@ -70,6 +71,7 @@ tool cargo-deny 0.20.2
 if [ ! -e "$env/debian.done" ] && [ "$(id -u)" = 0 ]; then
     say "debootstrap into $env/debian (a minute)"
     rm -rf "${env:?}/debian"
+    # shellcheck disable=SC2016 # apt fills it in
     mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | head -n 1)
     release=$(. /etc/os-release && echo "$VERSION_CODENAME")
     if debootstrap --variant=minbase --include=systemd,man-db "$release" "$env/debian" "$mirror" \

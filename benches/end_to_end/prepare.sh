@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by run.sh and growth.sh: installs and builds what they need. With nothing to do it takes a second.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
