@@ -5,8 +5,11 @@ import re
 import time
 from functools import partial
 
+import grafana_foundation_sdk.cog.plugins as plugins
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from support.exporter import CLEAN
 from support.exposition import EXECUTING, PREFETCH_TIME, PREFETCHED
@@ -210,6 +213,31 @@ def test_dashboard_is_complete_and_readable():
         assert all(source["datasource"] == datasource for source in [panel, *panel["targets"]])
         for target in panel["targets"]:
             assert all(f'{name}=~"${name}"' in target["expr"] for name in ("broker", "worker")), target["expr"]
+
+
+def unknown(ours, read, path=""):
+    """Where what Grafana has read is not what we wrote."""
+    if isinstance(ours, dict) and isinstance(read, dict):
+        return [place for key in ours for place in unknown(ours[key], read.get(key), f"{path}.{key}")]
+    if isinstance(ours, list) and isinstance(read, list) and len(ours) == len(read):
+        return [place for item, other in zip(ours, read) for place in unknown(item, other, f"{path}[]")]
+    return [] if ours == read else [path]
+
+
+def test_schema():
+    """Grafana's own library reads every field of every panel, of the type that it expects there: it drops others."""
+
+    def drops(dashboard):
+        read = JSONEncoder(sort_keys=True).encode(Dashboard.from_json(dashboard))
+        return set(unknown(dashboard, json.loads(read)))
+
+    plugins.register_default_plugins()
+    written_by_grafana_alone = {".templating.list[].definition"}
+    assert drops(DASHBOARD) == written_by_grafana_alone
+    wrong = json.loads(FILE.read_text())
+    wrong["panels"][1]["fieldConfig"]["defaults"]["decimal"] = 1
+    wrong["panels"][2]["options"]["graphMod"] = "area"
+    assert len(drops(wrong)) == len(written_by_grafana_alone) + 2
 
 
 def test_provisioning():
