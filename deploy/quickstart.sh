@@ -3,7 +3,7 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-Usage: deploy/quickstart.sh [--once] [--help]
+Usage: deploy/quickstart.sh [--once] [--port PORT] [--help]
 
 Shows flower-exporter at work on this machine: a Redis of its own, a sample Celery
 worker without -E, the exporter, a trickle of tasks, and the six series live with
@@ -11,6 +11,8 @@ their address, until Ctrl-C. Then everything it started is stopped and removed.
 
   --once   show the six series as soon as all of them have samples, then exit
            with 0; with 1 when that takes more than 60 seconds
+  --port   of the exporter, such as 9555, where Prometheus looks for it;
+           a free one otherwise
   --help   this text
 
 Environment: FLOWER_EXPORTER_BIN=PATH uses that binary instead of building one.
@@ -88,19 +90,20 @@ run() { # NAME COMMAND...
 }
 
 # Starts a server on a port the kernel chose. Should somebody else take that port before the server does: again.
-# $port is the result; @PORT in the command stands for it, and READY is a function of the process id.
+# $port is the result; @PORT in the command stands for it, and READY is a function of the process id. One that was
+# asked for, $wanted_port, is not tried again.
 serve() { # NAME READY COMMAND...
     local name=$1 ready=$2 patience try
     shift 2
     for try in 1 2 3 4 5; do
-        port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+        port=${wanted_port:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
         start "$name" "${@//@PORT/$port}"
         patience=$((SECONDS + 20))
         while running "${pids[-1]}" && ((SECONDS < patience)); do
             if "$ready" "${pids[-1]}" && running "${pids[-1]}"; then return; fi
             sleep 0.05
         done
-        if running "${pids[-1]}" || ! grep -qi 'in use' "$tmp/$name.log"; then break; fi
+        if [[ -n $wanted_port ]] || running "${pids[-1]}" || ! grep -qi 'in use' "$tmp/$name.log"; then break; fi
         say "port $port was taken meanwhile, trying another ($try of 5)"
         forget_last
     done
@@ -218,6 +221,7 @@ demonstrate() {
     await_line worker ' ready\.' 30 || { logs worker; fail "the worker did not get ready in 30 seconds, its log is above"; }
     : >"$tmp/exporter.toml" # nothing from /etc or the environment
     for name in "${!FLOWER_EXPORTER_@}"; do unset "$name"; done
+    wanted_port=$exporter_port
     serve exporter exporter_ready "$bin" -c "$tmp/exporter.toml" -b "$broker" -l 127.0.0.1:@PORT
     url=http://127.0.0.1:$port/metrics
     # The exporter's broadcast makes the worker talk; if it never comes, the series missing below will tell.
@@ -243,13 +247,22 @@ demonstrate() {
     done
 }
 
-once=
-for argument; do
-    case $argument in
+once='' exporter_port='' wanted_port=''
+wrong() { printf 'quickstart.sh: %s\n\n' "$1" >&2 && usage >&2 && exit 2; }
+while (($#)); do
+    case $1 in
     --once) once=yes ;;
+    --port)
+        if ! [[ ${2-} =~ ^[1-9][0-9]{0,4}$ ]] || (($2 > 65535)); then
+            wrong "--port: expected a number from 1 to 65535, not '${2-}'"
+        fi
+        exporter_port=$2
+        shift
+        ;;
     -h | --help) usage && exit ;;
-    *) printf 'quickstart.sh: unknown option: %s\n\n' "$argument" >&2 && usage >&2 && exit 2 ;;
+    *) wrong "unknown option: $1" ;;
     esac
+    shift
 done
 trap cleanup EXIT
 trap 'exit 129' HUP

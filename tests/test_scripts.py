@@ -7,7 +7,7 @@ import pytest
 
 from support.exporter import BINARY
 from support.exposition import FAMILIES
-from support.processes import ROOT
+from support.processes import ROOT, free_port
 
 PLACES = [".ci/*", "benches/*.sh", "benches/*/*.sh", "deploy/**/*.sh", "deploy/debian/post*", "fuzz/*.sh", "tests/*.sh"]
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for place in PLACES for path in ROOT.glob(place))
@@ -21,10 +21,16 @@ def test_shellcheck(name):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.fixture(scope="module")
+def shared_redis(shared):
+    return shared.redis()
+
+
 def test_quickstart():
     """It shows all six series of a real worker, and leaves nothing running."""
+    port = free_port()
     done = subprocess.run(
-        [ROOT / "deploy/quickstart.sh", "--once"],
+        [ROOT / "deploy/quickstart.sh", "--once", "--port", str(port)],
         env={**os.environ, "FLOWER_EXPORTER_BIN": str(BINARY)},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -32,6 +38,7 @@ def test_quickstart():
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
+    assert f"http://127.0.0.1:{port}/metrics" in done.stderr
     assert all(name.removesuffix("_total") in done.stdout for name in FAMILIES), done.stdout
     assert "stopping: redis worker exporter tasks" in done.stderr
 
@@ -40,11 +47,16 @@ def test_quickstart():
     ("arguments", "environment", "code", "said"),
     [
         (["--twice"], {}, 2, "unknown option: --twice"),
+        (["--port"], {}, 2, "--port: expected a number from 1 to 65535, not ''"),
+        (["--port", "65536"], {}, 2, "expected a number from 1 to 65535"),
+        (["--once", "--port", "{taken}"], {"FLOWER_EXPORTER_BIN": str(BINARY)}, 1, 'http.listen = "127.0.0.1:{taken}"'),
         ([], {"FLOWER_EXPORTER_BIN": "/nowhere"}, 1, "FLOWER_EXPORTER_BIN=/nowhere is not a program"),
         ([], {"PATH": "/usr/bin:/bin", "HOME": "/nowhere"}, 1, "there is no cargo: install Rust"),
     ],
 )
-def test_quickstart_says_what_is_missing(arguments, environment, code, said):
+def test_quickstart_says_what_is_wrong(arguments, environment, code, said, shared_redis):
+    """An option, a program, a port."""
+    arguments, said = [text.format(taken=shared_redis.port) for text in arguments], said.format(taken=shared_redis.port)
     done = subprocess.run(
         [ROOT / "deploy/quickstart.sh", *arguments],
         env={**os.environ, **environment},
