@@ -59,7 +59,7 @@ const SECTIONS: [(&str, &[(&str, &str)]); 4] = [
             ("1", "The system refused something; with --healthcheck: no exporter there, or it is stuck."),
             (
                 "2",
-                "A mistake in the command line or the settings, or a taken port. One line on standard error names it.",
+                "A mistake in the command line or the settings, a taken port, or saved state that another exporter has open. One line on standard error names it.",
             ),
         ],
     ),

@@ -15,8 +15,8 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::broker;
-use crate::daemon::Exporter;
-use crate::logging::Logging;
+use crate::daemon::{Exporter, StartError};
+use crate::logging::{self, Logging};
 use crate::settings::cli::Cli;
 use crate::settings::{self, Loaded, Settings};
 use crate::signals::{Intent, Intents};
@@ -58,8 +58,9 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn fail(code: u8, error: &dyn std::fmt::Display) -> ExitCode {
-    eprintln!("flower-exporter: {error}");
-    systemd::failed(&error.to_string());
+    let why = error.to_string();
+    logging::last_word(&why);
+    systemd::failed(&why);
     ExitCode::from(code)
 }
 
@@ -75,6 +76,7 @@ async fn serve(cli: &Cli, loaded: Loaded) -> ExitCode {
     let exporter = tokio::select! {
         started = Exporter::start(loaded.settings, Vec::new()) => match started {
             Ok(exporter) => exporter,
+            Err(error @ (StartError::Thread(_) | StartError::Load | StartError::Metrics(_))) => return fail(1, &error),
             Err(error) => return fail(MISTAKE, &error),
         },
         () = told_to_stop(&mut intents) => return ExitCode::SUCCESS,

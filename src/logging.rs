@@ -6,7 +6,7 @@ use std::os::linux::fs::MetadataExt;
 
 use tracing::{Event, Subscriber};
 use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::format::{JsonFields, Writer};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, format};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
@@ -27,19 +27,19 @@ impl Logging {
         let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
         let text = format().with_target(false);
         let layer = match log.format {
+            // The journal has a clock of its own.
             LogFormat::Text if is_journal() => {
                 lines.with_ansi(false).event_format(Journal(text.without_time())).boxed()
             }
             LogFormat::Text => {
                 lines.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).event_format(text).boxed()
             }
-            LogFormat::Json => lines
-                .json()
-                .with_target(false)
-                .flatten_event(true)
-                .with_current_span(false)
-                .with_span_list(false)
-                .boxed(),
+            LogFormat::Json => {
+                let json = format().json().with_target(false).flatten_event(true);
+                let json = json.with_current_span(false).with_span_list(false);
+                let lines = lines.fmt_fields(JsonFields::new());
+                if is_journal() { lines.event_format(Journal(json)).boxed() } else { lines.event_format(json).boxed() }
+            }
         };
         tracing_subscriber::registry().with(layer.with_filter(filter)).init();
         std::panic::set_hook(Box::new(|panic| {
@@ -57,6 +57,12 @@ impl Logging {
     }
 }
 
+/// Why the program ends: also where no log is kept.
+pub fn last_word(why: &str) {
+    let priority = if is_journal() { "<3>" } else { "" };
+    eprintln!("{priority}flower-exporter: {why}");
+}
+
 /// Whether standard error goes to systemd's journal: it names the socket it gave us by device and inode.
 fn is_journal() -> bool {
     let named = std::env::var("JOURNAL_STREAM").ok();
@@ -64,7 +70,7 @@ fn is_journal() -> bool {
     ours.is_some_and(|ours| named == Some(format!("{}:{}", ours.st_dev(), ours.st_ino())))
 }
 
-/// Lines as the journal takes them: the priority in front (`sd-daemon(3)`); it has a clock of its own.
+/// Lines as the journal takes them: the priority in front (`sd-daemon(3)`).
 struct Journal<F>(F);
 
 impl<S, N, F> FormatEvent<S, N> for Journal<F>

@@ -71,9 +71,10 @@ tool cargo-deny 0.20.2
 if [ ! -e "$env/debian.done" ] && [ "$(id -u)" = 0 ]; then
     say "debootstrap into $env/debian (a minute)"
     rm -rf "${env:?}/debian"
-    # shellcheck disable=SC2016 # apt fills it in
-    mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | head -n 1)
+    # shellcheck disable=SC1091
     release=$(. /etc/os-release && echo "$VERSION_CODENAME")
+    # shellcheck disable=SC2016 # apt fills it in
+    mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' "Release: $release" 'Component: main' | sed -n 1p)
     if debootstrap --variant=minbase --include=systemd,man-db "$release" "$env/debian" "$mirror" \
         </dev/null >"$env/debootstrap.log" 2>&1; then
         touch "$env/debian.done"

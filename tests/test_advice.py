@@ -5,6 +5,9 @@ import time
 from support import events as ev
 from support.processes import wait_until
 
+#: A hostname that would begin a line of its own in the log.
+FORGED = "w\n<0>kernel: forged"
+
 
 def test_silence_is_explained(lab, redis):
     """In /healthz and the log, a minute after connecting, and withdrawn when all is well.
@@ -23,6 +26,7 @@ def test_silence_is_explained(lab, redis):
         processed = int(time.monotonic() - begun)
         for rig in (idle, well):
             rig.publisher.send(ev.heartbeat(processed=processed))
+        idle.publisher.send(ev.heartbeat(FORGED, processed=processed))
         well.publisher.send(ev.succeeded(f"{processed}"))
         return warnings(silent) and warnings(idle.exporter)
 
@@ -30,11 +34,13 @@ def test_silence_is_explained(lab, redis):
     assert time.monotonic() - begun > 50, "not before its time"
     assert ev.W in str(warnings(idle.exporter)), "the worker is named"
     assert not warnings(well.exporter)
+    assert repr(FORGED)[1:-1] in str(warnings(idle.exporter)).replace("\\\\", "\\")
+    assert "\n<0>" not in idle.exporter.log(), "a name forges no line"
     for exporter in (silent, idle.exporter):
         assert exporter.healthz()[0] == exporter.healthz(ready=True)[0] == 200
         assert "WARN" in exporter.log()
     assert "WARN" not in well.exporter.log()
 
     lab.publisher(redis, "silence").send(ev.heartbeat())
-    idle.play(ev.received("now"))
+    idle.play(ev.received("now"), ev.received("then", worker=FORGED))
     wait_until(lambda: not warnings(silent) and not warnings(idle.exporter), 10, "the warnings are withdrawn")

@@ -168,7 +168,22 @@ def compose():
     argv = ["docker-compose", "-f", file, "--project-directory", HERE, "config"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    return yaml.safe_load(done.stdout)["services"]
+    services = yaml.safe_load(done.stdout)["services"]
+    for service in services.values():
+        service["ports"] = [port if isinstance(port, str) else PORT.format(**port) for port in service.get("ports", [])]
+        service["volumes"] = [
+            volume if isinstance(volume, str) else f"{volume['source']}:{volume['target']}:{mode(volume)}"
+            for volume in service.get("volumes", [])
+        ]
+    return services
+
+
+#: As version 1 of docker-compose writes what version 2 takes apart.
+PORT = "{host_ip}:{published}:{target}/{protocol}"
+
+
+def mode(volume):
+    return "ro" if volume.get("read_only") else "rw"
 
 
 def mounts(service):
@@ -186,7 +201,7 @@ def here(service, path):
 
 def test_compose_is_for_this_machine_alone(compose):
     """All ports are on loopback, every image has its release in its tag, and the exporter may do nothing."""
-    ports = [port for service in compose.values() for port in service.get("ports", [])]
+    ports = [port for service in compose.values() for port in service["ports"]]
     assert {port.split(":", 1)[1] for port in ports} == {"9555:9555/tcp", "9090:9090/tcp", "3000:3000/tcp"}
     assert all(ipaddress.ip_address(port.split(":")[0]).is_loopback for port in ports)
     images = [service["image"] for service in compose.values() if "build" not in service]

@@ -171,7 +171,7 @@ def test_egress(built):
     policy = only(built["base"], "NetworkPolicy")["spec"]
     ports = {(port["protocol"], port["port"]) for rule in policy["egress"] for port in rule["ports"]}
     assert policy["policyTypes"] == ["Ingress", "Egress"]
-    assert ports == {("UDP", 53), *(("TCP", number) for number in (53, 5672, 5671, 6379, 26379))}
+    assert ports == {("UDP", 53), *(("TCP", number) for number in (53, 5672, 5671, 6379, 6380, 26379))}
 
 
 def test_restricted(ours):
@@ -382,7 +382,12 @@ def test_readme_commands(built):
     """The Secret it makes is the one that the pods mount, by name and key; every file that it names is there."""
     (commands,) = blocks("sh")
     (create,) = [line for line in commands.splitlines() if line.startswith("kubectl create secret")]
-    done = kubectl(*shlex.split(create)[1:], "--dry-run=client", "-o", "yaml")
+    arguments = shlex.split(create)[1:]
+    assert [argument for argument in arguments if "url" in argument] == ["--from-file=url=broker-url"]
+    file = directory("secret") / "broker-url"
+    file.write_text("redis://:password@redis:6379/0\n")
+    arguments[arguments.index("--from-file=url=broker-url")] = f"--from-file=url={file}"
+    done = kubectl(*arguments, "--dry-run=client", "-o", "yaml")
     assert done.returncode == 0, done.stderr
     secret = yaml.safe_load(done.stdout)
     for name in BUILDS:

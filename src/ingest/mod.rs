@@ -312,6 +312,7 @@ impl Work {
             .into_iter()
             .take(10)
             .map(|hostname| {
+                let hostname = hostname.escape_debug();
                 format!(
                     "{hostname} processes tasks but sends no task events: start it with -E, set worker_send_task_events, or \
                      leave events.enable_events on and let it read its control queue"

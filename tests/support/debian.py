@@ -20,8 +20,10 @@ mkdir "$HOME_DIR"/upper "$HOME_DIR"/work "$HOME_DIR"/root
 mount -t overlay -o lowerdir="$TREE",upperdir="$HOME_DIR"/upper,workdir="$HOME_DIR"/work overlay "$HOME_DIR"/root
 cd "$HOME_DIR"/root
 mount -t proc proc proc
+mount --bind proc/sys proc/sys
+mount -o remount,bind,ro proc/sys
 mount --rbind /sys sys
-for group in $GROUPS; do mount --bind "$group" ."${group%/*}"; done
+for group in $OWN_GROUPS; do mount --bind "$group" ."${group%/*}"; done
 mount -t tmpfs -o mode=755 tmpfs dev
 for node in null zero full random urandom tty; do touch dev/$node; mount --bind /dev/$node dev/$node; done
 mkdir dev/pts dev/shm
@@ -39,12 +41,22 @@ exec env -i container=tests PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/syst
 """
 
 
+def hierarchies():
+    """Of cgroups: one, or those of version 1, as far as they can be joined (cpuset cannot without processors)."""
+    if (CGROUPS / "cgroup.controllers").exists():
+        return [CGROUPS]
+    found = (path.parent for path in CGROUPS.glob("*/cgroup.procs"))
+    return [path for path in found if path.name != "cpuset" and not path.is_symlink()]
+
+
 def unavailable():
     """Why this machine can have no such Debian, if so."""
     if os.geteuid() != 0:
         return "not root: no mounts, no chroot"
     if not TREE.is_dir():
         return f"no {TREE}: debootstrap failed in tests/setup.sh"
+    if not all(os.access(path, os.W_OK) for path in hierarchies()):
+        return "cgroups cannot be made here"
     done = subprocess.run(
         ["unshare", "--mount", "--pid", "--cgroup", "--uts", "--ipc", "--fork", "true"], capture_output=True, text=True
     )
@@ -56,14 +68,13 @@ class Debian(Process):
 
     def __init__(self):
         self.home, self.shared = directory("debian"), directory("shared")
-        # What systemd makes there goes with it, and it manages nothing else. (cpuset takes nobody without its processors.)
-        groups = [path.parent / self.home.name for path in CGROUPS.glob("*/cgroup.procs") if path.parent.name != "cpuset"]
-        self.groups = groups or [CGROUPS / self.home.name]
+        # What systemd makes there goes with it, and it manages nothing else.
+        self.groups = [path / self.home.name for path in hierarchies()]
         join = "".join(f'mkdir "{path}"; echo $$ > "{path}"/cgroup.procs\n' for path in self.groups)
         super().__init__(
             "debian",
             ["bash", "-euc", f'{join} exec unshare -mpCui --fork --kill-child bash -euc "$BOOT"'],
-            env={"BOOT": BOOT, "HOME_DIR": self.home, "TREE": TREE, "SHARED": self.shared, "GROUPS": " ".join(map(str, self.groups))},
+            env={"BOOT": BOOT, "HOME_DIR": self.home, "TREE": TREE, "SHARED": self.shared, "OWN_GROUPS": " ".join(map(str, self.groups))},
         )
         try:
             self.first = wait_until(self._first, 10, self.log)
@@ -107,6 +118,7 @@ class Debian(Process):
         self("install", "-D", "-m", f"{mode:o}", "/mnt/file", path)
 
     def journal(self, unit):
+        self("journalctl", "--sync")
         return self("journalctl", "--no-pager", "-o", "cat", "-u", unit)
 
     def kill(self):
@@ -156,7 +168,8 @@ class Service(Exporter):
     def log(self):
         return self.debian.journal(self.NAME)
 
-    def own_lines(self):
+    def own_lines(self, *options):
         """What the exporter itself said: the journal's lines that are not systemd's."""
-        lines = self.debian("journalctl", "--no-pager", "-o", "cat", "_COMM=flower-exporter").splitlines()
-        return [line.strip() for line in lines]
+        self.debian("journalctl", "--sync")
+        told = self.debian("journalctl", "--no-pager", "-o", "cat", "-t", "flower-exporter", *options)
+        return [line.strip() for line in told.splitlines()]
