@@ -70,8 +70,8 @@ async fn serve(cli: &Cli, loaded: Loaded) -> ExitCode {
         Err(error) => return fail(1, &error),
     };
     let logging = Logging::start(&loaded.settings.log);
-    if let Some(overruled) = loaded.overruled_url() {
-        tracing::warn!("{overruled}");
+    for unused in loaded.unused() {
+        tracing::warn!("{unused}");
     }
     let exporter = tokio::select! {
         started = Exporter::start(loaded.settings, Vec::new()) => match started {

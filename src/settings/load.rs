@@ -63,6 +63,8 @@ pub struct Loaded {
     pub settings: Settings,
     /// In the order of `KEYS`.
     sources: Vec<String>,
+    /// Variables that are none of ours by one underscore.
+    misnamed: Vec<String>,
 }
 
 impl Loaded {
@@ -70,6 +72,9 @@ impl Loaded {
     #[must_use]
     pub fn report(&self) -> String {
         let mut report = String::new();
+        for unused in self.unused() {
+            let _ = writeln!(report, "# {unused}");
+        }
         let mut section = "";
         for (key, source) in KEYS.iter().zip(&self.sources) {
             if key.section() != section {
@@ -86,9 +91,14 @@ impl Loaded {
         report
     }
 
-    /// Where a URL that is not the default one is overruled by a URL file.
+    /// What was given and has no effect, a line each: variables with one underscore where two belong, and a URL beside
+    /// a URL file.
     #[must_use]
-    pub fn overruled_url(&self) -> Option<String> {
+    pub fn unused(&self) -> Vec<String> {
+        self.misnamed.iter().cloned().chain(self.overruled_url()).collect()
+    }
+
+    fn overruled_url(&self) -> Option<String> {
         let broker = &self.settings.broker;
         if broker.url_file.is_none() || broker.url == Broker::default().url {
             return None;
@@ -118,7 +128,7 @@ pub fn load_from(
     default_file: &Path,
 ) -> Result<Loaded, Error> {
     let mut named_file = None;
-    let mut variables = Vec::new();
+    let (mut variables, mut misnamed) = (Vec::new(), Vec::new());
     for (name, value) in environment {
         let name = name.to_string_lossy();
         match name.strip_prefix(PREFIX) {
@@ -129,7 +139,10 @@ pub fn load_from(
                 }
                 variables.push(variable_layer(&name, rest, &value)?);
             }
-            _ => {}
+            Some(rest) => {
+                misnamed.extend(meant(rest).map(|meant| format!("environment {name} is not read: {meant} is")));
+            }
+            None => {}
         }
     }
     let mut figment = Figment::new();
@@ -143,7 +156,14 @@ pub fn load_from(
     // A URL file must be readable at the start.
     settings.broker.urls()?;
     let sources = KEYS.iter().map(|key| source(&figment, key)).collect();
-    Ok(Loaded { settings, sources })
+    Ok(Loaded { settings, sources, misnamed })
+}
+
+/// The variable that was meant by one with a single underscore. Names that mean nothing here are somebody else's:
+/// Kubernetes sets `FLOWER_EXPORTER_PORT` and the like for a Service of our name.
+fn meant(rest: &str) -> Option<String> {
+    let key = KEYS.iter().find(|key| key.name.replace('.', "_").eq_ignore_ascii_case(rest))?;
+    Some(format!("{PREFIX}{}", key.name.replace('.', "__").to_uppercase()))
 }
 
 fn source(figment: &Figment, key: &Key) -> String {

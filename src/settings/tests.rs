@@ -436,19 +436,25 @@ fn a_url_file_wins_and_is_read_every_time() {
 }
 
 #[test]
-fn a_url_that_a_file_overrules_is_told_of() {
+fn what_has_no_effect_is_told_of() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("url");
     fs::write(&path, "redis://a").unwrap();
     let variable = format!("BROKER__URL_FILE={}", path.display());
-    let overruled = |file: &str, variables: &[&str]| load(file, variables, &[]).unwrap().overruled_url();
-    let told = overruled("broker.url = 'redis://ignored'", &[&variable]).unwrap();
+    let unused = |file: &str, variables: &[&str]| load(file, variables, &[]).unwrap().unused();
+    let [told] = &unused("broker.url = 'redis://ignored'", &[&variable])[..] else { panic!("one line") };
     assert!(told.starts_with("broker.url ("), "{told}");
     assert!(told.ends_with("x.toml) is not used: broker.url_file (environment FLOWER_EXPORTER_BROKER__URL_FILE) is"));
-    assert_eq!(overruled(EXAMPLE, &[&variable]), None, "the default says nothing");
-    assert_eq!(overruled("broker.url = 'redis://used'", &[]), None);
+    assert!(unused(EXAMPLE, &[&variable]).is_empty(), "the default says nothing");
+    assert!(unused("broker.url = 'redis://used'", &[]).is_empty());
     let later = load("", &[&variable], &["-b", "redis://later"]).unwrap();
-    assert_eq!(later.overruled_url(), None, "the later layer wins");
+    assert!(later.unused().is_empty(), "the later layer wins");
+
+    let told = "environment FLOWER_EXPORTER_BROKER_REDIS_MASTER_NAME is not read: \
+                FLOWER_EXPORTER_BROKER__REDIS__MASTER_NAME is";
+    let loaded = load("", &["BROKER_REDIS_MASTER_NAME=x", "PORT=tcp://10.0.0.1:9555", "SERVICE_HOST=x"], &[]).unwrap();
+    assert_eq!(loaded.unused(), [told]);
+    assert!(loaded.report().starts_with(&format!("# {told}\n[broker]\n")));
 }
 
 #[test]
