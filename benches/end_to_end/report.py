@@ -89,11 +89,9 @@ def output(*command):
 
 
 def head(title):
-    root = Path(__file__).resolve().parents[2]
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     memory = int(re.search(r"\d+", Path("/proc/meminfo").read_text())[0]) / 2**20
     system = platform.freedesktop_os_release()["PRETTY_NAME"]
-    commit = output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12")
     exporter = output(str(BINARY), "--version").split("\n")[0]
     redis = re.search(r"v=(\S+)", output("redis-server", "--version"))[1]
     rabbitmq = output("dpkg-query", "-W", "-f", "${Version}", "rabbitmq-server")
@@ -102,7 +100,7 @@ def head(title):
 - {time.strftime("%Y-%m-%d %H:%M %Z")}, `{os.environ.get("COMMAND", "")}`
 - {cpu}, {os.cpu_count()} cores, {memory:.0f} GiB; load {os.getloadavg()[0]:.1f} before
 - {system}, Linux {platform.release()}; Redis {redis}, RabbitMQ {rabbitmq}, Python {platform.python_version()}
-- {exporter}, commit {commit}, {Path(BINARY).stat().st_size / 1e6:.1f} MB
+- {exporter}, {Path(BINARY).stat().st_size / 1e6:.1f} MB
 
 """
 
