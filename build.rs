@@ -23,6 +23,8 @@ fn told() -> Option<String> {
 /// What `cargo publish` leaves in the crate.
 fn published() -> Option<String> {
     let info = fs::read_to_string(".cargo_vcs_info.json").ok()?;
+    // A build of the checkout may follow in the same target directory, as after `cargo publish --dry-run`.
+    println!("cargo::rerun-if-changed=.cargo_vcs_info.json");
     let (_, rest) = info.split_once("\"sha1\"")?;
     rest.split('"').nth(1).filter(|commit| is_hash(commit)).map(str::to_owned)
 }
