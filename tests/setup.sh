@@ -68,19 +68,18 @@ tool cargo-deb 3.8.0
 tool cargo-deny 0.20.2
 
 # A clean Debian for the package, from the mirror that this machine uses. Tests that need it say so where there is none.
-if [ ! -e "$env/debian.done" ] && [ "$(id -u)" = 0 ]; then
+if [ ! -e "$env/debian" ] && [ "$(id -u)" = 0 ]; then
     say "debootstrap into $env/debian (a minute)"
-    rm -rf "${env:?}/debian"
+    rm -rf "${env:?}/debian.new"
     # shellcheck disable=SC1091
     release=$(. /etc/os-release && echo "$VERSION_CODENAME")
     # shellcheck disable=SC2016 # apt fills it in
     mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' "Release: $release" 'Component: main' | sed -n 1p)
-    if debootstrap --variant=minbase --include=systemd,man-db "$release" "$env/debian" "$mirror" \
+    if debootstrap --variant=minbase --include=systemd,man-db "$release" "$env/debian.new" "$mirror" \
         </dev/null >"$env/debootstrap.log" 2>&1; then
-        touch "$env/debian.done"
+        mv "$env/debian.new" "$env/debian"
     else
         say "debootstrap failed, see $env/debootstrap.log: the tests of the Debian package will be skipped"
-        rm -rf "${env:?}/debian"
     fi
 fi
 

@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 import pytest
 import yaml
+from test_settings import Run
 
 from support import events as ev
 from support.container import CONTAINERFILE, RUN, Container, Podman
-from support.exporter import BINARY
 from support.exposition import FAMILIES
 from support.processes import ROOT, TEST_ENV, Process, directory
 from support.prometheus import FILES
@@ -216,12 +216,12 @@ def test_compose_is_for_this_machine_alone(compose):
 def test_compose_exporter(compose):
     """The environment is valid, the broker is the service of that name, and the state's place is a volume."""
     service = compose["exporter"]
-    environment = {"PATH": "/usr/bin:/bin", **service["environment"]}
-    done = subprocess.run([BINARY, "--check-config"], env=environment, capture_output=True, text=True, timeout=10)
-    assert done.returncode == 0, done.stderr
+    environment = service["environment"]
+    done = Run("--check-config", env=environment)
+    assert done.code == 0, done.err
     assert urlsplit(environment["FLOWER_EXPORTER_BROKER__URL"]).hostname in service["depends_on"]
     assert f"state:{STATE}:rw" in service["volumes"]
-    assert '"0.0.0.0:9555"' in done.stdout and f'"{STATE}/' in done.stdout
+    assert '"0.0.0.0:9555"' in done.out and f'"{STATE}/' in done.out
 
 
 def test_compose_prometheus(compose):

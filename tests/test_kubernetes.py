@@ -11,9 +11,9 @@ import tomllib
 import kubernetes_validate
 import pytest
 import yaml
+from test_settings import Run
 
 from support import events as ev
-from support.exporter import BINARY, CLEAN
 from support.exposition import EVENTS, ONLINE
 from support.kubernetes import MANIFESTS, OURS, build, containers, environment, kubectl, mib, only, overlay
 from support.processes import ROOT, directory, wait_until
@@ -72,16 +72,12 @@ class Pod:
         self.env = environment(container, name, mounts)
 
     def check(self):
-        """--check-config: (exit code, output, errors)."""
-        command = [BINARY, *(["-c", self.config] if self.config else []), "--check-config"]
-        kept = {key: value for key, value in CLEAN.items() if value}
-        done = subprocess.run(command, env=kept | self.env, text=True, capture_output=True, timeout=20)
-        return done.returncode, done.stdout, done.stderr
+        return Run(*(["-c", self.config] if self.config else []), "--check-config", env=self.env)
 
     def settings(self):
-        code, output, errors = self.check()
-        assert code == 0, errors
-        return tomllib.loads(output)
+        done = self.check()
+        assert done.code == 0, done.err
+        return tomllib.loads(done.out)
 
     def start(self, lab):
         settings = tomllib.loads(self.config.read_text()) if self.config else {}
@@ -240,19 +236,19 @@ def test_a_mistake_in_the_settings_is_found(built):
     documents = copy.deepcopy(built["base"])
     settings = only(documents, "ConfigMap")["data"]
     settings["flower-exporter.toml"] += "self_metric = true\n"
-    assert Pod(documents, "redis://redis.example/0").check()[0] == 2
+    assert Pod(documents, "redis://redis.example/0").check().code == 2
     documents = copy.deepcopy(built["sidecar"])
     ((_, container),) = containers(only(documents, "Deployment"))
     container["env"][0]["name"] += "S"
-    assert Pod(documents, "redis://redis.example/0").check()[0] == 2
+    assert Pod(documents, "redis://redis.example/0").check().code == 2
 
 
 def test_placeholder_is_refused(built):
     """The overlay as shipped starts nothing: one line that names the file, and not what is in it."""
     url = base64.b64decode(only(built["overlay"], "Secret")["data"]["url"]).decode()
     pod = Pod(built["overlay"], url)
-    code, _, errors = pod.check()
-    assert code == 2 and errors.count("\n") == 1 and str(pod.broker_url) in errors and url.strip() not in errors
+    line = pod.check().complaint()
+    assert str(pod.broker_url) in line and url.strip() not in line
 
 
 def test_workers_are_forgotten_before_their_alert(built):
@@ -396,7 +392,7 @@ def test_readme_commands(built):
         assert secret["metadata"]["name"] == volume["secretName"]
         assert [item["key"] for item in volume["items"]] == list(secret["data"])
     url = base64.b64decode(secret["data"]["url"]).decode()
-    assert Pod(built["base"], url).check()[0] == 0
+    assert Pod(built["base"], url).check().code == 0
     for path in re.findall(r"deploy/[\w./-]+", (MANIFESTS / "README.md").read_text()):
         assert (ROOT / path).exists(), path
 

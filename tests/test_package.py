@@ -6,7 +6,6 @@ import fcntl
 import os
 import re
 import shutil
-import signal
 import stat
 import subprocess
 from pathlib import Path
@@ -79,11 +78,6 @@ def connected(service, shared_redis):
     service.debian.put(URL, shared_redis.url, 0o600)
     service.debian("systemctl", "restart", service.NAME)
     return service.ready()
-
-
-@pytest.fixture(scope="module")
-def shared_redis(shared):
-    return shared.redis()
 
 
 def drop_in(service, *lines):

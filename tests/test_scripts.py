@@ -21,11 +21,6 @@ def test_shellcheck(name):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def shared_redis(shared):
-    return shared.redis()
-
-
 def test_quickstart():
     """It shows all six series of a real worker, and leaves nothing running."""
     port = free_port()

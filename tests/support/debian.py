@@ -70,12 +70,11 @@ class Debian(Process):
         self.home, self.shared = directory("debian"), directory("shared")
         # What systemd makes there goes with it, and it manages nothing else.
         self.groups = [path / self.home.name for path in hierarchies()]
-        join = "".join(f'mkdir "{path}"; echo $$ > "{path}"/cgroup.procs\n' for path in self.groups)
-        super().__init__(
-            "debian",
-            ["bash", "-euc", f'{join} exec unshare -mpCui --fork --kill-child bash -euc "$BOOT"'],
-            env={"BOOT": BOOT, "HOME_DIR": self.home, "TREE": TREE, "SHARED": self.shared, "OWN_GROUPS": " ".join(map(str, self.groups))},
-        )
+        join = 'for group in $OWN_GROUPS; do mkdir "$group"; echo $$ > "$group"/cgroup.procs; done'
+        env = {"BOOT": BOOT, "HOME_DIR": self.home, "TREE": TREE, "SHARED": self.shared}
+        env["OWN_GROUPS"] = " ".join(map(str, self.groups))
+        start = f'{join}; exec unshare -mpCui --fork --kill-child bash -euc "$BOOT"'
+        super().__init__("debian", ["bash", "-euc", start], env=env)
         try:
             self.first = wait_until(self._first, 10, self.log)
             booted = lambda: self.run("systemctl", "is-system-running").stdout.strip() in ("running", "degraded")  # noqa: E731
@@ -117,9 +116,10 @@ class Debian(Process):
         source.write_text(text)
         self("install", "-D", "-m", f"{mode:o}", "/mnt/file", path)
 
-    def journal(self, unit):
+    def journal(self, *options):
+        """The journal's lines that these options choose, all that were written by now."""
         self("journalctl", "--sync")
-        return self("journalctl", "--no-pager", "-o", "cat", "-u", unit)
+        return self("journalctl", "--no-pager", "-o", "cat", *options)
 
     def kill(self):
         super().kill()
@@ -166,10 +166,8 @@ class Service(Exporter):
         raise AssertionError(f"no process {inside}\n{self.log()}")
 
     def log(self):
-        return self.debian.journal(self.NAME)
+        return self.debian.journal("-u", self.NAME)
 
     def own_lines(self, *options):
         """What the exporter itself said: the journal's lines that are not systemd's."""
-        self.debian("journalctl", "--sync")
-        told = self.debian("journalctl", "--no-pager", "-o", "cat", "-t", "flower-exporter", *options)
-        return [line.strip() for line in told.splitlines()]
+        return [line.strip() for line in self.debian.journal("-t", "flower-exporter", *options).splitlines()]
