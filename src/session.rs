@@ -98,11 +98,13 @@ impl Session {
     pub async fn run(mut self) {
         let room = Arc::new(Semaphore::new(capacity(&self.settings.borrow())));
         let (telemetry, health) = (Arc::clone(&self.telemetry), Arc::clone(&self.health));
+        let mut drops = Drops { telemetry: &telemetry, told: 0 };
         tokio::select! {
             () = self.connect_until_stopped(&room) => {}
-            () = tell_drops(&telemetry) => {}
+            never = drops.tell_now_and_then() => match never {},
             never = keep_turning(&health) => match never {},
         }
+        drops.tell();
         self.health.set_broker(BrokerStatus::Stopped);
         self.telemetry.connected.set(0);
     }
@@ -209,15 +211,15 @@ impl Session {
             error = ticker.run(&self.arrivals) => Some(error),
             _ = stop.wait_for(|stop| *stop) => None,
         };
+        if let Some(error) = error {
+            self.telemetry.cutoffs.inc();
+            complain(losses, "the connection to the broker is lost, trying again", Some(url), &error);
+        }
         // The answer is of no use; what counts is that the other side was told.
         let _ = timeout(PATIENCE, control.close()).await;
         self.health.set_broker(BrokerStatus::Connecting);
         self.telemetry.connected.set(0);
         self.send(Arrival::Disconnected);
-        if let Some(error) = error {
-            self.telemetry.cutoffs.inc();
-            complain(losses, "the connection to the broker is lost, trying again", Some(url), &error);
-        }
         heard
     }
 
@@ -336,21 +338,35 @@ async fn keep_turning(health: &Health) -> Infallible {
     }
 }
 
-/// Tells of messages that were dropped: soon, then once a minute.
-async fn tell_drops(telemetry: &Telemetry) {
-    let mut told = 0;
-    loop {
-        sleep(DROPS_TOLD_AFTER).await;
-        let total = telemetry.dropped.get();
-        if total > told {
+/// Tells of messages that were dropped: soon, then once a minute, and at the end.
+struct Drops<'s> {
+    telemetry: &'s Telemetry,
+    told: u64,
+}
+
+impl Drops<'_> {
+    async fn tell_now_and_then(&mut self) -> Infallible {
+        loop {
+            sleep(DROPS_TOLD_AFTER).await;
+            if self.tell() {
+                sleep(DROPS_TOLD_EVERY).await;
+            }
+        }
+    }
+
+    /// Whether there was something to tell.
+    fn tell(&mut self) -> bool {
+        let total = self.telemetry.dropped.get();
+        let dropped = total - self.told;
+        if dropped > 0 {
             tracing::warn!(
-                dropped = total - told,
+                dropped,
                 dropped_total = total,
                 "events come in faster than they are processed: events.max_backlog is reached and messages are dropped"
             );
-            told = total;
-            sleep(DROPS_TOLD_EVERY).await;
+            self.told = total;
         }
+        dropped > 0
     }
 }
 

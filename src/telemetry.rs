@@ -240,31 +240,36 @@ impl Health {
         self.facts().broker
     }
 
-    /// Replaces the warnings; those that are new are returned.
-    pub fn set_warnings(&self, warnings: Vec<String>) -> Vec<String> {
-        let mut facts = self.facts();
-        let new = warnings.iter().filter(|warning| !facts.warnings.contains(warning)).cloned().collect();
-        facts.warnings = warnings;
-        new
+    /// Replaces the warnings of the ingest loop.
+    pub fn set_warnings(&self, warnings: Vec<String>) {
+        let before = self.facts().warnings.clone();
+        for warning in warnings.iter().filter(|warning| !before.contains(warning)) {
+            tracing::warn!("{warning}");
+        }
+        self.facts().warnings = warnings;
     }
 
     /// So many other consumers take events from our queue.
     pub fn set_other_consumers(&self, count: u32) {
-        let before = std::mem::replace(&mut self.facts().other_consumers, count);
+        let before = self.facts().other_consumers;
         if count > 0 && before == 0 {
             tracing::warn!(count, "{SHARED_QUEUE}");
         }
+        self.facts().other_consumers = count;
     }
 
-    /// Why the state cannot be saved, if so. Whether that is news.
-    pub fn set_unsaved(&self, warning: Option<String>) -> bool {
-        let mut facts = self.facts();
-        let is_news = facts.unsaved != warning;
-        facts.unsaved = warning;
-        is_news
+    /// Why the state cannot be saved, if so.
+    pub fn set_unsaved(&self, warning: Option<String>) {
+        let before = self.facts().unsaved.clone();
+        if let Some(warning) = &warning
+            && before.as_ref() != Some(warning)
+        {
+            tracing::warn!("{warning}");
+        }
+        self.facts().unsaved = warning;
     }
 
-    /// What the operator should look at.
+    /// What the operator should look at. Each was in the log before it is here.
     #[must_use]
     pub fn warnings(&self) -> Vec<String> {
         let facts = self.facts();

@@ -5,11 +5,10 @@ import re
 import subprocess
 
 import pytest
-from test_overload import MIB, accounted, peak_memory
+from test_overload import FULL, MIB, accounted, peak_memory, said
 
 from support import events as ev
 from support.exposition import PREFETCHED
-from support.processes import wait_until
 from support.publish import envelope
 
 EVENTS_SENT = 80_000
@@ -53,18 +52,14 @@ def test_small_backlog_on_rabbitmq(lab, vhost):
 
 
 def test_small_backlog_on_redis(lab, redis):
-    """What does not fit is dropped and counted."""
+    """What does not fit is dropped, counted and told of."""
     rig = lab.rig(redis, {"events": {"max_backlog": "64KiB"}, "metrics": {"self_metrics": True}})
     topic, sent = f"/0.{rig.exchange}/task.received", 20_000
     pipe = redis.client().pipeline(transaction=False)
     for number in range(sent):
         pipe.publish(topic, json.dumps(envelope(json.dumps(ev.received(f"{number}")), exchange=rig.exchange)))
     pipe.execute()
-
-    def accounted():
-        rig.play()
-        text = rig.exporter.text()
-        dropped = sum(float(n) for n in re.findall(r"^flower_exporter_\w*dropped\w*_total(?:{.*})? (\S+)$", text, re.M))
-        return rig.metrics().events("received") + dropped == sent
-
-    wait_until(accounted, 20, lambda: rig.exporter.text())
+    dropped = accounted(rig, sent, 20).one("flower_exporter_dropped_messages_total")
+    rig.exporter.terminate()
+    told = re.findall(r" dropped=(\d+) ", "\n".join(said(rig.exporter, FULL)))
+    assert dropped > 0 and sum(map(int, told)) == dropped, "what was not told yet is told at the end"

@@ -328,9 +328,7 @@ impl Work {
                     .to_owned(),
             );
         }
-        for warning in self.io.health.set_warnings(warnings) {
-            tracing::warn!("{warning}");
-        }
+        self.io.health.set_warnings(warnings);
     }
 }
 

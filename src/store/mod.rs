@@ -335,9 +335,7 @@ impl Saving {
             "the state cannot be saved to {} and would not survive a restart, trying again: {problem}",
             path.display()
         );
-        if health.set_unsaved(Some(warning.clone())) {
-            tracing::warn!("{warning}");
-        }
+        health.set_unsaved(Some(warning));
         status.failing.store(true, Ordering::Release);
         self.nudge();
     }
