@@ -34,6 +34,12 @@ def held(exporter):
     return len(os.listdir(f"/proc/{exporter.pid}/fd")), len(os.listdir(f"/proc/{exporter.pid}/task"))
 
 
+def has_left_nothing(exporter, before):
+    wait_until(
+        lambda: all(now <= then + 3 for now, then in zip(held(exporter), before)), 5, lambda: (held(exporter), before)
+    )
+
+
 @pytest.mark.parametrize("scheme", ["redis", "amqp"])
 def test_a_peer_that_never_answers_costs_nothing(lab, scheme):
     """Every attempt that was given up has left nothing behind."""
@@ -44,7 +50,7 @@ def test_a_peer_that_never_answers_costs_nothing(lab, scheme):
         wait_until(lambda: len(connections) >= 5, 10, "some attempts")
         before = held(exporter)
         wait_until(lambda: len(connections) >= 40, 30, "many attempts")
-        wait_until(lambda: all(now <= then + 3 for now, then in zip(held(exporter), before)), 5, lambda: (held(exporter), before))
+        has_left_nothing(exporter, before)
         assert exporter.healthz()[0] == 200 and exporter.healthz(ready=True)[0] == 503
 
 
@@ -106,8 +112,23 @@ def test_a_subscription_that_is_cut_again_and_again_leaves_no_client(lab, redis)
         wait_until(lambda: client.pubsub_numpat() == 1, 10, "subscribed")
         client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
     rig.exporter.ready(10)
-    ours = lambda: len(client.client_list())  # noqa: E731
-    wait_until(lambda: ours() <= 5, 10, lambda: client.client_list())
+    wait_until(lambda: len(client.client_list()) <= 5, 10, client.client_list)
+
+
+CONFIRMED = {"redis": b"psubscribe", "rabbitmq": b"\x00\x3c\x00\x15"}  # basic.consume-ok
+
+
+def test_a_subscription_that_ends_as_it_begins_leaves_nothing(lab, broker):
+    """The connection for broadcasts, on Redis, has hardly been thought of then."""
+    path = lab.proxy(broker)
+    exporter = lab.exporter(path, {"broker": {"reconnect_max": "100ms"}})
+    before = held(exporter)
+    path.end_after(CONFIRMED[broker.name])
+    path.cut()
+    wait_until(lambda: exporter.log().count("listening for events") >= 60, 30, exporter.log)
+    path.end_after(None)
+    exporter.ready(10)
+    has_left_nothing(exporter, before)
 
 
 def test_complaints_do_not_hide_each_other(lab, redis):

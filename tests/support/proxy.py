@@ -21,7 +21,7 @@ class Proxy:
         #: Connections that were accepted, and bytes that a stall has kept back.
         self.attempts = self.kept_back = 0
         self._target = int(re.search(r"127\.0\.0\.1:(\d+)/", broker.url)[1])
-        self._server, self._drops, self._ends, self._near = None, False, set(), set()
+        self._server, self._drops, self._last_words, self._ends, self._near = None, False, None, set(), set()
         self._gates = asyncio.Event(), asyncio.Event()  # inward, outward
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
@@ -61,6 +61,10 @@ class Proxy:
         """All is well again; what a stall has kept back goes on its way."""
         self._drops = False
         self._do(self._open())
+
+    def end_after(self, text):
+        """Connections end when the broker has said this on them (None: no more), in the same breath."""
+        self._last_words = text
 
     def forget(self):
         """All is well again, but for the connections that were stalled: those stay silent for ever."""
@@ -128,6 +132,8 @@ class Proxy:
                 await gate.wait()
                 writer.write(data)
                 await writer.drain()
+                if self._last_words and self._last_words in data:
+                    break
         await gate.wait()
 
     @contextlib.contextmanager

@@ -355,13 +355,21 @@ pub struct Control {
 
 struct Kept {
     client: Client,
-    /// The task that serves it, once it is connected: without it, commands would wait until they time out.
-    connection: Option<ConnectHandle>,
+    /// The task that serves it: without it, commands would wait until they time out.
+    connection: ConnectHandle,
 }
 
 impl Kept {
     fn is_connected(&self) -> bool {
-        self.connection.as_ref().is_some_and(|connection| !connection.is_finished())
+        self.client.is_connected() && !self.connection.is_finished()
+    }
+}
+
+impl Drop for Kept {
+    /// A fred client that is merely dropped keeps its connection, and one that is told to quit before its task has begun
+    /// connects nevertheless.
+    fn drop(&mut self) {
+        self.connection.abort();
     }
 }
 
@@ -429,27 +437,20 @@ impl Control {
         }
     }
 
-    /// A fred client that is merely dropped keeps its connection.
     pub(super) async fn close(&self) {
-        if let Some(kept) = self.client.lock().await.take() {
-            // It ends either way.
-            let _ = kept.client.quit().await;
-        }
+        *self.client.lock().await = None;
     }
 
-    /// The client, connected. It is kept before it is connected, so that one given up on the way can be closed.
+    /// The client, connected. It is kept before it is connected, so that one given up on the way is closed.
     async fn client(&self) -> Result<Client, Error> {
         let mut kept = self.client.lock().await;
         if let Some(kept) = kept.as_ref().filter(|kept| kept.is_connected()) {
             return Ok(kept.client.clone());
         }
-        if let Some(kept) = kept.take() {
-            let _ = kept.client.quit().await;
-        }
         let client = self.new_client();
-        let kept = kept.insert(Kept { client: client.clone(), connection: None });
-        let connected = client.init().await.map_err(|error| refused(&error, "a second connection, for broadcasts"))?;
-        kept.connection = Some(connected);
+        // The task cannot be done before it is waited for: this thread alone runs both.
+        *kept = Some(Kept { client: client.clone(), connection: client.connect() });
+        client.wait_for_connect().await.map_err(|error| refused(&error, "a second connection, for broadcasts"))?;
         Ok(client)
     }
 
