@@ -81,7 +81,8 @@ impl Saving {
             return None;
         }
         // What the last save held is not on disk if it failed, and the store has hope again.
-        if !self.replies.is_empty() || self.messages >= self.many || store.status.is_failing() {
+        let waits = self.ack.is_some() && self.messages >= self.many;
+        if !self.replies.is_empty() || waits || store.status.is_failing() {
             return Some(Duration::ZERO);
         }
         (state.has_changes() || self.ack.is_some()).then(|| EVERY.saturating_sub(self.last.elapsed()))

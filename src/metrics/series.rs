@@ -147,9 +147,6 @@ impl Series {
                 released(task);
             }
         }
-        if self.pairs.len() < self.max_pairs {
-            self.capped = false;
-        }
     }
 
     /// The row of a pair, if it has one of its own.

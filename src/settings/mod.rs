@@ -183,7 +183,7 @@ pub struct State {
     pub purge_offline_workers: Option<Duration>,
     /// Whether state outlives the process.
     pub persistent: bool,
-    /// Directory of the store.
+    /// File of the store.
     pub db: PathBuf,
     /// Time between two compactions of the store, from 100 ms.
     #[serde(deserialize_with = "checked::<Within<100, TEN_YEARS>, _, _>")]

@@ -289,7 +289,7 @@ impl State {
                 }
             }
             EventKind::WorkerOffline => {
-                worker.presence = Presence::Offline;
+                self.workers.leave(slot);
                 self.series.say_goodbye(row, active);
                 self.empty_set(slot);
             }
@@ -297,6 +297,10 @@ impl State {
         }
         if let (EventKind::WorkerHeartbeat, Some(active)) = (event.kind, active) {
             self.series.set_executing(row, active);
+            if active == 0.0 && std::mem::take(&mut self.workers[slot].doubtful) {
+                // What ran before the gap has ended in it.
+                self.series.zero_prefetch_times(row);
+            }
             self.watch_mute(slot, now);
         }
     }
@@ -323,11 +327,8 @@ impl State {
     /// Applies the timeouts. To be called a few times a second with the same clock as the events.
     pub fn sweep(&mut self, timeouts: &Timeouts, now: Duration) {
         for slot in timeouts.worker_timeout.map_or_else(Vec::new, |timeout| self.workers.silent(timeout, now)) {
-            let worker = &mut self.workers[slot];
-            worker.lost = true;
-            if worker.presence == Presence::Online {
-                worker.presence = Presence::Worker;
-            }
+            self.workers.lose(slot);
+            let worker = &self.workers[slot];
             if worker.presence != Presence::Offline {
                 tracing::info!(worker = &*worker.hostname, "nothing heard from a worker for its timeout: offline");
             }
@@ -335,7 +336,8 @@ impl State {
             self.empty_set(slot);
             self.series.lose_worker(row);
         }
-        for slot in timeouts.purge_offline_workers.map_or_else(Vec::new, |age| self.workers.older_than(age, now)) {
+        let old = |age| self.workers.older_than(age, timeouts.worker_timeout, now);
+        for slot in timeouts.purge_offline_workers.map_or_else(Vec::new, old) {
             tracing::debug!(worker = &*self.workers[slot].hostname, "purged");
             self.remove_worker(slot);
         }
@@ -343,12 +345,8 @@ impl State {
 
     /// Events are known to be missing: every set of prefetched tasks starts empty.
     pub fn gap(&mut self) {
-        let Self { workers, series, .. } = self;
-        for worker in workers.iter_mut() {
-            worker.epoch = worker.epoch.wrapping_add(1);
-            // Its task events may be among the missing ones.
-            worker.mute = None;
-            series.empty_prefetched(worker.row);
+        for slot in self.workers.doubt() {
+            self.empty_set(slot);
         }
     }
 

@@ -5,7 +5,7 @@
 
 use super::State;
 use super::tasks::{Entry, Run, TaskState};
-use super::workers::{Presence, WorkerId};
+use super::workers::{Presence, Worker, WorkerId};
 use crate::celery::{Event, EventKind};
 use crate::metrics::PairId;
 
@@ -33,8 +33,8 @@ impl State {
     }
 
     fn receive(&mut self, slot: u32, sender: usize, pair: PairId, time: f64) {
-        let sender = &self.workers[sender];
-        let (worker, epoch, gone) = (sender.id, sender.epoch, sender.presence == Presence::Offline);
+        let Worker { id: worker, epoch, presence, .. } = self.workers[sender];
+        let gone = presence == Presence::Offline;
         let task = self.tasks.get_mut(slot);
         task.state = task.state.after(TaskState::Received);
         if task.started_by == worker && time <= task.started {
@@ -49,6 +49,7 @@ impl State {
         let moved = std::mem::replace(&mut task.entry, entry);
         self.drop_entry(moved);
         if entry.is_some() {
+            self.workers[sender].holds = true;
             self.series.add_prefetched(pair);
         }
     }
@@ -129,7 +130,9 @@ impl State {
     /// Every entry of a worker is gone at once.
     pub(super) fn empty_set(&mut self, slot: usize) {
         let worker = &mut self.workers[slot];
-        worker.epoch = worker.epoch.wrapping_add(1);
-        self.series.empty_prefetched(worker.row);
+        if std::mem::take(&mut worker.holds) {
+            worker.epoch = worker.epoch.wrapping_add(1);
+            self.series.empty_prefetched(worker.row);
+        }
     }
 }

@@ -285,6 +285,7 @@ impl Restoring {
         worker.freq = saved.freq.filter(|freq| *freq > 0.0).map(Worker::bounded_freq);
         worker.software = saved.software.into_owned();
         worker.events = saved.events.into_owned();
+        worker.holds = true;
         let slot = workers.insert(worker);
         self.moved |= slot != number as usize || row.number() != saved.row;
         self.rows.insert(saved.row, row);

@@ -320,6 +320,17 @@ fn clients_give_way_first_then_workers_that_left() {
 }
 
 #[test]
+fn a_full_table_has_room_again_once_a_worker_left_or_is_lost() {
+    let mut cluster = Cluster::with(|limits| limits.max_workers = 2);
+    cluster.worker("heartbeat", "a", json!({})).worker("heartbeat", "b", json!({})).worker("heartbeat", "c", json!({}));
+    assert_eq!(cluster.online("c"), None);
+    cluster.worker("offline", "a", json!({})).worker("heartbeat", "c", json!({})).worker("heartbeat", "d", json!({}));
+    assert_eq!((cluster.online("a"), cluster.online("c"), cluster.online("d")), (None, Some(1.0), None));
+    cluster.pass(61).worker("heartbeat", "d", json!({})).worker("heartbeat", "e", json!({}));
+    assert_eq!((cluster.online("d"), cluster.online("e")), (Some(1.0), Some(1.0)));
+}
+
+#[test]
 fn finished_tasks_give_way_first_and_take_their_gauges_along() {
     let mut cluster = Cluster::with(|limits| limits.max_tasks = 2);
     cluster.task("received", "w", "a", 1.0).task("received", "w", "b", 1.0).task("started", "w", "b", 3.0);
@@ -339,6 +350,31 @@ fn a_gap_empties_every_set() {
     assert_eq!((cluster.prefetched("v"), cluster.prefetched("w")), (Some(0.0), Some(0.0)));
     cluster.task("revoked", "v", "a", 2.0).task("received", "v", "c", 2.0);
     assert_eq!(cluster.prefetched("v"), Some(1.0));
+}
+
+#[test]
+fn a_worker_that_may_be_silent_for_long_is_not_purged_before() {
+    let mut cluster = Cluster::new();
+    cluster.worker("heartbeat", "w", json!({"active": 1, "freq": 300.0}));
+    cluster.pass(700);
+    assert_eq!(cluster.online("w"), Some(1.0));
+    cluster.pass(250);
+    assert_eq!(cluster.online("w"), None);
+}
+
+#[test]
+fn what_ended_in_a_gap_is_over_when_the_worker_says_it_rests() {
+    let mut cluster = Cluster::new();
+    let rests = json!({"active": 0});
+    cluster.task("received", "w", "a", 1.0).task("started", "w", "a", 3.0).worker("heartbeat", "w", rests.clone());
+    assert_eq!(cluster.prefetch_time("w"), Some(2.0), "a heartbeat may overtake what was said before it");
+    cluster.state.gap();
+    cluster.worker("heartbeat", "w", json!({"active": 1}));
+    assert_eq!(cluster.prefetch_time("w"), Some(2.0));
+    cluster.worker("heartbeat", "w", rests.clone());
+    assert_eq!(cluster.prefetch_time("w"), Some(0.0));
+    cluster.task("received", "w", "b", 4.0).task("started", "w", "b", 5.0).worker("heartbeat", "w", rests);
+    assert_eq!(cluster.prefetch_time("w"), Some(1.0));
 }
 
 #[test]

@@ -82,6 +82,10 @@ pub struct Worker {
     pub events: Vec<(Box<str>, u64)>,
     /// Its heartbeats since its last task event.
     pub mute: Option<Mute>,
+    /// Its set may hold entries of this epoch.
+    pub(super) holds: bool,
+    /// Events were missing since it last said that it executes nothing.
+    pub(super) doubtful: bool,
 }
 
 impl Worker {
@@ -101,6 +105,8 @@ impl Worker {
             software: [const { None }; 3],
             events: Vec::new(),
             mute: None,
+            holds: false,
+            doubtful: false,
         }
     }
 
@@ -166,6 +172,8 @@ pub struct Workers {
     max: usize,
     /// Slots to evict next, worst last, all of one kind, as of the last look at all workers.
     victims: Vec<(u32, WorkerId, u8)>,
+    /// The last look found none, and none has become dispensable since.
+    barren: bool,
     /// Slots that changed since the last save.
     pub(super) marks: Marks,
 }
@@ -181,6 +189,7 @@ impl Workers {
             next_id: 1,
             max,
             victims: Vec::new(),
+            barren: false,
             marks: Marks::default(),
         }
     }
@@ -210,6 +219,7 @@ impl Workers {
     /// Takes a worker in that is not there yet.
     pub(super) fn insert(&mut self, worker: Worker) -> usize {
         let (id, hash) = (worker.id, self.hasher.hash_one(&*worker.hostname));
+        self.barren = false;
         let slot = self.slots.insert(worker);
         let number = number(slot);
         self.marks.mark(number);
@@ -225,7 +235,7 @@ impl Workers {
     /// The worker that gives way to a new hostname, if one may: the one silent for longest of the first kind that
     /// has any.
     pub(super) fn victim(&mut self) -> Option<usize> {
-        if self.victims.is_empty() {
+        if self.victims.is_empty() && !self.barren {
             self.look_for_victims();
         }
         while let Some((slot, id, kind)) = self.victims.pop() {
@@ -248,6 +258,34 @@ impl Workers {
         let of_first_kind = ranked.iter().take_while(|(kind, ..)| Some(*kind) == first).take(self.max / 16 + 1);
         self.victims.extend(of_first_kind.map(|(kind, _, slot, id)| (number(*slot), *id, *kind)));
         self.victims.reverse();
+        self.barren = self.victims.is_empty();
+    }
+
+    /// Nothing was heard from it for its timeout.
+    pub(super) fn lose(&mut self, slot: usize) {
+        let worker = &mut self[slot];
+        worker.lost = true;
+        if worker.presence == Presence::Online {
+            worker.presence = Presence::Worker;
+        }
+        self.barren = false;
+    }
+
+    /// It said goodbye.
+    pub(super) fn leave(&mut self, slot: usize) {
+        self[slot].presence = Presence::Offline;
+        self.barren = false;
+    }
+
+    /// Events are missing: nothing is known of what their workers execute. Returns the slots whose sets may hold entries.
+    pub(super) fn doubt(&mut self) -> Vec<usize> {
+        let doubted = self.slots.iter_mut().filter_map(|(slot, worker)| {
+            worker.doubtful = true;
+            // Its task events may be among the missing ones.
+            worker.mute = None;
+            worker.holds.then_some(slot)
+        });
+        doubted.collect()
     }
 
     /// Forgets a worker.
@@ -272,9 +310,12 @@ impl Workers {
         self.slots.iter().filter(|(_, worker)| silent(worker)).map(|(slot, _)| slot).collect()
     }
 
-    /// The slots of the hostnames whose last event is `age` ago.
-    pub(super) fn older_than(&self, age: Duration, now: Duration) -> Vec<usize> {
-        let old = |worker: &Worker| now.saturating_sub(worker.heard) >= age;
+    /// The slots of the hostnames whose last event is `age` ago, but for workers that may be silent for longer.
+    pub(super) fn older_than(&self, age: Duration, timeout: Option<Duration>, now: Duration) -> Vec<usize> {
+        let old = |worker: &Worker| {
+            let granted = timeout.filter(|_| worker.dispensable().is_none()).map(|timeout| worker.patience(timeout));
+            now.saturating_sub(worker.heard) >= age.max(granted.unwrap_or_default())
+        };
         self.slots.iter().filter(|(_, worker)| old(worker)).map(|(slot, _)| slot).collect()
     }
 
@@ -286,14 +327,6 @@ impl Workers {
     /// All of them.
     pub fn iter(&self) -> impl Iterator<Item = &Worker> {
         self.slots.iter().map(|(_, worker)| worker)
-    }
-
-    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Worker> {
-        let Self { slots, marks, .. } = self;
-        slots.iter_mut().map(|(slot, worker)| {
-            marks.mark(number(slot));
-            worker
-        })
     }
 
     pub(super) fn mark_all(&mut self) {
