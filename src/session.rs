@@ -497,7 +497,7 @@ async fn heartbeats(control: &Control, mut settings: watch::Receiver<Arc<Setting
 
 async fn broadcast(control: &Control, command: Broadcast, limit: Duration, complaint: &mut Quiet) {
     let sent = timeout(limit, control.broadcast(command)).await;
-    match sent.unwrap_or(Err(Error::Silent(limit))) {
+    match sent.unwrap_or_else(|_| Err(control.hindrance().unwrap_or(Error::Silent(limit)))) {
         Ok(()) => tracing::trace!(command = command.method(), "broadcast"),
         Err(error) => {
             let what = format!("the broadcast of {} to the workers failed", command.method());

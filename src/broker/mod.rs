@@ -240,6 +240,15 @@ impl Control {
         }
     }
 
+    /// Why no answer comes though the connection is sound, where that is known.
+    #[must_use]
+    pub fn hindrance(&self) -> Option<Error> {
+        match self {
+            Self::Redis(_) => None,
+            Self::Amqp(amqp) => amqp.hindrance(),
+        }
+    }
+
     /// Takes leave of the broker.
     pub async fn close(&self) {
         match self {

@@ -259,6 +259,7 @@ fn check(delivery: &Delivery, max_message: usize) -> Result<(), Refusal> {
 
 impl Control {
     pub(super) async fn broadcast(&self, command: Broadcast) -> Result<(), Error> {
+        self.hindrance().map_or(Ok(()), Err)?;
         let mut kept = self.publishing.lock().await;
         let channel = match kept.take() {
             Some(channel) if channel.status().connected() => channel,
@@ -311,8 +312,19 @@ impl Control {
 
     /// Any question that changes nothing: here, the prefetch that is set already. lapin itself only looks for bytes.
     pub(super) async fn pulse(&self) -> Result<(), Error> {
-        let answer = self.consuming.basic_qos(self.prefetch, BasicQosOptions { global: false });
-        timeout(self.patience, answer).await.map_err(|_| Error::Silent(self.patience))?.map_err(failed)
+        self.hindrance().map_or(Ok(()), Err)?;
+        let question = self.consuming.basic_qos(self.prefetch, BasicQosOptions { global: false });
+        match timeout(self.patience, question).await {
+            Ok(answer) => answer.map_err(failed),
+            Err(_) => Err(self.hindrance().unwrap_or(Error::Silent(self.patience))),
+        }
+    }
+
+    /// RabbitMQ reads nothing more from a connection that has published while an alarm lasts, and answers nothing. Nor
+    /// do the workers' events come in then.
+    pub(super) fn hindrance(&self) -> Option<Error> {
+        let alarm = "RabbitMQ is short of memory or disk, and blocks all that publish: see rabbitmq-diagnostics alarms";
+        self.connection.status().blocked().then(|| Error::Refused(alarm.to_owned()))
     }
 
     pub(super) async fn close(&self) {
