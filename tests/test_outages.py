@@ -1,8 +1,10 @@
 """Every way to lose a broker, and what must be true once it is back. Restarts are in test_recovery.py."""
 
+import contextlib
 import os
 import re
 import signal
+import socket
 import time
 
 import pytest
@@ -297,6 +299,24 @@ def test_name_that_does_not_resolve_yet(lab, broker):
     exporter.ready(RECONNECT_MAX + 1)
     lab.publisher(broker).send(ev.received())
     exporter.wait_for(lambda m: m.events("received") == 1)
+
+
+def test_one_of_several_addresses_is_silent(lab, broker):
+    """The first that the name stands for drops packets; the next one answers."""
+    port = int(re.search(r"127\.0\.0\.1:(\d+)/", broker.url)[1])
+    hosts = directory("hosts") / "hosts"
+    hosts.write_text("127.0.0.9 broker.test\n127.0.0.1 broker.test\n")
+    env = {"LD_PRELOAD": "libnss_wrapper.so", "NSS_WRAPPER_HOSTS": hosts}
+    settings = {"broker": {"url": broker.url.replace("127.0.0.1", "broker.test")}}
+    with socket.create_server(("127.0.0.9", port), backlog=0), contextlib.ExitStack() as full:
+        for _ in range(2):  # a full backlog lets nobody in
+            waiting = full.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(("127.0.0.9", port))
+        rig = lab.rig(broker, settings, env=env)
+        worker = lab.worker(broker, conf={"event_exchange": rig.exchange}).ready()
+        wait_until(lambda: "enabled by remote" in worker.log(), 10, worker.log)
+        assert rig.play(ev.received()).events("received", W) == 1
 
 
 def test_next_of_the_list(lab, broker):

@@ -4,6 +4,7 @@
 //! acknowledgements and looks after the subscription, so that neither waits for the other.
 
 mod amqp;
+mod dial;
 mod pace;
 mod redis;
 

@@ -29,6 +29,7 @@ use tokio::time::timeout;
 
 use topology::Topology;
 
+use super::dial::dial;
 use super::pace::Paced;
 use super::{AckToken, Batch, Error, Message, SILENCE, Standing, Wire};
 use crate::celery::envelope::Refusal;
@@ -117,8 +118,7 @@ async fn open(url: &BrokerUrl, settings: &Settings, tls: Option<&tls::Client>) -
     let properties = ConnectionProperties::default().with_connection_name(name.into());
     let uri = uri(url, settings);
     let AMQPAuthority { host, port, .. } = &uri.authority;
-    let socket = TcpStream::connect((host.as_str(), *port)).await.map_err(|error| Error::from(&error))?;
-    socket.set_nodelay(true).map_err(|error| Error::from(&error))?;
+    let socket = dial(host, *port).await.map_err(|error| Error::from(&error))?;
     let leash = Leash::on(&socket).map_err(|error| Error::from(&error))?;
     let socket = std::sync::Mutex::new(Some(socket));
     let (connector, limit) = (tls.map(|tls| RustlsConnector::from(tls.config())), settings.broker.connect_timeout);

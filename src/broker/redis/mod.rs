@@ -10,6 +10,7 @@ mod sentinel;
 use std::collections::{HashSet, VecDeque};
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
+use std::net::SocketAddr;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -133,10 +134,11 @@ pub(super) async fn connect(
         (url.address.clone(), access.open(&url.address).await?, None)
     };
     let master = sentinels.is_some().then(|| address.clone());
+    let peer = connection.peer;
     let subscription = Subscription::start(connection, settings, url, master).await?;
     let exchange = format!("{}.pidbox", settings.events.control_exchange);
     let control = Control {
-        config: client_config(url, &address, tls),
+        config: client_config(url, &address, peer, tls),
         limit,
         channels: fanout_names(settings, url, &exchange),
         exchange,
@@ -379,11 +381,13 @@ impl fmt::Debug for Control {
     }
 }
 
-fn client_config(url: &BrokerUrl, address: &Address, tls: Option<&tls::Client>) -> Config {
+/// To the server that the subscription has found.
+fn client_config(url: &BrokerUrl, address: &Address, peer: Option<SocketAddr>, tls: Option<&tls::Client>) -> Config {
     let server = match address {
         Address::Tcp { host, port } => {
             let tls_server_name = Some(tls::server_name(host).into());
-            ServerConfig::Centralized { server: Server { host: host.into(), port: *port, tls_server_name } }
+            let host = peer.map_or_else(|| host.clone(), |peer| peer.ip().to_string()).into();
+            ServerConfig::Centralized { server: Server { host, port: *port, tls_server_name } }
         }
         Address::Unix(path) => ServerConfig::Unix { path: path.clone() },
     };

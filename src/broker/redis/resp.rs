@@ -1,14 +1,16 @@
 //! A connection that speaks Redis' protocol: to a Redis server or a Sentinel, with or without TLS.
 
 use std::io;
+use std::net::SocketAddr;
 use std::ops::Range;
 use std::time::Duration;
 
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::UnixStream;
 
 use super::Error;
+use crate::broker::dial::dial;
 use crate::broker::pace::Paced;
 use crate::settings::Secret;
 use crate::settings::url::Address;
@@ -35,8 +37,7 @@ pub(super) struct Access {
 impl Access {
     /// Connects and authenticates.
     pub(super) async fn open(&self, address: &Address) -> Result<Connection, Error> {
-        let stream = self.stream(address).await.map_err(|error| Error::from(&error))?;
-        let mut connection = Connection::new(stream);
+        let mut connection = self.connect(address).await.map_err(|error| Error::from(&error))?;
         if let Some(password) = &self.password {
             let user = self.username.as_deref();
             let command: Vec<&str> = ["AUTH"].into_iter().chain(user).chain([password.expose()]).collect();
@@ -45,18 +46,19 @@ impl Access {
         Ok(connection)
     }
 
-    async fn stream(&self, address: &Address) -> io::Result<Box<dyn Stream>> {
+    async fn connect(&self, address: &Address) -> io::Result<Connection> {
         match address {
             Address::Tcp { host, port } => {
-                let stream = TcpStream::connect((host.as_str(), *port)).await?;
-                stream.set_nodelay(true)?;
+                let stream = dial(host, *port).await?;
+                let peer = stream.peer_addr()?;
                 let stream = Paced::new(stream);
-                match &self.tls {
-                    Some(tls) => Ok(Box::new(tls.handshake(host, stream, self.limit).await?)),
-                    None => Ok(Box::new(stream)),
-                }
+                let stream: Box<dyn Stream> = match &self.tls {
+                    Some(tls) => Box::new(tls.handshake(host, stream, self.limit).await?),
+                    None => Box::new(stream),
+                };
+                Ok(Connection { peer: Some(peer), ..Connection::new(stream) })
             }
-            Address::Unix(path) => Ok(Box::new(Paced::new(UnixStream::connect(path).await?))),
+            Address::Unix(path) => Ok(Connection::new(Box::new(Paced::new(UnixStream::connect(path).await?)))),
         }
     }
 }
@@ -65,11 +67,13 @@ impl Access {
 pub(super) struct Connection {
     stream: Box<dyn Stream>,
     pub(super) buffer: BytesMut,
+    /// The other end, of TCP: of the addresses that a name may have.
+    pub(super) peer: Option<SocketAddr>,
 }
 
 impl Connection {
     pub(super) fn new(stream: Box<dyn Stream>) -> Self {
-        Self { stream, buffer: BytesMut::with_capacity(READ_SIZE) }
+        Self { stream, buffer: BytesMut::with_capacity(READ_SIZE), peer: None }
     }
 
     /// Sends a command and waits for its answer: its texts, at most four.
