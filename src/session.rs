@@ -84,6 +84,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const PATIENCE: Duration = Duration::from_secs(1);
 /// More messages than this waiting at the broker: what we hear is old news.
 const MANY_WAITING: u32 = 1000;
+/// Between two looks at our queue, and at what it hangs on, at the most.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// Every worker answers a `heartbeat`: however short its timeout, it is not asked more often.
 const HEARTBEAT_PAUSE: Duration = Duration::from_millis(200);
 /// How soon, and how often after that, the log tells of dropped messages.
@@ -423,6 +425,7 @@ async fn look_after(
 ) -> Error {
     let mut complaint = Quiet::default();
     let mut was_behind = false;
+    let mut enabled_at: Option<Instant> = None;
     loop {
         let standing = match control.refresh().await {
             Ok(standing) => standing,
@@ -445,10 +448,15 @@ async fn look_after(
             );
         }
         let (events, limit) = (&now.events, now.broker.connect_timeout);
-        if events.enable_events {
+        if events.enable_events && enabled_at.is_none_or(|at| at.elapsed() >= events.enable_interval) {
             broadcast(control, Broadcast::EnableEvents, limit, &mut complaint).await;
+            enabled_at = Some(Instant::now());
         }
-        pause(events.enable_interval, &mut settings, |now| {
+        let rest = match enabled_at {
+            Some(at) if events.enable_events => events.enable_interval.saturating_sub(at.elapsed()),
+            _ => events.enable_interval,
+        };
+        pause(rest.min(LOOK_EVERY), &mut settings, |now| {
             (now.events.enable_events, now.events.enable_interval) != (events.enable_events, events.enable_interval)
         })
         .await;

@@ -320,8 +320,8 @@ impl Control {
         }
     }
 
-    /// RabbitMQ reads nothing more from a connection that has published while an alarm lasts, and answers nothing. Nor
-    /// do the workers' events come in then.
+    /// A connection that has published is not read from any more while an alarm lasts, so that nothing on it is answered.
+    /// Nor do the workers' events come in then.
     pub(super) fn hindrance(&self) -> Option<Error> {
         let alarm = "RabbitMQ is short of memory or disk, and blocks all that publish: see rabbitmq-diagnostics alarms";
         self.connection.status().blocked().then(|| Error::Refused(alarm.to_owned()))
