@@ -285,6 +285,32 @@ def test_credentials_are_put_right(lab, broker):
     outage.over()
 
 
+def test_master_behind_an_address_is_demoted(lab, redis):
+    """Events come from a replica, too, but what is published there reaches no worker: the new master is sought."""
+    old, new, path = redis, lab.redis(), lab.proxy(redis)
+    with old.client().pubsub() as worker:
+        worker.subscribe("/0.celery.pidbox")
+        rig = lab.rig(old, {"events": {"enable_interval": "200ms"}}, path=path)
+        wait_until(lambda: worker.get_message(ignore_subscribe_messages=True, timeout=0.1), 5, "a broadcast")
+    path.lead_to(new)
+    old.client().replicaof("127.0.0.1", new.port)
+    wait_until(lambda: new.client().pubsub_numpat() == 1, 10, rig.exporter.log)
+    assert "the server has become a replica" in rig.exporter.log()
+    rig.publisher = lab.publisher(new, rig.exchange)
+    assert rig.play(ev.received("b")).events("received", W) == 1
+
+
+def test_replica_by_choice(lab, redis):
+    """Its events are counted, and it is not left for a master that nobody named."""
+    redis.client().replicaof("127.0.0.1", lab.redis().port)
+    rig = lab.rig(redis, {"events": {"enable_interval": "100ms"}})
+    broadcasts = lambda: redis.client().info("commandstats").get("cmdstat_publish", {"calls": 0})["calls"]  # noqa: E731
+    before = broadcasts()
+    wait_until(lambda: broadcasts() >= before + 5, 10, "broadcasts")
+    assert rig.play(ev.received()).events("received", W) == 1
+    assert rig.exporter.log().count("listening for events") == 1
+
+
 def test_name_that_does_not_resolve_yet(lab, broker):
     """Asked for again on every attempt, until it is there."""
     hosts = directory("hosts") / "hosts"

@@ -258,8 +258,8 @@ impl Control {
         }
     }
 
-    /// Ends once the broker is no longer the one to listen to: for Sentinel, when there is another master. Never
-    /// elsewhere.
+    /// Ends once the broker is no longer the one to listen to: when Redis Sentinel knows another master, or a Redis that
+    /// was one has become a replica. Never elsewhere.
     pub async fn moved(&self) -> Error {
         match self {
             Self::Redis(redis) => Box::pin(redis.moved()).await,

@@ -62,6 +62,10 @@ class Proxy:
         self._drops = False
         self._do(self._open())
 
+    def lead_to(self, broker):
+        """New connections are for another broker, as behind an address that has moved."""
+        self._target = broker.port
+
     def end_after(self, text):
         """Connections end when the broker has said this on them (None: no more), in the same breath."""
         self._last_words = text

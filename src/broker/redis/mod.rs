@@ -12,6 +12,7 @@ use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::net::SocketAddr;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -19,9 +20,9 @@ use fred::clients::Client;
 use fred::error::ErrorKind;
 use fred::interfaces::{ClientLike, PubsubInterface};
 use fred::types::config::{Config, ConnectionConfig, PerformanceConfig, Server, ServerConfig};
-use fred::types::{ConnectHandle, RespVersion};
+use fred::types::{ConnectHandle, CustomCommand, RespVersion, Value};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Notify};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsConnector;
 use uuid::Uuid;
@@ -143,6 +144,8 @@ pub(super) async fn connect(
         channels: fanout_names(settings, url, &exchange),
         exchange,
         client: Mutex::new(None),
+        reaches: AtomicBool::new(false),
+        demoted: Notify::new(),
         address,
         sentinels,
     };
@@ -351,6 +354,9 @@ pub struct Control {
     exchange: String,
     channels: Vec<String>,
     client: Mutex<Option<Kept>>,
+    /// Somebody received the last broadcast.
+    reaches: AtomicBool,
+    demoted: Notify,
     address: Address,
     sentinels: Option<Sentinels>,
 }
@@ -406,9 +412,14 @@ impl Control {
     pub(super) async fn broadcast(&self, command: Broadcast) -> Result<(), Error> {
         let envelope = command.envelope(&self.exchange, &Uuid::new_v4().to_string());
         let client = self.client().await?;
+        let mut receivers = 0;
         for channel in &self.channels {
             let published: Result<i64, _> = client.publish(channel.as_str(), envelope.as_str()).await;
-            self.answered(published, &format!("PUBLISH {channel}")).await?;
+            receivers += self.answered(published, &format!("PUBLISH {channel}")).await?;
+        }
+        let reached_before = self.reaches.swap(receivers > 0, Ordering::Relaxed);
+        if receivers == 0 && reached_before && is_replica(&client).await {
+            self.demoted.notify_one();
         }
         Ok(())
     }
@@ -419,13 +430,13 @@ impl Control {
         let answer: Result<String, _> = client.ping(None).await;
         match answer {
             Err(error) if matches!(error.kind(), ErrorKind::Auth | ErrorKind::Unknown | ErrorKind::Protocol) => Ok(()),
-            answer => self.answered(answer, "PING").await,
+            answer => self.answered(answer, "PING").await.map(|_| ()),
         }
     }
 
-    async fn answered<T>(&self, answer: Result<T, fred::error::Error>, what: &str) -> Result<(), Error> {
+    async fn answered<T>(&self, answer: Result<T, fred::error::Error>, what: &str) -> Result<T, Error> {
         match answer {
-            Ok(_) => Ok(()),
+            Ok(answer) => Ok(answer),
             Err(error) => {
                 self.close().await;
                 Err(refused(&error, what))
@@ -433,12 +444,14 @@ impl Control {
         }
     }
 
-    /// Ends once the Sentinels know another master.
+    /// Ends once the Sentinels know another master, or the server is a replica and was none before: events still come
+    /// from it, but what we publish reaches no worker.
     pub(super) async fn moved(&self) -> Error {
-        match &self.sentinels {
-            Some(sentinels) => sentinels.moved(&self.address).await,
-            None => std::future::pending().await,
+        if let Some(sentinels) = &self.sentinels {
+            return sentinels.moved(&self.address).await;
         }
+        self.demoted.notified().await;
+        Error::Lost("the server has become a replica".to_owned())
     }
 
     pub(super) async fn close(&self) {
@@ -468,6 +481,13 @@ impl Control {
         };
         Client::new(self.config.clone(), Some(performance), Some(connection), None)
     }
+}
+
+/// A server that may not be asked is taken for none.
+async fn is_replica(client: &Client) -> bool {
+    let role: Result<Vec<Value>, _> =
+        client.custom(CustomCommand::new_static("ROLE", None, false), Vec::<String>::new()).await;
+    role.is_ok_and(|role| role.first().and_then(Value::as_str).is_some_and(|role| role == "slave"))
 }
 
 fn refused(error: &fred::error::Error, what: &str) -> Error {
