@@ -129,8 +129,8 @@ impl Session {
                 number += 1;
                 self.subscribed(&url, &subscription, number, blind_since.take());
                 let began = Instant::now();
-                let healthy = self.listen(&url, subscription, control, room, number, &mut losses).await;
-                blind_since = Some(Instant::now());
+                let (healthy, end) = self.listen(&url, subscription, control, room, number, &mut losses).await;
+                blind_since = Some(end);
                 rested = Duration::ZERO;
                 if healthy || began.elapsed() >= HEALTHY_AFTER {
                     pause = Duration::ZERO;
@@ -178,7 +178,7 @@ impl Session {
         self.health.set_broker(BrokerStatus::Connected);
     }
 
-    /// Works on one subscription until it ends. Whether any message came.
+    /// Works on one subscription until it ends. Whether any message came, and when it ended.
     async fn listen(
         &mut self,
         url: &BrokerUrl,
@@ -187,7 +187,7 @@ impl Session {
         room: &Arc<Semaphore>,
         number: u64,
         losses: &mut Quiet,
-    ) -> bool {
+    ) -> (bool, Instant) {
         let mut heard = false;
         let reader = Reader {
             subscription,
@@ -217,12 +217,13 @@ impl Session {
             self.telemetry.cutoffs.inc();
             complain(losses, "the connection to the broker is lost, trying again", Some(url), &error);
         }
-        // The answer is of no use; what counts is that the other side was told.
-        let _ = timeout(PATIENCE, control.close()).await;
+        let end = Instant::now();
         self.health.set_broker(BrokerStatus::Connecting);
         self.telemetry.connected.set(0);
         self.send(Arrival::Disconnected);
-        heard
+        // The answer is of no use; what counts is that the other side was told.
+        let _ = timeout(PATIENCE, control.close()).await;
+        (heard, end)
     }
 
     fn send(&self, arrival: Arrival) {

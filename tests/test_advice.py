@@ -28,7 +28,7 @@ def test_silence_is_explained(lab, redis):
             rig.publisher.send(ev.heartbeat(processed=processed))
         idle.publisher.send(ev.heartbeat(FORGED, processed=processed))
         well.publisher.send(ev.succeeded(f"{processed}"))
-        return warnings(silent) and warnings(idle.exporter)
+        return warnings(silent) and len(warnings(idle.exporter)) == 2
 
     wait_until(pulse, 60 + 30, "both exporters warn")
     assert time.monotonic() - begun > 50, "not before its time"

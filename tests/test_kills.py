@@ -49,13 +49,19 @@ def test_kills(lab, vhost, pytestconfig):
             sent += size(item)
         over.set()
 
-    sender = threading.Thread(target=send)
+    def unattended():
+        with vhost.connection() as connection:
+            return connection.channel().queue_declare("flower-exporter", passive=True).consumer_count == 0
+
+    sender = threading.Thread(target=send, daemon=True)
     sender.start()
     for _ in range(kills):
         go_on.release()
         over.wait(chance.uniform(0, 0.6))
         rig.exporter.send(signal.SIGKILL)
         rig.exporter.wait(5)
+        # What was handed out goes back to its place before the next one is served.
+        wait_until(unattended, 20, "RabbitMQ has noticed")
         rig.exporter = lab.exporter(vhost, settings, ready=False)
         if chance.random() < 0.7:
             rig.exporter.ready()

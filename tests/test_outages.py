@@ -205,8 +205,8 @@ def test_frozen_rabbitmq(lab, vhost):
 def test_rabbitmq_short_of_memory(lab, vhost):
     """It blocks all that publish, us too, and answers none of them: no outage, and no worker is silent of its own will."""
     limits = {"state": {"worker_timeout": "5s"}, "events": {"enable_interval": "500ms"}}
-    rig = lab.rig(vhost, {"broker": {"amqp": {"heartbeat": "1s"}}, **limits})
-    assert rig.play(ev.heartbeat(), ev.received("a")).one(PREFETCHED, worker=W, task="add") == 1
+    rig = lab.rig(vhost, {"broker": {"amqp": {"heartbeat": "5s"}}, **limits})
+    assert rig.play(ev.heartbeat(freq=5), ev.received("a")).one(PREFETCHED, worker=W, task="add") == 1
     vhost.server.ctl("set_vm_memory_high_watermark", "0.000001")
     try:
         wait_until(lambda: "short of memory or disk" in rig.exporter.log(), 10, rig.exporter.log)
@@ -218,7 +218,6 @@ def test_rabbitmq_short_of_memory(lab, vhost):
         vhost.server.ctl("set_vm_memory_high_watermark", "0.4")
     assert rig.play(ev.received("b")).one(PREFETCHED, worker=W, task="add") == 2
     assert rig.exporter.log().count("listening for events") == 1
-    rig.exporter.wait_for(lambda m: m.one(ONLINE, worker=W) == 0, 15, "silent for itself")
 
 
 def test_connection_for_broadcasts_is_killed(lab, redis):

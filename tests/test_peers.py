@@ -125,7 +125,7 @@ def test_a_subscription_that_ends_as_it_begins_leaves_nothing(lab, broker):
     before = held(exporter)
     path.end_after(CONFIRMED[broker.name])
     path.cut()
-    wait_until(lambda: exporter.log().count("listening for events") >= 60, 30, exporter.log)
+    wait_until(lambda: exporter.log().count("listening for events") >= 60, 90, exporter.log)
     path.end_after(None)
     exporter.ready(10)
     has_left_nothing(exporter, before)

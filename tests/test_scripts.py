@@ -58,7 +58,7 @@ def test_quickstart_says_what_is_wrong(arguments, environment, code, said, share
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert done.returncode == code and said in done.stderr, done.stderr
     assert done.stdout == ""

@@ -94,7 +94,7 @@ def test_while_it_runs(lab, vhost, home, source, form):
     url, url_file = ";".join(urls), home / "url"
     url_file.write_text(url)
     broker = {"file": {"url": url}, "url_file": {"url_file": str(url_file)}}.get(source, {})
-    broker |= {"connect_timeout": "1s", "reconnect_max": "200ms"}
+    broker |= {"reconnect_max": "200ms"}
     settings = {**LOUD, "broker": broker, "log": {"level": "trace", "format": form}}
     exporter = lab.exporter(
         None, settings, ready=False,

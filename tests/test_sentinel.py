@@ -53,7 +53,7 @@ def test_master_dies(lab):
     rig = lab.rig(watched, watched.settings())
     old = watched.master
     old.stop(signal.SIGKILL)
-    wait_until(lambda: watched.master is not old, 30, "a new master")
+    wait_until(lambda: watched.master is not old, 60, "a new master")
     follows(lab, rig, watched.master)
 
 

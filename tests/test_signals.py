@@ -43,6 +43,7 @@ def test_second_signal_ends_at_once(lab, shared_redis):
     exporter = lab.exporter(shared_redis, terminate=False)
     slow = socket.create_connection(("127.0.0.1", exporter.port))
     slow.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n")
+    exporter.request()  # whoever came before has been let in
     exporter.send(signal.SIGTERM)
     wait_until(lambda: not accepts(exporter.port), 5, "it no longer listens")
     exporter.send(signal.SIGTERM)

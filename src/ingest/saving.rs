@@ -122,7 +122,7 @@ impl Saving {
         });
         self.messages = 0;
         self.last = Instant::now();
-        self.handed_over = self.handed_over.or(self.changed.take());
+        self.handed_over = self.handed_over.or(self.changed.take()).or(Some(self.last));
     }
 
     /// For how long there has been a change that is not on disk.

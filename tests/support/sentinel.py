@@ -85,5 +85,5 @@ class Watched:
         """By an administrator, at the Sentinel that the exporter asks last."""
         old = self.master
         self.sentinels[-1].client().sentinel_failover(MASTER)
-        wait_until(lambda: self.master is not old, 20, "a new master")
+        wait_until(lambda: self.master is not old, 60, "a new master")
         return old, self.master

@@ -12,7 +12,6 @@ use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::net::SocketAddr;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -144,7 +143,7 @@ pub(super) async fn connect(
         channels: fanout_names(settings, url, &exchange),
         exchange,
         client: Mutex::new(None),
-        reaches: AtomicBool::new(false),
+        role: Mutex::new(Role::Unknown),
         demoted: Notify::new(),
         address,
         sentinels,
@@ -354,11 +353,20 @@ pub struct Control {
     exchange: String,
     channels: Vec<String>,
     client: Mutex<Option<Kept>>,
-    /// Somebody received the last broadcast.
-    reaches: AtomicBool,
+    role: Mutex<Role>,
     demoted: Notify,
     address: Address,
     sentinels: Option<Sentinels>,
+}
+
+/// What the server says it is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Unknown,
+    Master,
+    Replica,
+    /// It may not be asked.
+    Hidden,
 }
 
 struct Kept {
@@ -417,11 +425,23 @@ impl Control {
             let published: Result<i64, _> = client.publish(channel.as_str(), envelope.as_str()).await;
             receivers += self.answered(published, &format!("PUBLISH {channel}")).await?;
         }
-        let reached_before = self.reaches.swap(receivers > 0, Ordering::Relaxed);
-        if receivers == 0 && reached_before && is_replica(&client).await {
+        self.look_for_demotion(&client, receivers).await;
+        Ok(())
+    }
+
+    /// What a replica publishes reaches its own subscribers alone, and workers are those of their master. One that was a
+    /// replica from the beginning is somebody's choice.
+    async fn look_for_demotion(&self, client: &Client, receivers: i64) {
+        let mut role = self.role.lock().await;
+        let now = match *role {
+            _ if receivers > 0 => Role::Master,
+            Role::Unknown | Role::Master => role_of(client).await,
+            Role::Replica | Role::Hidden => return,
+        };
+        if (*role, now) == (Role::Master, Role::Replica) {
             self.demoted.notify_one();
         }
-        Ok(())
+        *role = now;
     }
 
     /// A server that refuses the PING has answered it, too.
@@ -483,11 +503,14 @@ impl Control {
     }
 }
 
-/// A server that may not be asked is taken for none.
-async fn is_replica(client: &Client) -> bool {
-    let role: Result<Vec<Value>, _> =
-        client.custom(CustomCommand::new_static("ROLE", None, false), Vec::<String>::new()).await;
-    role.is_ok_and(|role| role.first().and_then(Value::as_str).is_some_and(|role| role == "slave"))
+async fn role_of(client: &Client) -> Role {
+    let question = CustomCommand::new_static("ROLE", None, false);
+    let answer: Result<Vec<Value>, _> = client.custom(question, Vec::<String>::new()).await;
+    match answer.unwrap_or_default().first().and_then(Value::as_str).as_deref() {
+        Some("master") => Role::Master,
+        Some("slave") => Role::Replica,
+        _ => Role::Hidden,
+    }
 }
 
 fn refused(error: &fred::error::Error, what: &str) -> Error {
