@@ -426,7 +426,7 @@ async fn look_after(
 ) -> Error {
     let mut complaint = Quiet::default();
     let mut was_behind = false;
-    let mut enabled_at: Option<Instant> = None;
+    let (mut enabled_at, mut unjudged): (Option<Instant>, _) = (None, control.found_waiting());
     loop {
         let standing = match control.refresh().await {
             Ok(standing) => standing,
@@ -439,11 +439,16 @@ async fn look_after(
             was_behind = is_behind;
         }
         let now = Arc::clone(&settings.borrow_and_update());
-        if is_nearly_full(standing.waiting, telemetry, &now)
+        // What waited when we came is judged once we have seen a message.
+        let waiting = standing.waiting.max(std::mem::take(&mut unjudged));
+        if telemetry.messages.get() == 0 {
+            unjudged = waiting;
+        }
+        if is_nearly_full(waiting, telemetry, &now)
             && let Some(kept_back) = complaint.speak("full")
         {
             tracing::warn!(
-                waiting = standing.waiting,
+                waiting,
                 kept_back,
                 "our queue at RabbitMQ is full, or nearly: beyond broker.amqp.queue_max_bytes it drops the oldest events"
             );

@@ -58,6 +58,19 @@ CLOSE_CONSUMERS = """
 """
 
 
+def test_an_overflow_while_the_exporter_is_down_is_told(lab, vhost):
+    """The oldest events are gone, though the queue is read empty in no time."""
+    amqp = {"queue": "flower-exporter", "queue_max_bytes": "64KiB", "prefetch": 1}
+    settings = {"broker": {"amqp": amqp}, "events": {"enable_interval": "200ms"}}
+    rig = lab.rig(vhost, settings)
+    rig.exporter.terminate()
+    for batch in range(100):
+        rig.publisher.send([ev.received(f"{batch}-{n}") for n in range(20)])
+    rig.exporter = lab.exporter(vhost, {**settings, "events": {**settings["events"], "exchange": rig.exchange}})
+    assert 0 < rig.play().total(EVENTS) < 100 * 20
+    wait_until(lambda: "our queue at RabbitMQ is full, or nearly" in rig.exporter.log(), 10, rig.exporter.log)
+
+
 def test_a_second_consumer_is_a_warning(lab, vhost):
     """In the log and in /healthz, for as long as it lasts."""
     settings = {**QUEUE, "events": {"enable_interval": "200ms"}}

@@ -241,6 +241,15 @@ impl Control {
         }
     }
 
+    /// Messages that waited for us when we came.
+    #[must_use]
+    pub fn found_waiting(&self) -> u32 {
+        match self {
+            Self::Redis(_) => 0,
+            Self::Amqp(amqp) => amqp.found_waiting,
+        }
+    }
+
     /// Why no answer comes though the connection is sound, where that is known.
     #[must_use]
     pub fn hindrance(&self) -> Option<Error> {

@@ -70,6 +70,8 @@ pub struct Control {
     prefetch: u16,
     /// With a question that is not answered: three heartbeats at least, since lapin bears two.
     patience: Duration,
+    /// See [`super::Control::found_waiting`].
+    pub(super) found_waiting: u32,
     _leash: Leash,
 }
 
@@ -87,7 +89,7 @@ pub(super) async fn connect(
     let (connection, leash) = open(url, settings, tls).await?;
     let topology = Topology::find(&connection, settings).await?;
     let consuming = connection.create_channel().await.map_err(failed)?;
-    topology.declare(&consuming).await?;
+    let found_waiting = topology.declare(&consuming).await?.waiting;
     let prefetch = settings.broker.amqp.effective_prefetch();
     consuming.basic_qos(prefetch, BasicQosOptions { global: false }).await.map_err(failed)?;
     let options = BasicConsumeOptions { exclusive: !topology.keeps_collecting, ..BasicConsumeOptions::default() };
@@ -107,7 +109,17 @@ pub(super) async fn connect(
     let pidbox = format!("{}.pidbox", settings.events.control_exchange);
     let publishing = Mutex::new(None);
     let patience = (settings.broker.amqp.heartbeat * 3).max(SILENCE);
-    let control = Control { connection, consuming, publishing, topology, pidbox, prefetch, patience, _leash: leash };
+    let control = Control {
+        connection,
+        consuming,
+        publishing,
+        topology,
+        pidbox,
+        prefetch,
+        patience,
+        found_waiting,
+        _leash: leash,
+    };
     Ok((subscription, control))
 }
 
