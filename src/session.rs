@@ -426,7 +426,8 @@ async fn look_after(
 ) -> Error {
     let mut complaint = Quiet::default();
     let mut was_behind = false;
-    let (mut enabled_at, mut unjudged): (Option<Instant>, _) = (None, control.found_waiting());
+    let mut unjudged = control.found_waiting();
+    let mut enabled_at: Option<Instant> = None;
     loop {
         let standing = match control.refresh().await {
             Ok(standing) => standing,

@@ -220,6 +220,13 @@ impl Default for Health {
     }
 }
 
+/// Tells the log of the warnings that are new.
+fn announce(before: &[String], warnings: &[String]) {
+    for warning in warnings.iter().filter(|warning| !before.contains(warning)) {
+        tracing::warn!("{warning}");
+    }
+}
+
 impl Health {
     fn facts(&self) -> MutexGuard<'_, Facts> {
         self.facts.lock().unwrap_or_else(PoisonError::into_inner)
@@ -243,9 +250,7 @@ impl Health {
     /// Replaces the warnings of the ingest loop.
     pub fn set_warnings(&self, warnings: Vec<String>) {
         let before = self.facts().warnings.clone();
-        for warning in warnings.iter().filter(|warning| !before.contains(warning)) {
-            tracing::warn!("{warning}");
-        }
+        announce(&before, &warnings);
         self.facts().warnings = warnings;
     }
 
@@ -261,11 +266,7 @@ impl Health {
     /// Why the state cannot be saved, if so.
     pub fn set_unsaved(&self, warning: Option<String>) {
         let before = self.facts().unsaved.clone();
-        if let Some(warning) = &warning
-            && before.as_ref() != Some(warning)
-        {
-            tracing::warn!("{warning}");
-        }
+        announce(before.as_slice(), warning.as_slice());
         self.facts().unsaved = warning;
     }
 

@@ -310,13 +310,19 @@ def test_replica_by_choice(lab, redis):
     assert rig.exporter.log().count("listening for events") == 1
 
 
+def named(broker):
+    """The file of addresses of `broker.test`, the environment that has it read, and the broker's URL by that name."""
+    hosts = directory("hosts") / "hosts"
+    env = {"LD_PRELOAD": "libnss_wrapper.so", "NSS_WRAPPER_HOSTS": hosts}
+    return hosts, env, broker.url.replace("127.0.0.1", "broker.test")
+
+
 def test_name_that_does_not_resolve_yet(lab, broker):
     """Asked for again on every attempt, until it is there."""
-    hosts = directory("hosts") / "hosts"
+    hosts, env, url = named(broker)
     hosts.write_text("")
     os.utime(hosts, (0, 0))  # the library looks at whole seconds to see that it has changed
-    env = {"LD_PRELOAD": "libnss_wrapper.so", "NSS_WRAPPER_HOSTS": hosts}
-    settings = {"broker": {"url": broker.url.replace("127.0.0.1", "broker.test"), "reconnect_max": f"{RECONNECT_MAX}s"}}
+    settings = {"broker": {"url": url, "reconnect_max": f"{RECONNECT_MAX}s"}}
     exporter = lab.exporter(None, settings, env=env)
     wait_until(lambda: "lookup" in exporter.log(), 5, exporter.log)
     assert exporter.healthz()[0] == 200 and exporter.healthz(ready=True)[0] == 503
@@ -329,16 +335,14 @@ def test_name_that_does_not_resolve_yet(lab, broker):
 def test_one_of_several_addresses_is_silent(lab, broker):
     """The first that the name stands for drops packets; the next one answers."""
     port = int(re.search(r"127\.0\.0\.1:(\d+)/", broker.url)[1])
-    hosts = directory("hosts") / "hosts"
+    hosts, env, url = named(broker)
     hosts.write_text("127.0.0.9 broker.test\n127.0.0.1 broker.test\n")
-    env = {"LD_PRELOAD": "libnss_wrapper.so", "NSS_WRAPPER_HOSTS": hosts}
-    settings = {"broker": {"url": broker.url.replace("127.0.0.1", "broker.test")}}
     with socket.create_server(("127.0.0.9", port), backlog=0), contextlib.ExitStack() as full:
         for _ in range(2):  # a full backlog lets nobody in
             waiting = full.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(("127.0.0.9", port))
-        rig = lab.rig(broker, settings, env=env)
+        rig = lab.rig(broker, {"broker": {"url": url}}, env=env)
         worker = lab.worker(broker, conf={"event_exchange": rig.exchange}).ready()
         wait_until(lambda: "enabled by remote" in worker.log(), 10, worker.log)
         assert rig.play(ev.received()).events("received", W) == 1

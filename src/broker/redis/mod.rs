@@ -425,7 +425,9 @@ impl Control {
             let published: Result<i64, _> = client.publish(channel.as_str(), envelope.as_str()).await;
             receivers += self.answered(published, &format!("PUBLISH {channel}")).await?;
         }
-        self.look_for_demotion(&client, receivers).await;
+        if self.sentinels.is_none() {
+            self.look_for_demotion(&client, receivers).await;
+        }
         Ok(())
     }
 
