@@ -1,0 +1,56 @@
+//! Runs the seeds of the fuzz targets, among them what fuzzing has found, without the fuzzer: `cargo test` keeps each
+//! finding from coming back. `fuzz/run.sh` searches for new ones.
+
+use std::fs;
+use std::path::Path;
+
+#[path = "../fuzz/src/lib.rs"]
+mod targets;
+
+/// Runs the target on each file in its directory of seeds.
+fn run_seeds(target: &str, run: impl Fn(&[u8])) {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds").join(target);
+    let seeds = fs::read_dir(&directory).expect("a directory of seeds").map(|entry| entry.expect("a seed").path());
+    let mut count = 0;
+    for seed in seeds {
+        println!("{}", seed.display());
+        run(&fs::read(&seed).expect("a readable seed"));
+        count += 1;
+    }
+    assert!(count > 0, "no seeds in {}", directory.display());
+}
+
+#[test]
+fn broker_url() {
+    run_seeds("broker_url", |input| targets::broker_url::run(&String::from_utf8_lossy(input)));
+}
+
+#[test]
+fn envelope() {
+    run_seeds("envelope", targets::envelope::run);
+}
+
+#[test]
+fn event() {
+    run_seeds("event", targets::event::run);
+}
+
+#[test]
+fn http_head() {
+    run_seeds("http_head", targets::http_head::run);
+}
+
+#[test]
+fn resp() {
+    run_seeds("resp", targets::resp::run);
+}
+
+#[test]
+fn settings() {
+    run_seeds("settings", targets::settings::run);
+}
+
+#[test]
+fn snapshot() {
+    run_seeds("snapshot", targets::snapshot::run);
+}
