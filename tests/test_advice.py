@@ -2,8 +2,12 @@
 
 import time
 
+import pytest
+
 from support import events as ev
 from support.processes import wait_until
+
+pytestmark = pytest.mark.every_release
 
 #: A hostname that would begin a line of its own in the log.
 FORGED = "w\n<0>kernel: forged"

@@ -12,6 +12,8 @@ from support.exposition import ONLINE
 from support.processes import wait_until
 from support.worker import VERSIONS, client
 
+pytestmark = pytest.mark.every_release
+
 ENABLE = b'{"method": "enable_events", "arguments": {}, "destination": null, "pattern": null, "matcher": null}'
 HEARTBEAT = ENABLE.replace(b"enable_events", b"heartbeat")
 
@@ -70,6 +72,7 @@ def tap(lab, broker):
     return tap
 
 
+@pytest.mark.short_form
 def test_redis_envelope(lab, redis):
     """Every key and value as Celery 5.7 itself publishes them, but a delivery tag of its own for each."""
     tap = RedisTap(redis)
@@ -99,6 +102,7 @@ def test_redis_envelope(lab, redis):
     assert all(str(uuid.UUID(tag)) == tag and uuid.UUID(tag).version == 4 for tag in tags)
 
 
+@pytest.mark.short_form
 def test_rabbitmq_message(lab, vhost):
     """Body and properties; the exchange is declared as kombu declares it, or its declaration would be refused."""
     tap = AmqpTap(vhost)
@@ -114,6 +118,7 @@ def test_rabbitmq_message(lab, vhost):
         assert message.delivery_info["exchange"] == "celery.pidbox"
 
 
+@pytest.mark.short_form
 def test_rabbitmq_exchange_is_made(lab, vhost):
     """When no worker has been there yet; and workers may declare both exchanges after us."""
     lab.exporter(vhost, {"events": {"enable_interval": "100ms"}})
@@ -128,6 +133,7 @@ def test_rabbitmq_exchange_is_made(lab, vhost):
         wait_until(exists, 10, "the exchange of broadcasts")
 
 
+@pytest.mark.short_form
 def test_once_connected(lab, tap, broker):
     """At once on connecting: both broadcasts, whatever their intervals."""
     listener = tap()
@@ -177,6 +183,7 @@ def test_without_heartbeat_workers_stay_online(lab, broker):
     exporter.wait_for(lambda m: m.one(ONLINE, worker=worker.hostname) == 0, 10)
 
 
+@pytest.mark.short_form
 def test_workers_survive(lab, tap, broker):
     """Twenty broadcasts later, workers of the whole range run, are connected, and send their events."""
     workers = [lab.worker(broker, version, args=["-Q", f"q{version}"]) for version in VERSIONS]

@@ -2,7 +2,6 @@
 
 import gzip
 import re
-import subprocess
 
 import pytest
 
@@ -10,7 +9,7 @@ from support import events as ev
 from support.exposition import EXECUTING, FAMILIES, parse_openmetrics, parse_text
 from support.flower_reference import Flower
 from support.processes import wait_until
-from support.prometheus import Prometheus
+from support.prometheus import Prometheus, promtool
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -153,17 +152,15 @@ def test_nothing_heard_yet(lab, shared_redis):
     assert parse_openmetrics(exporter.request(headers={"Accept": "application/openmetrics-text"})[2].decode()) == {}
 
 
-def test_promtool(full):
+def test_promtool(full, prometheus_release):
     """`promtool check metrics` has nothing to say against it but Flower's own names."""
-    found = subprocess.run(
-        ["promtool", "check", "metrics"], input=full.text(), text=True, capture_output=True, timeout=30
-    )
+    found = promtool(prometheus_release, "check", "metrics", input=full.text())
     assert "error" not in found.stderr.lower(), found.stderr
     # Lint remarks make 3, an exposition that cannot be parsed makes 1.
     assert found.returncode in (0, 3), found.stderr
 
 
-def test_self_metrics(lab, shared_redis):
+def test_self_metrics(lab, shared_redis, prometheus_release):
     """flower_exporter_* and process_* come after the six, valid in both formats, and none of them without asking."""
     rig = lab.rig(shared_redis, {"metrics": {"self_metrics": True}})
     rig.play(*play_everything())
@@ -191,13 +188,13 @@ def test_self_metrics(lab, shared_redis):
     openmetrics = rig.exporter.request(headers={"Accept": "application/openmetrics-text;version=1.0.0"})[2].decode()
     parse_openmetrics(openmetrics)
     assert "# TYPE process_cpu_seconds counter" in openmetrics
-    found = subprocess.run(["promtool", "check", "metrics"], input=text, text=True, capture_output=True, timeout=30)
+    found = promtool(prometheus_release, "check", "metrics", input=text)
     assert found.returncode in (0, 3) and "flower_exporter" not in found.stderr, found.stderr
 
 
-def test_prometheus_scrapes_it(full, lab, flower):
+def test_prometheus_scrapes_it(full, lab, flower, prometheus_release):
     """A real Prometheus answers a query for each family, odd labels and all."""
-    prometheus = Prometheus([full.port], rules=())
+    prometheus = Prometheus([full.port], rules=(), release=prometheus_release)
     lab.callback(prometheus.kill)
     prometheus.ready()
     wait_until(lambda: [1 for _, value in prometheus.instant("up") if value == 1], 60, lambda: f"up\n{prometheus.log()}")

@@ -101,7 +101,7 @@ def start_flower(lab, broker):
     return port
 
 
-def test_every_query_has_data(lab, redis):
+def test_every_query_has_data(lab, redis, prometheus_release):
     """Every panel, variable and rule on two exporters of one broker, and on Flower; and Flower's queries on ours.
 
     All tasks run after the servers have begun to scrape, so the counts of the time range are exact: first events count,
@@ -111,7 +111,8 @@ def test_every_query_has_data(lab, redis):
     settings = {"events": {"enable_interval": "500ms"}, "metrics": {"self_metrics": True}}
     exporters = [lab.exporter(redis, settings, ready=False) for _ in range(2)]
     flower = start_flower(lab, redis)
-    ours, flowers = servers = Prometheus([exporter.port for exporter in exporters]), Prometheus([flower])
+    ports = [exporter.port for exporter in exporters], [flower]
+    ours, flowers = servers = [Prometheus(these, release=prometheus_release) for these in ports]
     for server in servers:
         lab.callback(server.kill)
         server.ready()

@@ -194,10 +194,10 @@ HEALTHZ = SCRAPE.replace(b"metrics", b"healthz")
 
 
 @pytest.fixture(scope="module")
-def large(shared, shared_redis):
+def large(session_lab, shared_redis):
     """An exporter with tight limits and an exposition of more than 10 MB, which fits no socket's buffers."""
     limits = {"max_connections": MAX_CONNECTIONS, "request_timeout": f"{REQUEST_TIMEOUT}s", "idle_timeout": "2s"}
-    rig = Rig(shared, shared_redis, {"http": limits, "state": {"worker_timeout": 0}})
+    rig = Rig(session_lab, shared_redis, {"http": limits, "state": {"worker_timeout": 0}})
     rig.publisher.send([ev.succeeded(f"{n}", name=f"{n:0250}", runtime=1.5) for n in range(TASKS)])
     rig.flowed = 0
     flow(rig)

@@ -4,11 +4,15 @@ import random
 import signal
 import threading
 
+import pytest
+
 from support.exposition import FAMILIES
 from support.flower_reference import Flower
 from support.processes import directory, wait_until
 from support.streams import stream
 from test_parity import difference
+
+pytestmark = [pytest.mark.every_release, pytest.mark.short_form, pytest.mark.quorum]
 
 #: So many are sent while an exporter lives.
 EVENTS_PER_KILL = 2000

@@ -14,6 +14,8 @@ from support.events import W
 from support.exposition import EVENTS, EXECUTING, ONLINE, PREFETCHED, RUNTIME
 from support.processes import directory, wait_until
 
+pytestmark = [pytest.mark.every_release, pytest.mark.quorum]
+
 RECONNECT_MAX = 2
 #: On RabbitMQ each side gives up a silent peer after two to three heartbeats.
 IMPATIENT = {"broker": {"amqp": {"heartbeat": "1s"}, "connect_timeout": "1s"}}
@@ -67,6 +69,7 @@ class Outage:
         assert self.rig.play(ev.received("d", at=9)).one(PREFETCHED, worker=W, task="add") == 1
 
 
+@pytest.mark.short_form
 @pytest.mark.parametrize("how", ["cut", "reset"])
 def test_path_ends(lab, broker, how):
     """Connections end, and many attempts fail: back soon all the same."""
@@ -139,6 +142,7 @@ def test_silent_paths(lab, redis, vhost):
         outage.over(deadline=5 + 1)
 
 
+@pytest.mark.short_form
 @pytest.mark.parametrize("inward, outward", [(True, True), (True, False), (False, True)], ids=["both", "in", "out"])
 def test_short_stall_costs_nothing(lab, broker, inward, outward):
     """What waited on the way is counted, and the connection is still the same."""
@@ -202,6 +206,7 @@ def test_frozen_rabbitmq(lab, vhost):
     outage.over()
 
 
+@pytest.mark.short_form
 def test_rabbitmq_short_of_memory(lab, vhost):
     """It blocks all that publish, us too, and answers none of them: no outage, and no worker is silent of its own will."""
     limits = {"state": {"worker_timeout": "5s"}, "events": {"enable_interval": "500ms"}}
@@ -232,6 +237,7 @@ def test_connection_for_broadcasts_is_killed(lab, redis):
     assert outage.subscriptions() == 1
 
 
+@pytest.mark.short_form
 def test_closed_by_an_administrator(lab, vhost):
     outage = Outage(lab, vhost)
     vhost.server.ctl("close_all_connections", "--vhost", vhost.vhost, "maintenance")
@@ -239,6 +245,7 @@ def test_closed_by_an_administrator(lab, vhost):
     assert "maintenance" in outage.exporter.log(), "the log says what the server says"
 
 
+@pytest.mark.short_form
 def test_our_own_queue_is_deleted(lab, vhost):
     """Exclusive as it is, an administrator may delete it."""
     outage = Outage(lab, vhost)
@@ -248,6 +255,7 @@ def test_our_own_queue_is_deleted(lab, vhost):
     assert "the queue is gone" in outage.exporter.log()
 
 
+@pytest.mark.short_form
 def test_exchange_is_deleted(lab, vhost):
     """Nobody tells a consumer: it is declared and bound again within `enable_interval`."""
     rig = lab.rig(vhost, {"events": {"enable_interval": "1s"}})
@@ -284,6 +292,7 @@ def test_credentials_are_put_right(lab, broker):
     outage.over()
 
 
+@pytest.mark.short_form
 def test_master_behind_an_address_is_demoted(lab, redis):
     """Events come from a replica, too, but what is published there reaches no worker: the new master is sought."""
     old, new, path = redis, lab.redis(), lab.proxy(redis)
@@ -348,6 +357,7 @@ def test_one_of_several_addresses_is_silent(lab, broker):
         assert rig.play(ev.received()).events("received", W) == 1
 
 
+@pytest.mark.short_form
 def test_next_of_the_list(lab, broker):
     """The first broker dies, the second is used, its sets empty; and back again when that dies, too."""
     second = lab.redis() if broker.name == "redis" else broker  # two nodes of a cluster have the same virtual hosts

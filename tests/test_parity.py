@@ -6,6 +6,8 @@ from support.exposition import EXECUTING, FAMILIES, ONLINE
 from support.flower_reference import Flower
 from support.streams import stream
 
+pytestmark = [pytest.mark.every_release, pytest.mark.short_form]
+
 
 def difference(ours, flowers):
     return "\n".join(
@@ -15,11 +17,11 @@ def difference(ours, flowers):
     )
 
 
-def test_equals_flower(lab, shared_brokers, seed):
+def test_equals_flower(lab, shared_broker, seed):
     """Every event shape, single and in batches, in an order that Flower gets right."""
     print(f"again: tests/run.sh --parity-seed {seed} test_parity.py")
     items = stream(seed)
-    rig = lab.rig(shared_brokers, {"state": {"worker_timeout": 0, "purge_offline_workers": 0}})
+    rig = lab.rig(shared_broker, {"state": {"worker_timeout": 0, "purge_offline_workers": 0}})
     flower = Flower().feed(items)
     ours, flowers = rig.play(*items), flower.metrics()
     assert {name for name, _ in flowers} > {ONLINE, EXECUTING}
@@ -30,12 +32,9 @@ def test_equals_flower(lab, shared_brokers, seed):
     }
 
 
-@pytest.fixture(params=["redis", "rabbitmq"])
-def shared_brokers(request):
-    """Streams keep apart by the names of their exchanges."""
-    if request.param == "redis":
-        return request.getfixturevalue("shared_redis")
-    node = request.getfixturevalue("rabbitmq_node")
-    if not hasattr(node, "parity"):
-        node.parity = node.vhost()
-    return node.parity
+@pytest.fixture
+def shared_broker(shared, broker_release):
+    """Each stream has an exchange of its own."""
+    if broker_release.family == "redis":
+        return shared.get(broker_release)
+    return shared.get(broker_release, "parity", lambda lab: shared.get(broker_release).vhost())

@@ -4,9 +4,13 @@ import itertools
 import re
 from pathlib import Path
 
+import pytest
+
 from support import events as ev
 from support.events import W
 from support.processes import wait_until
+
+pytestmark = pytest.mark.every_release
 
 README = (Path(__file__).parents[1] / "README.md").read_text().replace(r"\|", "|")
 RABBITMQ = {
@@ -44,12 +48,14 @@ def check(lab, broker, exporter):
     assert "failed" not in exporter.log()
 
 
+@pytest.mark.short_form
 def test_rabbitmq_least(lab, vhost):
     assert all(f"`{pattern}`" in README for pattern in RABBITMQ.values())
     url = grant(vhost, **RABBITMQ)
     check(lab, vhost, lab.exporter(None, {"broker": {"url": url}}))
 
 
+@pytest.mark.short_form
 def test_rabbitmq_named_queue(lab, vhost):
     """Its name and that of the mark beside it in all three; with the name alone, a warning."""
     more = r"^flower-exporter(\.mark)?$"
@@ -82,6 +88,7 @@ def test_rabbitmq_without_broadcasts_and_declaring(lab, vhost):
     assert exporter.log().count("listening for events") == 1, "the refusals cost no connection"
 
 
+@pytest.mark.short_form
 def test_redis_least(lab, redis):
     assert f"`{REDIS}`" in README
     redis.client().execute_command("ACL", "SETUSER", "least", "on", ">secret", *REDIS.split())

@@ -16,6 +16,8 @@ from support.events import W
 from support.exposition import EVENTS, EXECUTING, FAMILIES, ONLINE, PREFETCH_TIME, PREFETCHED, RUNTIME
 from support.processes import directory, wait_until
 
+pytestmark = pytest.mark.every_release
+
 QUEUE = {"broker": {"amqp": {"queue": "flower-exporter"}}}
 AGE = re.compile(r"^flower_exporter_state_save_age_seconds (\S+)$", re.M)
 
@@ -64,6 +66,7 @@ def kill(exporter):
     exporter.wait(5)
 
 
+@pytest.mark.short_form
 @pytest.mark.parametrize("end", ["terminate", "kill"])
 def test_everything_is_still_there(lab, vhost, db, end):
     """All samples of all families, to the last bit; and tasks go on where they were."""
@@ -85,6 +88,7 @@ def test_everything_is_still_there(lab, vhost, db, end):
     assert stat.S_IMODE(db.stat().st_mode) == 0o600
 
 
+@pytest.mark.short_form
 def test_on_redis_the_sets_start_empty(lab, redis, db):
     """Nothing collects there while we are away: all but the prefetched tasks is as it was."""
     rig = lab.rig(redis, persistent(db))

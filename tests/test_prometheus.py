@@ -3,24 +3,19 @@
 import json
 import re
 import shutil
-import subprocess
 
 import pytest
 
 from support.processes import directory
-from support.prometheus import FILES, RULES, Prometheus
+from support.prometheus import FILES, RULES, Prometheus, promtool
 
 TESTS = sorted(path.name for path in (RULES / "tests").iterdir())
 
 
-def promtool(*arguments, cwd=RULES):
-    return subprocess.run(["promtool", *arguments], cwd=cwd, text=True, capture_output=True, timeout=60)
-
-
 @pytest.fixture(scope="module")
-def groups():
+def groups(prometheus_release):
     """All rule groups, as a server has read them."""
-    server = Prometheus().ready()
+    server = Prometheus(release=prometheus_release).ready()
     yield {group["file"].rpartition("/")[2]: group for group in server.api("rules")["groups"]}
     server.kill()
 
@@ -31,21 +26,21 @@ def alerts(groups):
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in RULES.glob("prometheus*.yml")))
-def test_config(name):
+def test_config(prometheus_release, name):
     """The examples are valid, and so are the rules they name: all that there are."""
-    done = promtool("check", "config", name)
+    done = promtool(prometheus_release, "check", "config", name, cwd=RULES)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {line.removeprefix("Checking ") for line in done.stdout.splitlines() if "Checking" in line} == {name, *FILES}
 
 
-def test_rules():
-    done = promtool("check", "rules", "--lint-fatal", *FILES)
+def test_rules(prometheus_release):
+    done = promtool(prometheus_release, "check", "rules", "--lint-fatal", *FILES, cwd=RULES)
     assert done.returncode == 0, done.stdout + done.stderr
-    done = promtool("test", "rules", *(f"tests/{name}" for name in TESTS))
+    done = promtool(prometheus_release, "test", "rules", *(f"tests/{name}" for name in TESTS), cwd=RULES)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_alert_is_tested_firing_and_not_firing(groups, alerts):
+def test_every_alert_is_tested_firing_and_not_firing(prometheus_release, groups, alerts):
     """By mutation: alerts that never fire fail their tests, each by name, and so do those that fire when they need not."""
 
     def failing(mutate):
@@ -59,7 +54,7 @@ def test_every_alert_is_tested_firing_and_not_firing(groups, alerts):
                 for rule in group["rules"]
             ]
             (home / name).write_text(json.dumps({"groups": [{"name": group["name"], "rules": rules}]}))
-        done = promtool("test", "rules", *TESTS, cwd=home / "tests")
+        done = promtool(prometheus_release, "test", "rules", *TESTS, cwd=home / "tests")
         return set(re.findall(r"alertname: (\w+), time", done.stdout + done.stderr))
 
     def same(rule):

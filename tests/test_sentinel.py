@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from test_settings import Run, key
+from test_settings import key
 
 from support import events as ev
 from support.certificates import Authority
@@ -15,6 +15,8 @@ from support.processes import accepts, free_port, wait_until
 from support.publish import envelope
 from support.sentinel import MASTER, Sentinel, Watched
 from support.worker import client
+
+pytestmark = [pytest.mark.every_release, pytest.mark.usefixtures("redis_release")]
 
 
 def follows(lab, rig, server, deadline=5):
@@ -35,6 +37,7 @@ def listens_at(server):
     return server.client().pubsub_numpat()
 
 
+@pytest.mark.short_form
 def test_forced_failover(lab):
     """There within 5 s, though the old master stays up as a replica that would take our subscription."""
     watched = Watched(lab)
@@ -107,10 +110,7 @@ def test_a_master_that_is_none(lab):
     assert listens_at(replica) == 0
 
 
-def test_needs_the_name():
-    assert "broker.redis.master_name" in Run("-b", "sentinel://127.0.0.1:26379/0").complaint()
-
-
+@pytest.mark.short_form
 @pytest.mark.parametrize("compat", [False, True])
 def test_real_worker(lab, compat):
     """Celery 5.7 over Sentinel, told by us to send events; each counts once, under however many names it is sent."""
@@ -165,6 +165,8 @@ def test_compat_broadcasts(lab):
 @pytest.mark.parametrize("enabled", [True, None])
 def test_tls(lab, enabled):
     """By the setting to Sentinels and master, by the URL's parameters to the master alone, as in kombu."""
+    if not lab.tested["redis"].has_tls:
+        pytest.skip("this server is built without TLS")
     authority = Authority()
     files = authority.issue("server")
     options = {"tls-cert-file": files.cert, "tls-key-file": files.key, "tls-ca-cert-file": authority.file, "tls-auth-clients": "no"}

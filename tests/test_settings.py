@@ -477,3 +477,7 @@ def test_log_names_what_it_listens_on(lab, broker):
     """The exact exchange and queue, or channel."""
     exporter = lab.exporter(broker, {"events": {"exchange": "my.events"}})
     assert ("/0.my.events/*" if broker.name == "redis" else "my.events") in exporter.log()
+
+
+def test_sentinel_needs_a_master_name():
+    assert "broker.redis.master_name" in Run("-b", "sentinel://127.0.0.1:26379/0").complaint()

@@ -140,6 +140,7 @@ class Soak:
         """
         self.exporter.ready()
         self.rig.publisher = self.lab.publisher(self.broker, self.rig.exchange)
+        self.rig.settle()  # the last fault may not have been noticed yet
         first = self.steps
         self.steps += TASKS
         tasks = range(first, self.steps)
@@ -183,7 +184,7 @@ def soaked(request, lab):
     if request.param == "redis":
         return lab.redis()
     if request.config.getoption("--faults") < LONG:
-        return request.getfixturevalue("rabbitmq_node").vhost()
+        return request.getfixturevalue("vhost")
     return lab.rabbitmq().wait().vhost()
 
 

@@ -14,9 +14,11 @@ from test_settings import Run, key
 from support import events as ev
 from support.certificates import Authority, junk
 from support.exporter import merge, toml
-from support.processes import directory, free_port, wait_until
+from support.processes import accepts, directory, free_port, wait_until
 from support.rabbitmq import USER
 from support.worker import client
+
+pytestmark = pytest.mark.every_release
 
 FAST = {"broker": {"connect_timeout": "2s", "reconnect_max": "500ms"}}
 
@@ -49,28 +51,37 @@ class Secure:
         return merge({"broker": {"url": url or self.url(), "tls": shown}}, FAST)
 
 
+def skip_without_tls(lab):
+    if "redis" in lab.tested and not lab.tested["redis"].has_tls:
+        pytest.skip("this server is built without TLS")
+
+
 def redis_over_tls(lab, pki, *args):
+    skip_without_tls(lab)
     port = free_port()
     redis = lab.redis(args=["--tls-port", port, "--tls-cert-file", pki.server.cert, "--tls-key-file", pki.server.key,
                             "--tls-ca-cert-file", pki.ca, *args])
     return Secure(pki, redis, "rediss", "", "/0", port, redis.port)
 
 
-@pytest.fixture(scope="session")
-def tls_node(shared, pki):
+def rabbitmq_with_tls(lab, pki):
+    """(node, port for TLS)"""
     port = free_port()
     files = {"cacertfile": pki.ca, "certfile": pki.server.cert, "keyfile": pki.server.key, "verify": "verify_peer",
              "fail_if_no_peer_cert": "true"}
-    node = shared.rabbitmq(vhosts=40, conf=[
+    node = lab.rabbitmq(vhosts=40, conf=[
         f"listeners.ssl.default = 127.0.0.1:{port}", *(f"ssl_options.{name} = {value}" for name, value in files.items())])
-    return node.wait(), port
+    node.wait()
+    # Its listeners start one after the other.
+    wait_until(lambda: accepts(port), 10, "RabbitMQ's port for TLS")
+    return node, port
 
 
-@pytest.fixture(params=["redis", "amqps"])
-def secure(request, lab, pki):
-    if request.param == "redis":
+@pytest.fixture
+def secure(lab, shared, pki, broker_release):
+    if broker_release.family == "redis":
         return redis_over_tls(lab, pki)
-    node, port = request.getfixturevalue("tls_node")
+    node, port = shared.get(broker_release, "TLS", lambda lab: rabbitmq_with_tls(lab, pki))
     vhost = node.vhost()
     return Secure(pki, vhost, "amqps", f"{USER}:p%40ss%2Fw%3Ard%25@", f"/{vhost.vhost}", port, node.port)
 
@@ -93,6 +104,7 @@ def refused(lab, settings, *said):
     return exporter
 
 
+@pytest.mark.short_form
 def test_settings_let_in(lab, secure):
     """Own CA and client certificate. Nothing is warned of."""
     assert "WARN" not in counts(lab, secure, secure.settings()).log()
@@ -143,6 +155,7 @@ def test_optional_is_required(lab, secure):
             "unknown issuer")
 
 
+@pytest.mark.short_form
 def test_wrong_ca(lab, secure):
     refused(lab, secure.settings(ca_file=secure.pki.other), "unknown issuer", "broker.tls.ca_file")
 
@@ -160,6 +173,7 @@ def test_plaintext_port(lab, secure):
     refused(lab, secure.settings(secure.url(port=secure.plain_port)), "speak TLS on this port")
 
 
+@pytest.mark.short_form
 def test_no_client_certificate(lab, secure):
     refused(lab, secure.settings(cert_file=None, key_file=None), "client certificate", "broker.tls.cert_file")
 
@@ -170,6 +184,7 @@ def test_client_certificate_of_another(lab, secure):
             "broker.tls.cert_file")
 
 
+@pytest.mark.usefixtures("redis_release")
 def test_no_client_certificate_in_tls_1_2(lab, pki):
     secure = redis_over_tls(lab, pki, "--tls-protocols", "TLSv1.2")
     counts(lab, secure, secure.settings())
@@ -199,6 +214,7 @@ def test_expired(lab, pki, url):
         refused(lab, merge({"broker": {"url": url.format(port), "tls": {"ca_file": str(pki.ca)}}}, FAST), "has expired", "renewed")
 
 
+@pytest.mark.short_form
 def test_real_worker(lab, secure, pki):
     """Over TLS itself, and told by us to send events."""
     if secure.name == "redis":
@@ -246,6 +262,7 @@ def test_files_that_cannot_be_used(pki, what):
     assert parameters[wrong] in line and tls[wrong] in line
 
 
+@pytest.mark.usefixtures("redis_release")
 def test_file_that_goes_later(lab, pki):
     """An attempt that fails, like any other; and read again on the next one."""
     file = directory("tls") / "ca.pem"

@@ -8,6 +8,8 @@ from support.exposition import EVENTS, EXECUTING, ONLINE, PREFETCH_TIME, PREFETC
 from support.processes import wait_until
 from support.worker import MIDDLE, OLDEST, UNICODE, client
 
+pytestmark = pytest.mark.every_release
+
 
 def exporter_and_worker(lab, broker, settings=None, **options):
     worker = lab.worker(broker, **options).ready()
@@ -92,6 +94,7 @@ def test_a_day_in_the_life(lab, broker, pool):
     assert samples.one(f"{RUNTIME}_count", worker=host, task="add") == 7
 
 
+@pytest.mark.short_form
 @pytest.mark.parametrize("version", [OLDEST, MIDDLE])
 def test_older_celery(lab, broker, version):
     """The six series of the oldest Celery that runs here, and of one in between."""
@@ -115,6 +118,7 @@ def test_older_celery(lab, broker, version):
     assert {name for name, _ in samples} >= {EVENTS, PREFETCHED, PREFETCH_TIME, ONLINE, EXECUTING, f"{RUNTIME}_sum"}
 
 
+@pytest.mark.short_form
 def test_first_tasks_show_within_ten_seconds(lab, broker):
     """With defaults: all six series of a worker without -E, ten seconds after its first tasks at the most."""
     worker = lab.worker(broker).ready()

@@ -3,20 +3,29 @@
 import json
 import math
 import re
+import subprocess
 import urllib.error
 import urllib.parse
 import urllib.request
 
+from . import releases
 from .processes import ROOT, Process, directory, free_port, wait_until
 
 RULES = ROOT / "deploy/prometheus"
 FILES = ["flower.rules.yml", "flower.alerts.yml", "flower-self.alerts.yml"]
 
 
+def promtool(release, *arguments, **options):
+    """The finished `promtool` of a release."""
+    command = [str(part) for part in release.command("promtool", *arguments)]
+    return subprocess.run(command, text=True, capture_output=True, timeout=60, **options)
+
+
 class Prometheus(Process):
     """Scrapes these ports of ours every second, and evaluates the shipped rules as often."""
 
-    def __init__(self, ports=(), rules=FILES, job="flower-exporter"):
+    def __init__(self, ports=(), rules=FILES, job="flower-exporter", release=None):
+        release = release or releases.own("prometheus")
         self.port = free_port()
         home = directory("prometheus")
         config = home / "prometheus.yml"
@@ -32,12 +41,12 @@ class Prometheus(Process):
         )
         super().__init__(
             "prometheus",
-            [
+            release.command(
                 "prometheus",
                 f"--config.file={config}",
                 f"--storage.tsdb.path={home / 'tsdb'}",
                 f"--web.listen-address=127.0.0.1:{self.port}",
-            ],
+            ),
             cwd=home,
         )
 

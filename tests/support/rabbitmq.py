@@ -14,16 +14,20 @@ import subprocess
 
 import amqp
 
+from . import releases
 from .processes import Process, accepts, directory, free_port, wait_until
 
 USER, PASSWORD = "tester", "p@ss/w:rd%"
-SERVER = next(filter(os.path.exists, ["/usr/lib/rabbitmq/bin/rabbitmq-server"]), shutil.which("rabbitmq-server"))
+#: Not the wrappers in /usr/sbin, which insist on a user.
+PROGRAMS = "/usr/lib/rabbitmq/bin"
 
 
 class RabbitMQ:
-    def __init__(self, vhosts=1, start=True, conf=()):
+    def __init__(self, release=None, vhosts=1, start=True, conf=()):
+        self.release = release or releases.own("rabbitmq")
         self.port, self.dist, self.epmd = free_port(), free_port(), free_port()
-        self.user = "rabbitmq" if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name
+        account = pwd.getpwnam("rabbitmq") if os.getuid() == 0 else pwd.getpwuid(os.getuid())
+        self.user, self.ids = account.pw_name, f"{account.pw_uid}:{account.pw_gid}"
         self.dir = directory("rabbitmq", self.user)
         self.vhosts = [f"v{n}" for n in range(vhosts)]
         self.unused = itertools.chain(self.vhosts)
@@ -36,7 +40,7 @@ class RabbitMQ:
         rights = {"configure": ".*", "write": ".*", "read": ".*"}
         definitions = {
             "users": [{"name": USER, "password": PASSWORD, "tags": "administrator"}],
-            "vhosts": [{"name": vhost} for vhost in self.vhosts],
+            "vhosts": [self.definition(vhost) for vhost in self.vhosts],
             "permissions": [{"user": USER, "vhost": vhost, **rights} for vhost in self.vhosts],
         }
         self.write("definitions.json", json.dumps(definitions))
@@ -56,6 +60,9 @@ class RabbitMQ:
             ),
         )
 
+    def definition(self, vhost):
+        return {"name": vhost, **({"metadata": {"default_queue_type": "quorum"}} if self.release.quorum else {})}
+
     def write(self, name, text):
         path = self.dir / name
         path.write_text(text)
@@ -64,6 +71,7 @@ class RabbitMQ:
     def start(self):
         self.env = env = {
             "HOME": self.dir,
+            "LC_ALL": "C.UTF-8",
             "ERL_EPMD_PORT": self.epmd,
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "RABBITMQ_NODENAME": f"test{self.port}@localhost",
@@ -81,10 +89,18 @@ class RabbitMQ:
             "RABBITMQ_PID_FILE": self.dir / "pid",
             "RABBITMQ_GENERATED_CONFIG_DIR": self.dir / "config",
         }
-        user = self.user if os.getuid() == 0 else None
-        self.processes = [Process("epmd", ["epmd", "-port", self.epmd], env=env, cwd=self.dir, user=user)]
+        self.processes = [self.run("epmd", "/usr/bin/epmd", "-port", self.epmd)]
         wait_until(lambda: accepts(self.epmd), 10, "epmd answers")
-        self.processes.append(Process("rabbitmq", [SERVER], env=env, cwd=self.dir, user=user))
+        self.processes.append(self.run("rabbitmq", f"{PROGRAMS}/rabbitmq-server"))
+
+    def run(self, name, program, *arguments):
+        command = self.release.command(program, *arguments, user=self.ids)
+        return Process(name, command, env=self.env, cwd=self.dir, user=self.switch)
+
+    @property
+    def switch(self):
+        """The user that the program is started as, unless it changes its user itself once it has entered its tree."""
+        return self.user if os.getuid() == 0 and self.release.tree is None else None
 
     def wait(self):
         """Once it serves its last virtual host it serves them all."""
@@ -106,13 +122,12 @@ class RabbitMQ:
 
     def ctl(self, *command):
         """What rabbitmqctl says; it takes some seconds."""
-        user = self.user if os.getuid() == 0 else None
         return subprocess.run(
-            [SERVER.replace("rabbitmq-server", "rabbitmqctl"), "--quiet", *command],
+            self.release.command(f"{PROGRAMS}/rabbitmqctl", "--quiet", *command, user=self.ids),
             cwd=self.dir,
-            user=user,
-            group=user,
-            extra_groups=[] if user else None,
+            user=self.switch,
+            group=self.switch,
+            extra_groups=[] if self.switch else None,
             env={**os.environ, **{key: str(value) for key, value in self.env.items()}},
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -5,13 +5,15 @@ from urllib.parse import quote
 
 import redis
 
+from . import releases
 from .processes import Process, directory, free_port, wait_until
 
 
 class Redis:
     name = "redis"
 
-    def __init__(self, *, password=None, db=0, start=True, options=None, args=()):
+    def __init__(self, *, release=None, password=None, db=0, start=True, options=None, args=()):
+        self.release = release or releases.own("redis")
         self.port, self.password, self.db, self.args = free_port(), password, db, args
         self.dir = directory("redis")
         self.socket = self.dir / "redis.sock"
@@ -32,21 +34,16 @@ class Redis:
         password = ["--requirepass", self.password] if self.password else []
         self.process = Process(
             "redis",
-            [
-                "redis-server",
-                "--bind",
-                "127.0.0.1",
-                "--port",
-                self.port,
-                "--unixsocket",
-                self.socket,
-                "--save",
-                "",
-                "--daemonize",
-                "no",
+            self.release.command(
+                f"{self.release.product}-server",
+                *("--bind", "127.0.0.1"),
+                *("--port", self.port),
+                *("--unixsocket", self.socket),
+                *("--save", ""),
+                *("--daemonize", "no"),
                 *password,
                 *self.args,
-            ],
+            ),
             cwd=self.dir,
         )
         wait_until(self.answers, 10, lambda: f"redis answers\n{self.process.log()}")

@@ -23,7 +23,8 @@ class Sentinel:
             *conf,
         ]
         (home / "sentinel.conf").write_text("\n".join(lines) + "\n")
-        self.process = Process("sentinel", ["redis-server", home / "sentinel.conf", "--sentinel"], cwd=home)
+        command = master.release.command(f"{master.release.product}-server", home / "sentinel.conf", "--sentinel")
+        self.process = Process("sentinel", command, cwd=home)
 
     def client(self):
         return redis.Redis(port=self.port, password=self.password)
