@@ -13,7 +13,7 @@ class Matrix:
     def __init__(self, path):
         self.path = Path(path).resolve()
         self.cells = collections.defaultdict(collections.Counter)
-        self.notes = {}
+        self.notes = collections.defaultdict(set)
 
     def pytest_runtest_logreport(self, report):
         outcome = self.outcome(report)
@@ -24,7 +24,7 @@ class Matrix:
             if name == "release":
                 self.cells[file, release][outcome] += 1
                 if outcome != "passed":
-                    self.notes[report.nodeid.partition("::")[2], release] = outcome, reason(report)
+                    self.notes[file, outcome, reason(report)].add(release)
 
     @staticmethod
     def outcome(report):
@@ -46,8 +46,10 @@ class Matrix:
             *(f"| {title} | {' | '.join(self.cell(file, title) for file in files)} |" for title in titles),
         ]
         if self.notes:
-            lines += ["", "| test | server | result | reason |", "| --- | --- | --- | --- |"]
-            lines += [f"| `{test}` | {release} | {outcome} | {why} |" for (test, release), (outcome, why) in sorted(self.notes.items())]
+            lines += ["", "What did not pass:", "", "| test file | result | reason | servers |", "| --- | --- | --- | --- |"]
+        for (file, outcome, why), affected in sorted(self.notes.items()):
+            servers = ", ".join(title for title in order if title in affected)
+            lines.append(f"| {file} | {outcome} | {why} | {servers} |")
         self.path.write_text("\n".join(lines) + "\n")
 
     def cell(self, file, title):
