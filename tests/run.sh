@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All tests: tests/run.sh [pytest arguments, for example: -k parity --parity-seeds 100]
+# Runs all tests: tests/run.sh [pytest arguments, for example: -k parity --parity-seeds 100, or broker/test_tls.py]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null
@@ -7,7 +7,7 @@ exec </dev/null
 tests/setup.sh
 echo "== library, unit and documentation tests"
 cargo test --locked
-echo "== system tests: real brokers, real workers, Flower beside us"
+echo "== system tests: real brokers, real workers, and Flower for comparison"
 cargo build --locked
-cd tests
-exec ../target/test-env/flower/bin/python -B -m pytest "$@"
+cd tests/system
+exec ../../target/test-env/flower/bin/python -B -m pytest "$@"

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1] / "tests"), str(HERE)]
+sys.path[:0] = [str(HERE.parents[1] / "tests/system"), str(HERE)]
 
 import report
 from stream import BATCH, Profile, Stream, heartbeats

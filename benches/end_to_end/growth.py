@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1] / "tests"), str(HERE)]
+sys.path[:0] = [str(HERE.parents[1] / "tests/system"), str(HERE)]
 
 import plot
 import report

@@ -1,0 +1,66 @@
+"""A burst into a Redis with its default limits, which disconnects a subscriber that lags 32 MB behind."""
+
+import json
+import re
+import subprocess
+
+import pytest
+
+from support import events as ev
+from support.exposition import PREFETCHED
+from support.flood import FULL, accounted, said
+from support.publish import envelope
+from support.resources import MIB, peak_memory
+
+EVENTS_SENT = 80_000
+
+
+@pytest.mark.parametrize("times", [1, 10])
+def test_burst(lab, redis, times):
+    """80,000 events in 46 MB through `redis-cli --pipe`: all are counted; of ten times as many, the rest is known."""
+    rig = lab.rig(redis, {"metrics": {"self_metrics": True}})
+    kinds, memory = [ev.sent, ev.received, ev.started, ev.succeeded], peak_memory(rig.exporter)
+
+    def command(number):
+        uuid, kind = f"{number // len(kinds):032x}", kinds[number % len(kinds)]
+        event = kind(uuid, at=number / 1000)
+        # Of a size with what `redis-cli monitor` shows of a real cluster.
+        event["root_id"] = "x" * max(0, 190 - len(json.dumps(event)))
+        payload = json.dumps(envelope(json.dumps(event), exchange=rig.exchange)).encode()
+        parts = [b"PUBLISH", f"/0.{rig.exchange}/task.x".encode(), payload]
+        return b"*3\r\n" + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
+
+    burst = b"".join(map(command, range(EVENTS_SENT)))
+    assert 500 < len(burst) / EVENTS_SENT < 800
+    redis_cli = ["redis-cli", "-p", str(redis.port), "--pipe"]
+    piped = subprocess.run(redis_cli, input=burst * times, capture_output=True, timeout=60)
+    assert b"errors: 0" in piped.stdout, piped
+
+    accounted(rig, times * EVENTS_SENT, 60)
+    samples = rig.play()
+    if times == 1:
+        assert [samples.events(kind.__name__, task="add") for kind in kinds] == [EVENTS_SENT // len(kinds)] * len(kinds)
+        assert samples.total(PREFETCHED) == 0
+    assert rig.exporter.healthz(ready=True)[0] == 200
+    assert peak_memory(rig.exporter) - memory < (2 * 64 + 16) * MIB, "twice max_backlog, and the tasks"
+
+
+def test_small_backlog_on_rabbitmq(lab, vhost):
+    """RabbitMQ is made to wait: nothing is lost however small our queue is."""
+    rig = lab.rig(vhost, {"events": {"max_backlog": "64KiB"}})
+    samples = rig.play(*[[ev.received(f"{batch}-{n}") for n in range(24)] for batch in range(1500)], deadline=60)
+    assert samples.events("received") == samples.total(PREFETCHED) == 1500 * 24
+
+
+def test_small_backlog_on_redis(lab, redis):
+    """What does not fit is dropped, counted and told of."""
+    rig = lab.rig(redis, {"events": {"max_backlog": "64KiB"}, "metrics": {"self_metrics": True}})
+    topic, sent = f"/0.{rig.exchange}/task.received", 20_000
+    pipe = redis.client().pipeline(transaction=False)
+    for number in range(sent):
+        pipe.publish(topic, json.dumps(envelope(json.dumps(ev.received(f"{number}")), exchange=rig.exchange)))
+    pipe.execute()
+    dropped = accounted(rig, sent, 20).one("flower_exporter_dropped_messages_total")
+    rig.exporter.terminate()
+    told = re.findall(r" dropped=(\d+) ", "\n".join(said(rig.exporter, FULL)))
+    assert dropped > 0 and sum(map(int, told)) == dropped, "what was not told yet is told at the end"

@@ -1,0 +1,107 @@
+"""The least that suffices, as the README has it; with less, one clear line instead of a failure."""
+
+import itertools
+import re
+
+import pytest
+
+from support import events as ev
+from support.events import W
+from support.processes import ROOT, wait_until
+
+pytestmark = pytest.mark.every_release
+
+README = (ROOT / "README.md").read_text().replace(r"\|", "|")
+RABBITMQ = {
+    "configure": r"^(celeryev(\..*)?|celery\.pidbox)$",
+    "write": r"^(celeryev\..*|celery\.pidbox)$",
+    "read": r"^celeryev(\..*)?$",
+}
+numbers = itertools.count()
+REDIS = "resetchannels &/0.celeryev/* &/0.celery.pidbox -@all +auth +ping +psubscribe +publish"
+
+
+def grant(vhost, configure, write, read):
+    """The URL of a new user that may do this, and nothing else, in that virtual host."""
+    user = f"{vhost.vhost}-{next(numbers)}"
+    vhost.server.ctl("add_user", user, "secret")
+    vhost.server.ctl("set_permissions", "-p", vhost.vhost, user, configure, write, read)
+    return re.sub("//.*@", f"//{user}:secret@", vhost.url)
+
+
+def exchanges(vhost):
+    """Makes the exchanges, as a worker does."""
+    with vhost.connection() as connection:
+        channel = connection.channel()
+        channel.exchange_declare("celeryev", "topic", durable=True, auto_delete=False)
+        channel.exchange_declare("celery.pidbox", "fanout", durable=False, auto_delete=False)
+
+
+def check(lab, broker, exporter):
+    """Events are counted, and a worker started without -E is told to send them."""
+    exporter.ready()
+    lab.publisher(broker).send(ev.received("a"))
+    exporter.wait_for(lambda m: m.events("received", W) == 1)
+    worker = lab.worker(broker).ready()
+    wait_until(lambda: "enabled by remote" in worker.log(), 20, worker.log)
+    assert "failed" not in exporter.log()
+
+
+@pytest.mark.short_form
+def test_rabbitmq_least(lab, vhost):
+    assert all(f"`{pattern}`" in README for pattern in RABBITMQ.values())
+    url = grant(vhost, **RABBITMQ)
+    check(lab, vhost, lab.exporter(None, {"broker": {"url": url}}))
+
+
+@pytest.mark.short_form
+def test_rabbitmq_named_queue(lab, vhost):
+    """Its name and that of the mark beside it in all three; with the name alone, a warning."""
+    more = r"^flower-exporter(\.mark)?$"
+    assert f"`{more}`" in README
+    url = grant(vhost, **{right: f"^({pattern}|{more})$" for right, pattern in RABBITMQ.items()})
+    settings = {"broker": {"url": url, "amqp": {"queue": "flower-exporter"}}}
+    exporter = lab.exporter(None, settings)
+    check(lab, vhost, exporter)
+    assert "no right" not in exporter.log()
+    exporter.terminate()
+    more = more.replace(r"(\.mark)?", "")
+    url = grant(vhost, **{right: f"^({pattern}|{more})$" for right, pattern in RABBITMQ.items()})
+    exporter = lab.exporter(None, {"broker": {**settings["broker"], "url": url}})
+    exporter.ready()
+    assert "no right to a mark beside the queue" in exporter.log()
+
+
+def test_rabbitmq_without_broadcasts_and_declaring(lab, vhost):
+    """Counts the events of workers that send them anyway, and says once what it may not do."""
+    exchanges(vhost)
+    url = grant(vhost, r"^celeryev\..*$", r"^celeryev\..*$", r"^celeryev(\..*)?$")
+    exporter = lab.exporter(None, {"broker": {"url": url}, "events": {"enable_interval": "100ms"}})
+    exporter.ready()
+    publisher = lab.publisher(vhost)
+    for n in range(20):
+        publisher.send(ev.received(f"{n}"))
+        exporter.wait_for(lambda m, n=n: m.events("received", W) == n + 1)
+    wait_until(lambda: exporter.log().count("broadcast of enable_events") == 1, 5, exporter.log)
+    assert "celery.pidbox" in exporter.log()
+    assert exporter.log().count("listening for events") == 1, "the refusals cost no connection"
+
+
+@pytest.mark.short_form
+def test_redis_least(lab, redis):
+    assert f"`{REDIS}`" in README
+    redis.client().execute_command("ACL", "SETUSER", "least", "on", ">secret", *REDIS.split())
+    url = redis.url.replace("//", "//least:secret@")
+    check(lab, redis, lab.exporter(None, {"broker": {"url": url}}))
+
+
+def test_redis_without_broadcasts(lab, redis):
+    rights = "resetchannels &/0.celeryev/* -@all +auth +ping +psubscribe"
+    redis.client().execute_command("ACL", "SETUSER", "least", "on", ">secret", *rights.split())
+    url = redis.url.replace("//", "//least:secret@")
+    exporter = lab.exporter(None, {"broker": {"url": url}, "events": {"enable_interval": "100ms"}})
+    exporter.ready()
+    lab.publisher(redis).send(ev.received())
+    exporter.wait_for(lambda m: m.events("received", W) == 1)
+    wait_until(lambda: exporter.log().count("broadcast of enable_events") == 1, 5, exporter.log)
+    assert "secret" not in exporter.log()

@@ -1,0 +1,448 @@
+"""Settings end to end: a wrong one is one line and code 2; what is in force can be seen; no secret ever can."""
+
+import json
+import re
+
+import pytest
+
+from support import events as ev
+from support.cli import SECRET, Run
+from support.exporter import key, toml
+from support.processes import ROOT, directory, free_port, wait_until
+
+
+@pytest.fixture
+def file():
+    home = directory("settings")
+
+    def write(settings, name="settings.toml"):
+        path = home / name
+        path.write_text(toml(settings) if isinstance(settings, dict) else settings)
+        return path
+
+    return write
+
+
+WRONG = [
+    # unknown
+    ("broker.uri", "redis://127.0.0.1/0"),
+    ("brokers", {"url": "redis://127.0.0.1/0"}),
+    ("broker.redis.prefix", "x"),
+    ("state.max_worker", 5),
+    ("surprise", 1),
+    ("broker.tls.verify", True),
+    # of a wrong type
+    ("http.listen", 9555),
+    ("http.listen", ["127.0.0.1:9555"]),
+    ("state.max_workers", "many"),
+    ("state.max_workers", 1.5),
+    ("events.enable_events", "yes please"),
+    ("events.enable_events", 1),
+    ("events.hostnames", 5),
+    ("events.exchange", 7),
+    ("metrics.task_runtime_metric_buckets", "1,2"),
+    ("metrics.task_runtime_metric_buckets", ["a"]),
+    ("broker.connect_timeout", True),
+    ("broker.connect_timeout", []),
+    ("log.level", 3),
+    ("broker.url", 5),
+    ("broker", "x"),
+    ("broker.redis.fanout_prefix", 5),
+    ("broker.redis.fanout_patterns", "maybe"),
+    # impossible
+    ("http.listen", "nowhere"),
+    ("http.listen", "127.0.0.1:99999"),
+    ("http.listen", "127.0.0.1"),
+    ("log.level", "loud"),
+    ("log.format", "xml"),
+    ("state.max_workers", -1),
+    ("state.max_tasks", -5),
+    ("events.enable_interval", "5 parsecs"),
+    ("events.enable_interval", -1),
+    ("events.max_message", "16 MiBs"),
+    ("events.max_backlog", -1),
+    ("broker.reconnect_max", "soon"),
+    ("metrics.task_runtime_metric_buckets", [1.0, 0.5]),
+    ("metrics.task_runtime_metric_buckets", [1.0, 1.0]),
+    ("events.hostnames", ["[a"]),
+    ("broker.amqp.prefetch", 70_000),
+    ("broker.amqp.prefetch", -1),
+    ("events.enable_interval", 0),
+    # URLs
+    ("broker.url", "nonsense"),
+    ("broker.url", ""),
+    ("broker.url", []),
+    ("broker.url", "http://127.0.0.1/"),
+    ("broker.url", "redis://127.0.0.1:notaport/0"),
+    ("broker.url", "redis://127.0.0.1:99999/0"),
+    ("broker.url", "redis://127.0.0.1/database"),
+    ("broker.url", "amqp://127.0.0.1:x//"),
+    ("broker.url", "redis+socket://"),
+    ("broker.url", "redis://127.0.0.1/0;nonsense"),
+    ("broker.url", ["redis://127.0.0.1/0", "nonsense"]),
+    ("broker.url", "redis://127.0.0.1/0;amqp://127.0.0.1//;http://x/"),
+]
+
+
+@pytest.mark.parametrize("path, value", WRONG, ids=[f"{path}={value!r}" for path, value in WRONG])
+def test_wrong_in_the_file(file, path, value):
+    """One line that names the source and the key."""
+    source = file(key(path, value))
+    line = Run("-c", source).complaint()
+    assert str(source) in line
+    assert path in line or path.split(".")[-1] in line
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("BROKER__URI", "redis://127.0.0.1/0"),
+        ("BROKERS__URL", "x"),
+        ("BROKER__REDIS__PREFIX", "x"),
+        ("STATE__MAX_WORKERS", "many"),
+        ("STATE__MAX_WORKERS", "-1"),
+        ("STATE__MAX_WORKERS", ""),
+        ("HTTP__LISTEN", "nowhere"),
+        ("EVENTS__ENABLE_EVENTS", "perhaps"),
+        ("LOG__LEVEL", "loud"),
+        ("BROKER__URL", "nonsense"),
+        ("BROKER__CONNECT_TIMEOUT", "soon"),
+        ("EVENTS__MAX_MESSAGE", "large"),
+    ],
+)
+def test_wrong_in_the_environment(name, value):
+    assert f"FLOWER_EXPORTER_{name}" in Run(env={f"FLOWER_EXPORTER_{name}": value}).complaint()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["-b", "nonsense"],
+        ["-l", "nowhere"],
+        ["--log-level", "loud"],
+        ["--log-format", "xml"],
+        ["--broker"],
+        ["--no-such-option"],
+        ["stray"],
+        ["-c"],
+        ["-b", "redis://127.0.0.1:port/0"],
+    ],
+)
+def test_wrong_on_the_command_line(args):
+    """Code 2; where it is a value, in one line that names the option."""
+    run = Run(*args)
+    assert run.code == 2
+    assert args[0] in run.err or {"-b": "--broker", "-l": "--listen"}.get(args[0], args[0]) in run.err
+
+
+def test_wrong_value_on_the_command_line_is_one_line():
+    for args in (["-b", "nonsense"], ["-l", "nowhere"], ["--log-level", "loud"]):
+        Run(*args).complaint()
+
+
+UNKNOWN_TRANSPORTS = [
+    "sqs://key:{}@",
+    "rediscluster://:{}@127.0.0.1:7000",
+    "kafka://u:{}@h",
+    "filesystem://{}",
+    "memory://{}",
+    "mongodb://u:{}@h/db",
+    "gcpubsub://projects/{}",
+    "redis://127.0.0.1/0;sqs://key:{}@",
+]
+
+
+@pytest.mark.parametrize("url", UNKNOWN_TRANSPORTS)
+def test_transports_we_do_not_have(url):
+    """Refused by name, with the list of those we have."""
+    line = Run("-b", url.format(SECRET)).complaint()
+    assert url.split(";")[-1].split(":")[0] in line
+    assert all(name in line for name in ("redis", "redis+socket", "amqp", "pyamqp"))
+
+
+SECRETS = [
+    key("broker.url", f"redis://user:{SECRET}@127.0.0.1:notaport/0"),
+    key("broker.url", f"redis://:{SECRET}@127.0.0.1/database"),
+    key("broker.url", f"amqp://u:{SECRET}@h:99999//"),
+    key("broker.url", f"amqp://u:{SECRET}@[::1//"),
+    key("broker.url", f"htp://u:{SECRET}@127.0.0.1/"),
+    key("broker.url", f"u:{SECRET}@127.0.0.1"),
+    key("broker.url", [f"redis://:{SECRET}@127.0.0.1/0", "nonsense"]),
+    key("broker.url", f"redis://127.0.0.1/0;amqp://u:{SECRET}"),
+    key("broker.redis.sentinel_password", [SECRET]),
+    {
+        "broker": {"url": f"redis://u:{SECRET}@h/0", "redis": {"sentinel_password": SECRET}},
+        "state": {"max_workers": "x"},
+    },
+    key("broker.redis.sentinel_passwort", SECRET),
+    f'[broker]\nurl = "redis://u:{SECRET}@h/0\n',
+    f"[broker]\nurl = redis://u:{SECRET}@h/0\n",
+    f'[broker]\nurls = "redis://u:{SECRET}@h/0"\n',
+]
+
+
+@pytest.mark.parametrize("settings", SECRETS, ids=lambda settings: str(settings).replace(SECRET, "SECRET"))
+def test_secrets_stay_secret_in_complaints(file, settings):
+    """`complaint` looks for the secret."""
+    Run("-c", file(settings)).complaint()
+
+
+def test_secrets_stay_secret_in_the_environment():
+    for value in (f"redis://u:{SECRET}@h:port/0", f"redis://u:{SECRET}@h/x", f"u:{SECRET}@h"):
+        Run(env={"FLOWER_EXPORTER_BROKER__URL": value}).complaint()
+    Run(env={"FLOWER_EXPORTER_BROKER__PASSWORD": SECRET}).complaint()
+
+
+@pytest.mark.parametrize("url", ["redis://user:{}@127.0.0.1:{}/0", "amqp://user:{}@127.0.0.1:{}//"])
+def test_secrets_stay_secret_while_it_runs(lab, url):
+    """In the log of failing attempts, at the most talkative level, and in /healthz."""
+    exporter = lab.exporter(
+        None,
+        {"broker": {"url": url.format(SECRET, free_port()), "reconnect_max": "100ms"}},
+        args=["--log-level", "trace"],
+    )
+    attempts = exporter.log().count("127.0.0.1:")
+    exporter.healthz()
+    wait_until(lambda: exporter.log().count("127.0.0.1:") > attempts + 3, 20, "some attempts")
+    assert SECRET not in exporter.log()
+    assert SECRET not in str(exporter.healthz()) + str(exporter.healthz(ready=True)) + exporter.text()
+
+
+@pytest.mark.parametrize(
+    "url, said",
+    [
+        ("redis://:{secret}@127.0.0.1:{redis}/0", "WRONGPASS|invalid|auth"),
+        ("amqp://tester:{secret}@127.0.0.1:{rabbitmq}/v0", "ACCESS.?REFUSED|403"),
+        ("amqp://tester:p%40ss%2Fw%3Ard%25@127.0.0.1:{rabbitmq}/nowhere", "NOT.?ALLOWED|530|vhost"),
+    ],
+)
+def test_wrong_credentials(lab, rabbitmq_node, url, said):
+    """An outage like any other: it goes on trying, and says why."""
+    url = url.format(secret=SECRET, redis=lab.redis(password="right").port, rabbitmq=rabbitmq_node.port)
+    exporter = lab.exporter(None, {"broker": {"url": url, "reconnect_max": "200ms"}})
+    wait_until(lambda: re.search(said, exporter.log(), re.I), 15, exporter.log)
+    assert exporter.healthz(ready=True)[0] == 503 and SECRET not in exporter.log()
+
+
+@pytest.mark.parametrize("what", ["missing", "a directory", "not TOML", "not UTF-8", "missing, by environment"])
+def test_unreadable_file(file, what):
+    path = file("[broker")
+    if what.startswith("missing"):
+        path = path.with_name("missing.toml")
+    elif what == "a directory":
+        path = path.parent
+    elif what == "not UTF-8":
+        path.write_bytes(b'[log]\nlevel = "\xff"\n')
+    by_environment = what.endswith("environment")
+    run = Run(env={"FLOWER_EXPORTER_CONFIG": str(path)}) if by_environment else Run("-c", path)
+    assert str(path) in run.complaint()
+
+
+def shown(run, name):
+    """The line of --check-config that tells about a key."""
+    assert run.code == 0, run.err
+    [line] = [line for line in run.out.splitlines() if re.search(rf"(^|[\s.\[]){re.escape(name)}\b", line)]
+    return line
+
+
+def test_later_sources_win(file):
+    """Default, file, environment, command line; --check-config tells where each value comes from."""
+    source = file(
+        {
+            "log": {"level": "warn"},
+            "broker": {"url": "redis://127.0.0.1/1"},
+            "http": {"listen": "127.0.0.1:1111"},
+            "state": {"max_workers": 17},
+        }
+    )
+    env = {"FLOWER_EXPORTER_BROKER__URL": "redis://127.0.0.1/2", "FLOWER_EXPORTER_HTTP__LISTEN": "127.0.0.1:2222"}
+    run = Run("-c", source, "--check-config", "-l", "127.0.0.1:3333", env=env)
+    for name, value, origin in [
+        ("max_tasks", "100000", "default"),
+        ("max_workers", "17", str(source)),
+        ("level", "warn", str(source)),
+        ("url", "redis://127.0.0.1", "FLOWER_EXPORTER_BROKER__URL"),
+        ("listen", "127.0.0.1:3333", "--listen"),
+    ]:
+        line = shown(run, name)
+        assert value in line and origin in line, line
+    assert "/2" in shown(run, "url")
+
+
+def test_check_config_masks_secrets(file):
+    source = file(
+        {
+            "broker": {
+                "url": f"redis://user:{SECRET}@127.0.0.1/0;amqp://u:{SECRET}@h//",
+                "redis": {"sentinel_password": SECRET},
+            }
+        }
+    )
+    run = Run("-c", source, "--check-config")
+    assert run.code == 0 and SECRET not in run.out + run.err
+    assert run.out.count("***") >= 3
+    assert "***" in shown(run, "url") and "user" in shown(run, "url") and "***" in shown(run, "sentinel_password")
+
+
+def test_check_config_complains_as_a_start_does(file):
+    Run("-c", file(key("state.max_workers", "x")), "--check-config").complaint()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.toml")), ids=lambda path: path.stem)
+def test_ready_settings(path):
+    """Each file of config/ is accepted, and says something."""
+    run = Run("-c", path, "--check-config")
+    assert run.code == 0, run.err
+    assert f"# {path}" in run.out
+
+
+def test_example_file():
+    """Every key with its default: it is accepted, and changes nothing."""
+
+    def values(run):
+        return {
+            line.split("=")[0].strip(): line.split("=")[1].split("#")[0].strip()
+            for line in run.out.splitlines()
+            if "=" in line
+        }
+
+    example, default = Run("-c", ROOT / "flower-exporter.toml.example", "--check-config"), Run("--check-config")
+    assert example.code == default.code == 0
+    assert len(default.out.splitlines()) > 30
+    assert values(example) == values(default)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"broker": {"connect_timeout": 5, "reconnect_max": 0.5}, "events": {"max_message": 1048576}},
+        {"broker": {"connect_timeout": "5s", "reconnect_max": "500ms"}, "events": {"max_message": "1MiB"}},
+        {"state": {"worker_timeout": "10m", "purge_offline_workers": 0}, "events": {"hostnames": ["*"]}},
+        {"broker": {"url": ["redis://127.0.0.1/0", "amqp://127.0.0.1//"]}},
+        {"broker": {"redis": {"fanout_prefix": False}}},
+        {"broker": {"redis": {"fanout_prefix": "x{db}"}}},
+        {"broker": {"url": "pyamqp://u:p@h/%2F"}},
+        {"broker": {"url": "redis+socket:///run/redis.sock?virtual_host=3"}},
+        {"broker": {"url": "amqp://"}},
+        {"broker": {"url": "redis://"}},
+    ],
+)
+def test_good_spellings(file, spelling):
+    assert Run("-c", file(spelling), "--check-config").code == 0
+
+
+def test_environment_of_kubernetes(file):
+    """Names without a double underscore are injected for a Service of this name, and not ours."""
+    env = {
+        "FLOWER_EXPORTER_PORT": "tcp://10.0.0.1:9555",
+        "FLOWER_EXPORTER_SERVICE_HOST": "10.0.0.1",
+        "FLOWER_EXPORTER_PORT_9555_TCP": "tcp://10.0.0.1:9555",
+        "FLOWER_EXPORTER_SERVICE_PORT": "9555",
+    }
+    run = Run("--check-config", env=env)
+    assert run.code == 0 and "10.0.0.1" not in run.out + run.err
+
+
+def test_environment_reaches_every_depth():
+    run = Run(
+        "--check-config",
+        env={
+            "FLOWER_EXPORTER_BROKER__REDIS__GLOBAL_KEYPREFIX": "app:",
+            "FLOWER_EXPORTER_STATE__MAX_TASKS": "7",
+            "FLOWER_EXPORTER_EVENTS__ENABLE_EVENTS": "false",
+        },
+    )
+    assert (
+        "app:" in shown(run, "global_keyprefix")
+        and "7" in shown(run, "max_tasks")
+        and "false" in shown(run, "enable_events")
+    )
+
+
+@pytest.mark.parametrize(
+    "option, expected",
+    [
+        ("-V", "flower-exporter "),
+        ("--version", "flower-exporter "),
+        ("-h", "--check-config"),
+        ("--help", "--healthcheck"),
+    ],
+)
+def test_version_and_help(option, expected):
+    run = Run(option)
+    assert run.code == 0 and expected in run.out and not run.err
+
+
+def test_healthcheck(lab, shared_redis):
+    """0 with a running exporter, 1 without."""
+    exporter = lab.exporter(shared_redis)
+    assert Run("-c", exporter.config, "--healthcheck").code == 0
+    assert Run("-l", f"127.0.0.1:{exporter.port}", "--healthcheck").code == 0
+    exporter.terminate()
+    assert Run("-c", exporter.config, "--healthcheck").code == 1
+
+
+def test_healthcheck_of_a_wildcard_address(lab, shared_redis):
+    port = free_port()
+    exporter = lab.exporter(shared_redis, {"http": {"listen": f"0.0.0.0:{port}"}}, ready=False)
+    exporter.port = port
+    exporter.ready()
+    assert Run("-c", exporter.config, "--healthcheck").code == 0
+
+
+@pytest.mark.parametrize("as_list", [False, True], ids=["semicolons", "list"])
+def test_brokers_are_tried_in_turn(lab, broker, as_list):
+    """The first that answers is taken."""
+    urls = [f"redis://127.0.0.1:{free_port()}/0", f"amqp://guest:guest@127.0.0.1:{free_port()}//", broker.url]
+    settings = {"broker": {"url": urls if as_list else ";".join(urls), "reconnect_max": "500ms"}}
+    exporter = lab.exporter(None, settings).ready(30)
+    lab.publisher(broker).send(ev.received())
+    exporter.wait_for(lambda m: m.events("received") == 1)
+
+
+def test_url_from_a_file(lab, redis, file):
+    """Read again on every attempt: a mounted secret that changes is picked up."""
+    source = file(f"redis://127.0.0.1:{free_port()}/0\n", "url")
+    exporter = lab.exporter(None, {"broker": {"url_file": str(source), "reconnect_max": "300ms"}})
+    assert exporter.healthz(ready=True)[0] == 503
+    file(redis.url + "\n", "url")
+    exporter.ready()
+
+
+def test_command_line_alone(lab, redis):
+    """No file at all."""
+    port = free_port()
+    exporter = lab.exporter(None, config=False, ready=False, args=["-b", redis.url, "-l", f"127.0.0.1:{port}"])
+    exporter.port = port
+    exporter.ready()
+
+
+def test_environment_alone(lab, redis):
+    port = free_port()
+    exporter = lab.exporter(
+        None,
+        config=False,
+        ready=False,
+        env={"FLOWER_EXPORTER_BROKER__URL": redis.url, "FLOWER_EXPORTER_HTTP__LISTEN": f"127.0.0.1:{port}"},
+    )
+    exporter.port = port
+    exporter.ready()
+
+
+def test_json_log(lab, redis):
+    """Every line is an object; nothing but the log is on stderr, and nothing on stdout."""
+    exporter = lab.exporter(redis, args=["--log-format", "json"])
+    exporter.terminate()
+    lines = exporter.err.read_text().splitlines()
+    assert lines and all(isinstance(json.loads(line), dict) for line in lines)
+    assert exporter.out.read_text() == ""
+
+
+def test_log_names_what_it_listens_on(lab, broker):
+    """The exact exchange and queue, or channel."""
+    exporter = lab.exporter(broker, {"events": {"exchange": "my.events"}})
+    assert ("/0.my.events/*" if broker.name == "redis" else "my.events") in exporter.log()
+
+
+def test_sentinel_needs_a_master_name():
+    assert "broker.redis.master_name" in Run("-b", "sentinel://127.0.0.1:26379/0").complaint()

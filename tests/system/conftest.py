@@ -1,0 +1,220 @@
+"""Fixtures of all system tests. Each test starts what it needs and stops it; the brokers are real."""
+
+import collections
+import os
+import random
+
+import pytest
+
+from support import matrix, processes, releases
+from support.exporter import BINARY
+from support.services import Lab, Shared
+from support.tls import certificates
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--parity-seeds", type=int, default=3, help="random streams for each test that takes any, and broker"
+    )
+    parser.addoption("--parity-seed", type=int, help="this one stream only: to repeat a failure")
+    parser.addoption("--outage", type=float, default=5, help="for how many seconds brokers are away")
+    parser.addoption("--sustained", type=float, default=2, help="seconds of as many events as the machine can send")
+    parser.addoption("--sustained-rate", type=float, help="so many events a second instead, all of which must count")
+    parser.addoption("--names", type=int, default=200_000, help="distinct task names; the long form is 10 million")
+    parser.addoption("--kills", type=int, default=8, help="SIGKILLs of a persistent exporter; the long form is 50")
+    parser.addoption("--faults", type=int, default=12, help="random faults under load; the long form is 200")
+    parser.addoption("--fault-seed", type=int, help="these faults: to repeat a failure")
+    parser.addoption("--all-servers", action="store_true", help="run in full on every release of every server")
+    parser.addoption("--server", action="append", help="run in full on this release alone, for example valkey-9.1")
+    parser.addoption("--matrix", help="write the table of releases and test files to this file")
+
+
+def pytest_configure(config):
+    if hasattr(config, "workerinput"):
+        config.first_seed = config.workerinput["first_seed"]
+    else:
+        config.first_seed = random.SystemRandom().randrange(10**9)
+        if not os.access(BINARY, os.X_OK):
+            pytest.exit(f"no exporter at {BINARY}: build it, or name it in FLOWER_EXPORTER_BIN", returncode=2)
+        known = {release.id for release in [*(r for family in releases.releases().values() for r in family)]}
+        known |= {release.id for release in releases.with_quorum(releases.releases()["rabbitmq"])}
+        if unknown := set(config.getoption("--server") or ()) - known:
+            pytest.exit(f"--server {', '.join(unknown)}: not here; there are {', '.join(sorted(known))}", returncode=2)
+        if config.getoption("--matrix"):
+            config.pluginmanager.register(matrix.Matrix(config.getoption("--matrix")))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """With pytest-xdist, all workers must collect the same tests."""
+    node.workerinput["first_seed"] = node.config.first_seed
+
+
+def pytest_report_header(config):
+    found = [release.title for family in releases.releases().values() for release in family]
+    unavailable = f"; unavailable: {', '.join(releases.missing())}, see target/test-env/servers" if releases.missing() else ""
+    return [f"exporter: {BINARY}; first parity seed: {config.first_seed}", f"servers: {', '.join(found)}{unavailable}"]
+
+
+def pytest_generate_tests(metafunc):
+    if "seed" in metafunc.fixturenames:
+        one, config = metafunc.config.getoption("--parity-seed"), metafunc.config
+        count = config.getoption("--parity-seeds")
+        metafunc.parametrize("seed", [one] if one is not None else range(config.first_seed, config.first_seed + count))
+    parametrize_releases(metafunc)
+
+
+#: Fixtures that stand for a release, and the families that each may come from.
+RELEASES = {
+    "broker_release": ["redis", "rabbitmq"],
+    "redis_release": ["redis"],
+    "rabbitmq_release": ["rabbitmq"],
+    "prometheus_release": ["prometheus"],
+}
+
+
+def parametrize_releases(metafunc):
+    """A test runs once for each release. One that takes two servers takes the n-th of each, or the last there is."""
+    wanted = [name for name in RELEASES if name in metafunc.fixturenames]
+    chosen = [[one for family in RELEASES[name] for one in chosen_releases(metafunc, family)] for name in wanted]
+    if any(chosen):
+        chosen = [found or [releases.own(RELEASES[name][0])] for name, found in zip(wanted, chosen)]
+        rows = [[found[min(n, len(found) - 1)] for found in chosen] for n in range(max(map(len, chosen)))]
+    else:
+        rows = [[None] * len(wanted)]  # deselected
+    if wanted:
+        # Fixtures of a whole module may depend on a Prometheus.
+        scope = "module" if wanted == ["prometheus_release"] else "function"
+        ids = ["-".join(one.id if one else "none" for one in row) for row in rows]
+        metafunc.parametrize(wanted, rows, ids=ids, scope=scope)
+
+
+def chosen_releases(metafunc, family):
+    marks = {mark.name for mark in metafunc.definition.iter_markers()}
+    every, config = releases.releases()[family], metafunc.config
+    if family == "prometheus":
+        chosen = every
+    elif "every_release" not in marks:
+        return [releases.own(family)]
+    elif config.getoption("--all-servers") or config.getoption("--server"):
+        chosen = every
+    else:
+        chosen = [releases.own(family), *(releases.newest(family) if "short_form" in marks else [])]
+    if "quorum" in marks:
+        chosen = [*chosen, *releases.with_quorum(chosen)]
+    only = config.getoption("--server")
+    return [release for release in chosen if not only or release.id in only]
+
+
+def pytest_collection_modifyitems(config, items):
+    """Every virtual host of the run is made as RabbitMQ boots: one for each test that wants one, and one to share."""
+    deselected = [item for item in items if None in tested_releases(item)]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if item not in deselected]
+    config.vhosts = collections.Counter()
+    for item in items:
+        for release in tested_releases(item):
+            config.vhosts[release.id] += 1
+            if item.get_closest_marker("every_release") or release.family == "prometheus":
+                item.user_properties.append(("release", release.title))
+    if config.getoption("--matrix"):
+        items[:] = [item for item in items if item.user_properties]
+
+
+def tested_releases(item):
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return [parameters[name] for name in RELEASES if name in parameters]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failure shows the last words of the processes that the test had started."""
+    report = (yield).get_result()
+    if report.failed:
+        for process in processes.started:
+            text = process.log()
+            report.sections.append((f"{process.name} ({process.pid})", text[-6000:]))
+
+
+@pytest.fixture(autouse=True)
+def _forget_processes():
+    yield
+    processes.started.clear()
+
+
+@pytest.fixture
+def lab(request):
+    with Lab(tested_releases(request.node)) as lab:
+        yield lab
+
+
+@pytest.fixture(scope="session")
+def session_lab():
+    """For what the tests of a module share."""
+    with Lab() as lab:
+        yield lab
+
+
+@pytest.fixture(scope="session")
+def shared(pytestconfig):
+    with Shared(pytestconfig.vhosts) as shared:
+        yield shared
+
+
+@pytest.fixture(scope="session")
+def shared_redis(shared):
+    return shared.get(releases.own("redis"))
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_node(shared):
+    """The node of Debian's own release that tests share."""
+    return shared.get(releases.own("rabbitmq"))
+
+
+@pytest.fixture
+def redis_release():
+    return releases.own("redis")
+
+
+@pytest.fixture
+def rabbitmq_release():
+    return releases.own("rabbitmq")
+
+
+@pytest.fixture
+def broker_release():
+    return releases.own("redis")
+
+
+@pytest.fixture(scope="module")
+def prometheus_release():
+    return releases.own("prometheus")
+
+
+@pytest.fixture
+def broker(lab, shared, broker_release):
+    """A broker that no other test uses: a separate Redis, or a virtual host."""
+    return lab.redis() if broker_release.family == "redis" else shared.get(broker_release).vhost()
+
+
+@pytest.fixture
+def vhost(shared, rabbitmq_release):
+    return shared.get(rabbitmq_release).vhost()
+
+
+@pytest.fixture
+def redis(lab, redis_release):
+    return lab.redis()
+
+
+@pytest.fixture
+def rig(lab, shared_redis):
+    """For what does not depend on the broker: a fresh exporter on an event exchange of its own."""
+    return lab.rig(shared_redis)
+
+
+@pytest.fixture(scope="session")
+def pki():
+    """A certificate authority for brokers and their clients."""
+    return certificates()

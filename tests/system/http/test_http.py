@@ -1,0 +1,180 @@
+"""The HTTP side: paths, methods, health, connections, and a port that is taken."""
+
+import http.client
+import socket
+import time
+
+import pytest
+
+from support import events as ev
+from support.exposition import EVENTS
+from support.processes import free_port, wait_until
+
+
+@pytest.fixture
+def exporter(rig):
+    return rig.exporter
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/healthz", "/healthz?ready", "/metrics?name=x"])
+def test_head(exporter, path):
+    """As GET, without the body."""
+    status, headers, body = exporter.request(path, "HEAD")
+    get, same, content = exporter.request(path)
+    assert (status, body) == (get, b"") == (200, b"")
+    assert content
+    assert headers["Content-Type"] == same["Content-Type"]
+
+
+@pytest.mark.parametrize("path", ["/", "/metric", "/metrics/", "/healthz/x", "/favicon.ico", "//metrics"])
+def test_not_found(exporter, path):
+    assert exporter.request(path)[0] == 404
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/healthz", "/healthz?ready"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
+def test_method_not_allowed(exporter, method, path):
+    status, headers, _ = exporter.request(path, method)
+    assert status == 405
+    assert sorted(method.strip() for method in headers["Allow"].split(",")) == ["GET", "HEAD"]
+
+
+def test_healthz(rig):
+    """A short JSON: status, broker, seconds since the last event, warnings."""
+    rig.play(ev.heartbeat())
+    for ready in (False, True):
+        status, said = rig.exporter.healthz(ready)
+        assert status == 200
+        for about in ("status", "broker", "event", "warning"):
+            assert any(about in key for key in said), (about, said)
+        assert [] in said.values(), "no warnings"
+        age = next(value for key, value in said.items() if "event" in key)
+        assert 0 <= age < 60
+        assert exporter_type(rig.exporter).startswith("application/json")
+
+
+def exporter_type(exporter):
+    return exporter.request("/healthz")[1]["Content-Type"]
+
+
+def test_healthz_before_any_event(lab, shared_redis):
+    exporter = lab.exporter(shared_redis, {"events": {"exchange": "never"}})
+    status, said = exporter.healthz()
+    assert status == 200
+    assert next(value for key, value in said.items() if "event" in key) is None
+
+
+@pytest.mark.parametrize("scheme", ["redis://127.0.0.1:{}/0", "amqp://guest:guest@127.0.0.1:{}//"])
+def test_no_broker_yet(lab, scheme):
+    """Alive and serving, but not ready; scrapes need no broker."""
+    exporter = lab.exporter(None, {"broker": {"url": scheme.format(free_port())}}, ready=False).listening()
+    assert exporter.healthz()[0] == 200
+    assert exporter.healthz(ready=True)[0] == 503
+    assert "# TYPE flower_events_total counter" in exporter.text()
+    assert exporter.healthz(ready=True)[1].keys() == exporter.healthz()[1].keys()
+
+
+def test_port_that_is_taken(lab, shared_redis):
+    """An error at once: code 2 and one line that names the address."""
+    first = lab.exporter(shared_redis)
+    second = lab.exporter(shared_redis, {"http": {"listen": f"127.0.0.1:{first.port}"}}, ready=False, terminate=False)
+    assert second.wait(5) == 2
+    lines = [line for line in second.err.read_text().splitlines() if line.strip()]
+    assert len([line for line in lines if f"127.0.0.1:{first.port}" in line]) == 1
+    assert len(lines) == 1, lines
+
+
+def test_keep_alive(exporter):
+    """A scraper's connection serves many scrapes."""
+    connection = http.client.HTTPConnection("127.0.0.1", exporter.port, timeout=10)
+    connection.connect()
+    local = connection.sock.getsockname()
+    for path in ("/metrics", "/nothing", "/healthz", "/metrics"):
+        connection.request("GET", path)
+        connection.getresponse().read()
+        assert connection.sock and connection.sock.getsockname() == local
+    connection.close()
+
+
+def test_scrapes_never_queue_behind_idle_connections(lab, shared_redis):
+    """At `max_connections` the one that has waited longest without a complete request is closed."""
+    exporter = lab.exporter(shared_redis, {"http": {"max_connections": 4}})
+    idle = []
+    for _ in range(20):
+        idle.append(socket.create_connection(("127.0.0.1", exporter.port)))
+        idle[-1].sendall(b"GET /metrics HTTP/1.1\r\n")
+        assert exporter.request()[0] == 200
+    closed = []
+    for connection in idle:
+        connection.settimeout(0.2)
+        try:
+            closed.append(not connection.recv(1))
+        except ConnectionError:
+            closed.append(True)
+        except TimeoutError:
+            closed.append(False)
+        connection.close()
+    assert closed[:16] == [True] * 16 and not closed[-1], closed
+
+
+def test_request_timeout(lab, shared_redis):
+    """A request that does not get complete is given up, and others are served meanwhile."""
+    exporter = lab.exporter(shared_redis, {"http": {"request_timeout": "1s"}})
+    slow = socket.create_connection(("127.0.0.1", exporter.port))
+    slow.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n")
+    assert exporter.request()[0] == 200
+    slow.settimeout(10)
+    answer = b"".join(iter(lambda: slow.recv(4096), b""))
+    assert b" 200 " not in answer
+    slow.close()
+
+
+def test_idle_timeout(lab, shared_redis):
+    """A kept-alive connection may rest longer than a request may take, until `idle_timeout`."""
+    exporter = lab.exporter(shared_redis, {"http": {"request_timeout": "500ms", "idle_timeout": "3s"}})
+    resting = socket.create_connection(("127.0.0.1", exporter.port))
+    resting.settimeout(20)
+
+    def scrape():
+        resting.sendall(b"HEAD /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        return resting.recv(4096)
+
+    assert b" 200 " in scrape()
+    # Another connection that began now and never completes is closed: by then the first has rested for as long.
+    late = socket.create_connection(("127.0.0.1", exporter.port))
+    late.settimeout(20)
+    late.sendall(b"GET /met")
+    while late.recv(4096):
+        pass
+    late.close()
+    assert b" 200 " in scrape(), "rested longer than request_timeout"
+    started = time.monotonic()
+    assert resting.recv(4096) == b"", "closed after idle_timeout"
+    assert time.monotonic() - started < 10
+    resting.close()
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"\0" * 70000, b"GET /" + b"x" * 200000]
+)
+def test_garbage_harms_nobody(exporter, garbage):
+    with socket.create_connection(("127.0.0.1", exporter.port), timeout=15) as connection:
+        try:
+            connection.sendall(garbage)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(4096):
+                pass
+        except OSError:  # it has hung up, as it may
+            pass
+    assert exporter.request()[0] == 200
+
+
+def test_scrapes_during_a_stream(rig):
+    """Every scrape is whole, and a counter never falls."""
+    seen = [0]
+    rig.publisher.send([ev.succeeded(f"{n}", runtime=0.1) for n in range(20)])
+    for batch in range(50):
+        rig.publisher.send([ev.succeeded(f"{batch}-{n}", runtime=0.1) for n in range(20)])
+        seen.append(rig.metrics().total(EVENTS, worker=ev.W))
+    wait_until(lambda: rig.metrics().total(EVENTS, worker=ev.W) == 51 * 20, 20, "all are counted")
+    assert seen == sorted(seen)

@@ -1,0 +1,117 @@
+"""Events as Celery writes them, short enough to write a sequence of them down in a test."""
+
+from .exposition import MARKER
+
+#: The time of the first events of a sequence; `at` counts seconds from here.
+BASE = 1_750_000_000
+
+#: The worker of a sequence that needs but one.
+W = "w@tests"
+
+
+def event(kind, worker=W, at=0, **fields):
+    return {"type": kind, "hostname": worker, "timestamp": BASE + at, "utcoffset": 0, "pid": 7, "clock": 1, **fields}
+
+
+def task(kind, uuid="a", worker=W, at=0, fields=None, **usual):
+    """`fields` of the caller replace the usual ones of this kind."""
+    return event(f"task-{kind}", worker, at, **{"uuid": uuid, **usual, **(fields or {})})
+
+
+def sent(uuid="a", client="gen1@client", at=0, name="add", eta=None, **fields):
+    return task(
+        "sent",
+        uuid,
+        client,
+        at,
+        name=name,
+        args="()",
+        kwargs="{}",
+        retries=0,
+        eta=eta,
+        expires=None,
+        queue="celery",
+        exchange="",
+        routing_key="celery",
+        root_id=uuid,
+        parent_id=None,
+        fields=fields,
+    )
+
+
+def received(uuid="a", worker=W, at=0, name="add", eta=None, **fields):
+    return task(
+        "received",
+        uuid,
+        worker,
+        at,
+        name=name,
+        args="()",
+        kwargs="{}",
+        retries=0,
+        eta=eta,
+        expires=None,
+        root_id=uuid,
+        parent_id=None,
+        fields=fields,
+    )
+
+
+def started(uuid="a", worker=W, at=0, **fields):
+    return task("started", uuid, worker, at, fields=fields)
+
+
+def succeeded(uuid="a", worker=W, at=0, runtime=None, **fields):
+    return task("succeeded", uuid, worker, at, result="None", runtime=runtime, fields=fields)
+
+
+def failed(uuid="a", worker=W, at=0, **fields):
+    return task("failed", uuid, worker, at, exception="ValueError()", traceback="Traceback", fields=fields)
+
+
+def retried(uuid="a", worker=W, at=0, **fields):
+    return task("retried", uuid, worker, at, exception="Retry()", traceback="Traceback", fields=fields)
+
+
+def revoked(uuid="a", worker=W, at=0, terminated=False, **fields):
+    return task("revoked", uuid, worker, at, terminated=terminated, signum=None, expired=False, fields=fields)
+
+
+def rejected(uuid="a", worker=W, at=0, **fields):
+    return task("rejected", uuid, worker, at, requeue=False, fields=fields)
+
+
+def cancelled(uuid="a", worker=W, at=0, **fields):
+    return task("cancelled", uuid, worker, at, requeue=False, fields=fields)
+
+
+def _worker(subject, worker, at, fields):
+    software = {"sw_ident": "py-celery", "sw_ver": "5.7.0", "sw_sys": "Linux", "loadavg": [0.1, 0.2, 0.3]}
+    return event(f"worker-{subject}", worker, at, **{"freq": 2.0, "active": 0, "processed": 0, **software, **fields})
+
+
+def online(worker=W, at=0, **fields):
+    return _worker("online", worker, at, fields)
+
+
+def heartbeat(worker=W, at=0, **fields):
+    return _worker("heartbeat", worker, at, fields)
+
+
+def offline(worker=W, at=0, **fields):
+    return _worker("offline", worker, at, fields)
+
+
+def without(event, *keys):
+    """The event as a sender that leaves these fields out would write it."""
+    return {key: value for key, value in event.items() if key not in keys}
+
+
+def marker(number):
+    """What the tests send last, to see that all before it has been read: a worker that executes so many tasks,
+    and may be silent for long."""
+    return without(heartbeat(MARKER, active=number, freq=1000), "processed")
+
+
+def good(number):
+    return received(f"good{number}", name="good")

@@ -1,0 +1,129 @@
+"""The program under test."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+from pathlib import Path
+
+from .exposition import parse_text
+from .processes import ROOT, Process, accepts, directory, free_port, wait_until
+
+BINARY = Path(os.environ.get("FLOWER_EXPORTER_BIN") or ROOT / "target/debug/flower-exporter")
+
+#: Settings of an exporter that serves its own metrics.
+SELF_METRICS = {"metrics": {"self_metrics": True}}
+
+#: The environment of the tests must not set our settings.
+CLEAN = {key: None for key in os.environ if key.startswith("FLOWER_EXPORTER_")}
+
+
+def toml(settings):
+    """Nested dicts as TOML: scalars and lists of a table come before the tables in it."""
+
+    def lines(table, path):
+        if path:
+            yield f"[{'.'.join(path)}]"
+        yield from (f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict))
+        for key, value in table.items():
+            if isinstance(value, dict):
+                yield from lines(value, [*path, key])
+
+    return "\n".join(lines(settings, [])) + "\n"
+
+
+def merge(base, over):
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            merge(base[key], value)
+        else:
+            base[key] = value
+    return base
+
+
+def key(path, value):
+    """{"a": {"b": value}} for "a.b"."""
+    for part in reversed(path.split(".")):
+        value = {part: value}
+    return value
+
+
+class Exporter(Process):
+    """A running exporter. Settings are nested dicts as in the TOML file; tests set what they need and no more."""
+
+    def __init__(self, broker=None, settings=None, *, env=None, args=(), config=True, prefix=()):
+        self.port = free_port()
+        self.settings = {"http": {"listen": f"127.0.0.1:{self.port}"}}
+        if broker:
+            self.settings["broker"] = {"url": broker.url}
+        merge(self.settings, settings or {})
+        home = directory("exporter")
+        self.config = home / "settings.toml"
+        self.write(self.settings)
+        options = ["-c", self.config] if config else []
+        super().__init__("exporter", [*prefix, BINARY, *options, *args], env={**CLEAN, **(env or {})}, cwd=home)
+
+    def write(self, settings):
+        self.config.write_text(settings if isinstance(settings, str) else toml(settings))
+
+    def listening(self, deadline=10):
+        def check():
+            assert self.running, f"the exporter ended with {self.popen.returncode}\n{self.log()}"
+            return accepts(self.port)
+
+        wait_until(check, deadline, lambda: f"the exporter listens\n{self.log()}")
+        return self
+
+    def ready(self, deadline=20):
+        """Waits until the broker has confirmed the subscription."""
+        self.listening()
+        wait_until(lambda: self.healthz(ready=True)[0] == 200, deadline, lambda: f"ready\n{self.log()}")
+        return self
+
+    def request(self, path="/metrics", method="GET", headers=None):
+        """(status, headers, body) of one request on a connection of its own."""
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
+            connection.request(method, path, headers=headers or {})
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
+
+    def text(self):
+        status, _, body = self.request()
+        assert status == 200
+        return body.decode()
+
+    def metrics(self):
+        return parse_text(self.text())
+
+    def healthz(self, ready=False):
+        """(status, JSON) of /healthz; no status at all when nobody answers."""
+        try:
+            status, _, body = self.request("/healthz?ready" if ready else "/healthz")
+        except OSError:
+            return None, None
+        return status, json.loads(body)
+
+    def wait_for(self, condition, deadline=20, what="the series are as expected"):
+        """The first samples for which `condition(samples)` is true."""
+        last = None
+
+        def check():
+            nonlocal last
+            assert self.running, f"the exporter ended with {self.popen.returncode}\n{self.log()}"
+            last = self.metrics()
+            return condition(last)
+
+        def told():
+            return f"{what}\n" + "\n".join(f"{key}: {value}" for key, value in last.short().items())
+
+        wait_until(check, deadline, told)
+        return last
+
+    def terminate(self, number=signal.SIGTERM):
+        """Ends as it should: code 0 within 5 s, and nothing has panicked."""
+        if self.running:
+            self.send(number)
+            assert self.wait(5) == 0, self.log()
+        assert "panicked" not in self.log(), self.log()
+        self.kill()

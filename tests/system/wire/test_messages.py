@@ -1,0 +1,217 @@
+"""The wire's odd shapes: each costs itself alone, and good events around it all count."""
+
+import json
+import re
+
+import pytest
+
+from support import events as ev
+from support.events import W, good
+from support.exposition import EVENTS, MARKER
+from support.publish import DEEP
+
+NO_EVENTS = {
+    "nothing": b"",
+    "no JSON": b"not json",
+    "no UTF-8": b'{"type": "\xff\xfe"}',
+    "cut short": json.dumps(ev.received()).encode()[:-9],
+    "only null": b"null",
+    "a number": b"42",
+    "text": b'"task-sent"',
+    "an empty object": b"{}",
+    "an empty list": b"[]",
+    "a list of no events": b'[1, null, "x", [], {}]',
+    "two in a row": b"{} {}",
+    "deep lists": b"[" * 100_000,
+    "deep objects": DEEP,
+    "pickle": b"\x80\x04\x95\x05\x00\x00\x00\x00\x00\x00\x00}\x94.",
+    "zeros": b"\0" * 5000,
+}
+
+HALF_EVENTS = {
+    "no type": ev.without(ev.received("x"), "type"),
+    "type null": {**ev.received("x"), "type": None},
+    "type a number": {**ev.received("x"), "type": 5},
+    "type a list": {**ev.received("x"), "type": ["task-received"]},
+    "no hostname": ev.without(ev.received("x"), "hostname"),
+    "hostname null": {**ev.received("x"), "hostname": None},
+    "hostname an object": {**ev.received("x"), "hostname": {}},
+    "no uuid": ev.without(ev.received("x"), "uuid"),
+    "uuid null": {**ev.received("x"), "uuid": None},
+    "no timestamp": ev.without(ev.received("x"), "timestamp"),
+    "timestamp null": {**ev.received("x"), "timestamp": None},
+    "timestamp text": {**ev.received("x"), "timestamp": "1750000000"},
+    "timestamp true": {**ev.received("x"), "timestamp": True},
+    "heartbeat without hostname": ev.without(ev.heartbeat(), "hostname"),
+}
+
+
+def check(rig, *items):
+    """Plays the items between good events and in one rig: only the good ones have left a trace."""
+    samples = rig.play(good(1), *items, good(2))
+    assert samples.short() == {("events", W, "received", "good"): 2, ("prefetched", W, "good"): 2}
+
+
+@pytest.mark.parametrize("body", NO_EVENTS.values(), ids=NO_EVENTS)
+def test_no_event(lab, broker, body):
+    rig = lab.rig(broker)
+    check(rig, lambda: rig.publisher.raw(body))
+
+
+@pytest.mark.parametrize("event", HALF_EVENTS.values(), ids=HALF_EVENTS)
+def test_half_an_event(rig, event):
+    """Alone, and in a batch where it costs itself alone."""
+    check(rig, lambda: rig.publisher.raw(json.dumps(event).encode()))
+    samples = rig.play([ev.received("b1", name="batch"), event, ev.received("b2", name="batch")])
+    assert samples.short() == {
+        ("events", W, "received", "good"): 2,
+        ("prefetched", W, "good"): 2,
+        ("events", W, "received", "batch"): 2,
+        ("prefetched", W, "batch"): 2,
+    }
+
+
+def test_a_batch_with_unreadable_elements(lab, broker):
+    """Each costs itself alone."""
+    rig = lab.rig(broker)
+    fine = [json.dumps(ev.received(f"{n}")).encode() for n in range(3)]
+    body = (
+        b"[" + b", ".join([b"null", fine[0], b'{"type": 1e999}', fine[1], b"[[]]", DEEP, fine[2], b'"\\ud800"']) + b"]"
+    )
+    assert rig.play(lambda: rig.publisher.raw(body, routing_key="task.multi")).events("received") == 3
+
+
+@pytest.mark.parametrize("spoil", [b"not json", b"{", b"nul", b'{"type": "task-received", }'])
+def test_a_batch_that_breaks_off(lab, broker, spoil):
+    """What comes after an element that is no JSON may be lost with it; the exporter and the next message are not."""
+    rig = lab.rig(broker)
+    body = b"[" + json.dumps(good(9)).encode() + b", " + spoil + b"]"
+    samples = rig.play(good(1), lambda: rig.publisher.raw(body, routing_key="task.multi"), good(2))
+    assert samples.events("received", W, "good") in (2, 3)
+
+
+ODD_EVENTS = {
+    "lone surrogates": {"args": "('\ud800', '\udfff\ud800')", "kwargs": "{'\udc00': 1}"},
+    "NaN and Infinity": {"custom": float("nan"), "more": [float("inf"), -float("inf")]},
+    "an id that is no UUID": {"uuid": 'order 77 / "ж" \n'},
+    "an id with a lone surrogate": {"uuid": "\ud800"},
+    "an empty id": {"uuid": ""},
+    "a long id": {"uuid": "x" * 10_000},
+    "whole seconds": {"timestamp": ev.BASE, "utcoffset": -2, "clock": 10**15, "pid": 1.0},
+    "mistyped fields that do not matter": {
+        "args": [1, {"a": 2}],
+        "kwargs": None,
+        "retries": "3",
+        "pid": "x",
+        "clock": None,
+        "utcoffset": "east",
+        "root_id": 5,
+        "parent_id": {},
+        "expires": [],
+        "queue": 1,
+    },
+    "large fields": {"args": "x" * 1_000_000},
+    "many fields": {f"field{n}": n for n in range(1000)},
+    "nested fields": {
+        "headers": {"type": "task-failed", "uuid": "no", "hostname": "no", "name": "no", "list": [{"a": [[[]]]}]}
+    },
+    "large numbers": {"big": 10**400, "float": 1e308, "small": 5e-324},
+    "control characters": {"args": "".join(map(chr, range(32)))},
+}
+
+
+@pytest.mark.parametrize("odd", ODD_EVENTS.values(), ids=ODD_EVENTS)
+@pytest.mark.parametrize("batch", [False, True], ids=["alone", "in a batch"])
+def test_odd_but_good(lab, broker, odd, batch):
+    """These count as any other."""
+    rig = lab.rig(broker)
+    event = {**ev.received(name="odd"), **odd}
+    started = ev.started(event["uuid"], at=1)
+    samples = rig.play([good(1), event, started] if batch else event, *[] if batch else [started])
+    assert samples.events("received", W, "odd") == samples.events("started", W, "odd") == 1
+
+
+def test_keys_in_any_order(lab, broker):
+    rig = lab.rig(broker)
+    event = ev.received(name="add")
+    for keys in (reversed(event), sorted(event), sorted(event, key=lambda key: key[::-1])):
+        rig.publisher.raw(json.dumps({key: event[key] for key in keys}).encode())
+    # A key that is there twice: the last one counts, as in Python.
+    rig.publisher.raw(b'{"name": "first", ' + json.dumps(event).encode()[1:])
+    assert rig.play().events("received", W, "add") == 4
+
+
+def test_other_spellings_of_the_same_json(lab, broker):
+    """Not all JSON is written by Python: UTF-8 as it is, escapes where none are needed, blanks."""
+    rig = lab.rig(broker)
+    event = ev.received(name='räkna.算💐 "\\')
+    raw = json.dumps(event, ensure_ascii=False, indent=3, separators=(" ,\n", " :\t")).encode()
+    escaped = "".join(f"\\u{ord(c):04x}" for c in "task-received")
+    rig.publisher.raw(b"\n " + raw + b" \n")
+    rig.publisher.raw(json.dumps(event).replace("task-received", escaped).replace('"uuid"', '"\\u0075uid"').encode())
+    assert rig.play().events("received", W, event["name"]) == 2
+
+
+CODINGS = {
+    "msgpack": {"content_type": "application/x-msgpack"},
+    "yaml": {"content_type": "application/x-yaml"},
+    "pickle": {"content_type": "application/x-python-serialize"},
+    "something": {"content_type": "text/x-unheard-of"},
+    "compressed": {"headers": {"compression": "application/x-gzip", "hostname": "w"}},
+}
+
+
+@pytest.mark.parametrize("coding", CODINGS.values(), ids=CODINGS)
+def test_coding_we_do_not_read(lab, broker, coding):
+    """Rejected by name, even if the body would have been JSON."""
+    rig = lab.rig(broker)
+    check(rig, lambda: rig.publisher.raw(json.dumps(ev.received("x", name="coded")).encode(), **coding))
+    assert coding.get("content_type", "compression") in rig.exporter.log()
+
+
+@pytest.mark.parametrize("large", [150_000, 1_000_000])
+def test_larger_than_max_message(lab, broker, large):
+    """Costs itself alone; what is just within the limit counts."""
+    rig = lab.rig(broker, {"events": {"max_message": "100KiB"}})
+    within = ev.received("within", name="within", args="x" * 60_000)
+    check(rig, ev.received("x", name="large", args="x" * large))
+    assert rig.play(within).events("received", W, "within") == 1
+
+
+def test_log_is_quiet_about_bad_messages(lab, broker):
+    """At most one line a minute and reason, with the first bytes of the message escaped."""
+    rig = lab.rig(broker)
+    for n in range(200):
+        rig.publisher.raw(b"garb\x01age-%d\n\x1b[31m" % n)
+        rig.publisher.raw(b'{"type": "task-received", "uuid": "%d"}' % n)
+        rig.publisher.raw(b"{}", content_type="application/x-msgpack")
+    assert rig.play(good(1)).events("received") == 1
+    log = rig.exporter.log()
+    assert sum("age-" in line for line in log.splitlines()) == 1
+    assert "\x01" not in log and "\x1b[31m" not in log
+    assert len(re.findall("WARN|ERROR", log)) == 3, log
+
+
+def test_hostnames(lab, broker):
+    """Globs of workers to count; what the others send still teaches task names."""
+    rig = lab.rig(broker, {"events": {"hostnames": ["*@here", MARKER]}})
+    samples = rig.play(
+        ev.sent(client="gen1@there"),
+        ev.received(worker="w@there", at=1),
+        ev.heartbeat("w@there", active=2),
+        ev.started(worker="w@here", at=2),
+        ev.succeeded(worker="w@here", at=3, runtime=1.0),
+        ev.heartbeat("w@here"),
+        ev.offline("v@there"),
+        ev.heartbeat("w@here.not"),
+    )
+    assert samples.labels("worker") == {"w@here"}
+    assert samples.total(EVENTS, worker="w@here", task="add") == 2
+    assert samples.one("flower_worker_online", worker="w@here") == 1
+
+
+@pytest.mark.parametrize("hostnames", [["w[0-9]@*", MARKER], ["w?@tests", MARKER], ["w1@tests", "*x", MARKER]])
+def test_hostname_globs(lab, shared_redis, hostnames):
+    rig = lab.rig(shared_redis, {"events": {"hostnames": hostnames}})
+    samples = rig.play(ev.heartbeat("w1@tests"), ev.heartbeat("wx1@tests"), ev.heartbeat("1w1@tests"))
+    assert samples.labels("worker") == {"w1@tests"}

@@ -1,0 +1,138 @@
+"""Redis: kombu's message envelope, its channel names, and how the exporter connects."""
+
+import json
+
+import pytest
+
+from support import events as ev
+from support.events import W, good
+from support.processes import wait_until
+from support.publish import DEEP, Publisher, envelope
+from support.redis import Redis
+
+BODY = json.dumps(ev.received())
+
+ENVELOPES = {
+    "a base64 body": envelope(BODY),
+    "a text body": envelope(BODY, encoding=None),
+    "a text body by another name": {**envelope(BODY, encoding=None), "properties": {"body_encoding": "utf-8"}},
+    "no properties": {key: value for key, value in envelope(BODY, encoding=None).items() if key != "properties"},
+    "no headers": {key: value for key, value in envelope(BODY).items() if key != "headers"},
+    "headers null": {**envelope(BODY), "headers": None},
+    "no content-encoding": {key: value for key, value in envelope(BODY).items() if key != "content-encoding"},
+    "content-encoding binary": {**envelope(BODY), "content-encoding": "binary"},
+    "keys in reverse": dict(reversed(envelope(BODY).items())),
+    "the body first": {"body": envelope(BODY)["body"], **envelope(BODY)},
+    "more keys": {**envelope(BODY), "extra": {"body": "no", "properties": {"body_encoding": None}}},
+    "lone surrogates beside the body": {**envelope(BODY), "headers": {"hostname": "\ud800", "compression": None}},
+}
+
+
+@pytest.mark.parametrize("message", ENVELOPES.values(), ids=ENVELOPES)
+def test_envelope(lab, shared_redis, message):
+    rig = lab.rig(shared_redis)
+    assert rig.play(lambda: rig.publisher.bytes(json.dumps(message))).events("received", W, "add") == 1
+
+
+NO_ENVELOPES = {
+    "nothing": b"",
+    "no JSON": b"hello",
+    "null": b"null",
+    "a list": b"[]",
+    "an event": BODY.encode(),
+    "no body": b"{}",
+    "body a number": json.dumps({**envelope(BODY), "body": 5}),
+    "body null": json.dumps({**envelope(BODY), "body": None}),
+    "no base64": json.dumps({**envelope(BODY), "body": "***"}),
+    "base64 cut short": json.dumps({**envelope(BODY), "body": envelope(BODY)["body"][:-6] + "="}),
+    "content-type missing": json.dumps({key: value for key, value in envelope(BODY).items() if key != "content-type"}),
+    "content-type a number": json.dumps({**envelope(BODY), "content-type": 7}),
+    "properties a list": json.dumps({**envelope(BODY), "properties": []}),
+    "deep": DEEP,
+    "no UTF-8": b"\xff" * 100,
+}
+
+
+@pytest.mark.parametrize("message", NO_ENVELOPES.values(), ids=NO_ENVELOPES)
+def test_no_envelope(lab, shared_redis, message):
+    """Good events around it all count; the exporter lives."""
+    rig = lab.rig(shared_redis)
+    samples = rig.play(good(1), lambda: rig.publisher.bytes(message), good(2))
+    assert samples.events("received", W, "good") == 2
+
+
+NAMES = {
+    "plain": ({}, 0),
+    "database": ({}, 7),
+    "global_keyprefix": ({"global_keyprefix": "my:app:"}, 0),
+    "global_keyprefix and database": ({"global_keyprefix": "my:app:"}, 3),
+    "fanout_prefix text": ({"fanout_prefix": "own."}, 2),
+    "fanout_prefix text with the database": ({"fanout_prefix": "own-{db}."}, 2),
+    "no fanout_prefix": ({"fanout_prefix": False}, 0),
+    "no fanout_patterns": ({"fanout_patterns": False}, 0),
+    "neither": ({"fanout_prefix": False, "fanout_patterns": False}, 1),
+    "glob characters": ({"global_keyprefix": "[a-c]*?\\^x"}, 0),
+    "glob characters, no patterns": ({"global_keyprefix": "[a-c]*?\\^x", "fanout_patterns": False}, 0),
+}
+
+
+@pytest.mark.parametrize("options, db", NAMES.values(), ids=NAMES)
+def test_channel_names(lab, redis, options, db):
+    """kombu's transport options; what others publish beside it is not ours."""
+    ours = Redis(start=False, db=db, options=options)
+    theirs = Redis(start=False, db=db, options={"global_keyprefix": "a__^x"})
+    ours.port = theirs.port = redis.port
+    exporter = lab.exporter(ours, {"broker": {"redis": options}})
+    with Publisher(theirs) as publisher:
+        publisher.send(ev.heartbeat("stranger@tests"))
+    with Publisher(ours) as publisher:
+        publisher.send(ev.received())
+        publisher.send([ev.started(at=1), ev.succeeded(at=2)])
+    samples = exporter.wait_for(lambda m: m.events("succeeded", W, "add") == 1)
+    assert samples.labels("worker") == {W}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"global_keyprefix": "my:app:"}, {"fanout_prefix": False}, {"fanout_patterns": False}], ids=str
+)
+def test_worker_on_channel_names(lab, redis, options):
+    """A real worker with these options hears our broadcast and is heard.
+
+    Celery 5.7 itself works neither with text as its fanout_prefix nor with glob characters.
+    """
+    broker = Redis(start=False, db=4, options=options)
+    broker.port = redis.port
+    worker = lab.worker(broker).ready()
+    exporter = lab.exporter(broker, {"broker": {"redis": options}, "events": {"enable_interval": "300ms"}})
+    wait_until(lambda: "enabled by remote" in worker.log(), 10, worker.log)
+    exporter.wait_for(lambda m: m.one("flower_worker_online", worker=worker.hostname) == 1, 10)
+
+
+def test_unix_socket(lab, redis):
+    exporter = lab.exporter(None, {"broker": {"url": f"redis+socket://{redis.socket}?virtual_host=6"}}).ready()
+    broker = Redis(start=False, db=6)
+    broker.port = redis.port
+    lab.publisher(broker).send(ev.received())
+    exporter.wait_for(lambda m: m.events("received") == 1)
+
+
+def test_password(lab):
+    """Percent-encoded in the URL."""
+    rig = lab.rig(lab.redis(password="p@ss/w:rd%#?[] ä"))
+    assert rig.play(ev.received()).events("received") == 1
+    assert "p@ss" not in rig.exporter.log() and "p%40ss" not in rig.exporter.log()
+
+
+def test_user_and_password(lab, redis):
+    redis.client().execute_command("ACL", "SETUSER", "us/er", "on", ">pa:ss", "allchannels", "allkeys", "+@all")
+    exporter = lab.exporter(None, {"broker": {"url": f"redis://us%2Fer:pa%3Ass@127.0.0.1:{redis.port}/0"}}).ready()
+    lab.publisher(redis).send(ev.received())
+    exporter.wait_for(lambda m: m.events("received") == 1)
+
+
+def test_channel_that_is_forbidden(lab, redis):
+    """Not ready, and the log says why: the server refuses the subscription."""
+    redis.client().execute_command("ACL", "SETUSER", "blind", "on", ">pass", "resetchannels", "allkeys", "+@all")
+    exporter = lab.exporter(None, {"broker": {"url": f"redis://blind:pass@127.0.0.1:{redis.port}/0"}})
+    wait_until(lambda: "NOPERM" in exporter.log() or "permission" in exporter.log().lower(), 15, exporter.log)
+    assert exporter.healthz(ready=True)[0] == 503 and exporter.healthz()[0] == 200
