@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs all tests: tests/run.sh [pytest arguments, for example: -k parity --parity-seeds 100, or broker/test_tls.py]
+# Runs all tests: tests/run.sh [pytest arguments, for example: -k parity --parity-seeds 100, or broker/test_tls.py].
+# Without root and packaging tools: tests/run.sh -m "not packaging".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null

@@ -17,6 +17,8 @@ from support.processes import ROOT, TEST_ENV, Process, directory
 from support.prometheus import FILES
 from support.worker import NEWEST
 
+pytestmark = pytest.mark.packaging
+
 HERE = CONTAINERFILE.parent
 WORKER = HERE / "worker.Containerfile"
 CHECK = ["/usr/bin/flower-exporter", "--healthcheck"]

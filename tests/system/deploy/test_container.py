@@ -12,6 +12,8 @@ from support import events as ev
 from support.container import CONTAINERFILE, RUN, Container, Podman
 from support.processes import ROOT, directory
 
+pytestmark = pytest.mark.packaging
+
 HERE = CONTAINERFILE.parent
 WORKER = HERE / "worker.Containerfile"
 PACKAGE = tomllib.loads((ROOT / "Cargo.toml").read_text())["package"]

@@ -18,6 +18,8 @@ from support.events import W
 from support.exposition import ONLINE
 from support.processes import ROOT, TEST_ENV, free_port, wait_until
 
+pytestmark = pytest.mark.packaging
+
 UNIT = ROOT / "deploy/systemd/flower-exporter.service"
 SETTINGS = "/etc/flower-exporter/flower-exporter.toml"
 URL = "/etc/flower-exporter/broker-url"
