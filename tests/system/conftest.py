@@ -8,7 +8,7 @@ import pytest
 
 from support import matrix, processes, releases
 from support.exporter import BINARY
-from support.services import Lab, Shared
+from support.services import Services, SharedServers
 from support.tls import certificates
 
 
@@ -143,21 +143,21 @@ def _forget_processes():
 
 
 @pytest.fixture
-def lab(request):
-    with Lab(tested_releases(request.node)) as lab:
-        yield lab
+def services(request):
+    with Services(tested_releases(request.node)) as services:
+        yield services
 
 
 @pytest.fixture(scope="session")
-def session_lab():
+def session_services():
     """For what the tests of a module share."""
-    with Lab() as lab:
-        yield lab
+    with Services() as services:
+        yield services
 
 
 @pytest.fixture(scope="session")
 def shared(pytestconfig):
-    with Shared(pytestconfig.vhosts) as shared:
+    with SharedServers(pytestconfig.vhosts) as shared:
         yield shared
 
 
@@ -193,9 +193,9 @@ def prometheus_release():
 
 
 @pytest.fixture
-def broker(lab, shared, broker_release):
+def broker(services, shared, broker_release):
     """A broker that no other test uses: a separate Redis, or a virtual host."""
-    return lab.redis() if broker_release.family == "redis" else shared.get(broker_release).vhost()
+    return services.redis() if broker_release.family == "redis" else shared.get(broker_release).vhost()
 
 
 @pytest.fixture
@@ -204,14 +204,14 @@ def vhost(shared, rabbitmq_release):
 
 
 @pytest.fixture
-def redis(lab, redis_release):
-    return lab.redis()
+def redis(services, redis_release):
+    return services.redis()
 
 
 @pytest.fixture
-def rig(lab, shared_redis):
+def harness(services, shared_redis):
     """For what does not depend on the broker: a fresh exporter on an event exchange of its own."""
-    return lab.rig(shared_redis)
+    return services.harness(shared_redis)
 
 
 @pytest.fixture(scope="session")

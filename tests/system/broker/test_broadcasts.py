@@ -18,7 +18,7 @@ ENABLE = b'{"method": "enable_events", "arguments": {}, "destination": null, "pa
 HEARTBEAT = ENABLE.replace(b"enable_events", b"heartbeat")
 
 
-class RedisTap:
+class RedisBroadcastCapture:
     """Everything that is published to one control channel."""
 
     def __init__(self, broker, exchange="celery"):
@@ -37,7 +37,7 @@ class RedisTap:
         self.pubsub.close()
 
 
-class AmqpTap:
+class AmqpBroadcastCapture:
     """Everything that is published to one control exchange, which need not exist yet."""
 
     def __init__(self, broker, exchange="celery"):
@@ -63,32 +63,32 @@ class AmqpTap:
 
 
 @pytest.fixture
-def tap(lab, broker):
-    def tap(exchange="celery"):
-        made = (RedisTap if broker.name == "redis" else AmqpTap)(broker, exchange)
-        lab.callback(made.close)
+def broadcast_capture(services, broker):
+    def start(exchange="celery"):
+        made = (RedisBroadcastCapture if broker.name == "redis" else AmqpBroadcastCapture)(broker, exchange)
+        services.callback(made.close)
         return made
 
-    return tap
+    return start
 
 
 @pytest.mark.short_form
-def test_redis_envelope(lab, redis):
+def test_redis_envelope(services, redis):
     """Every key and value as Celery 5.7 itself publishes them, but a delivery tag of its own for each."""
-    tap = RedisTap(redis)
-    lab.callback(tap.close)
+    capture = RedisBroadcastCapture(redis)
+    services.callback(capture.close)
     with client(redis) as app:
         app.control.broadcast("enable_events")
-    [reference_body] = wait_until(tap.bodies, 10, "Celery's own broadcast")
-    [reference] = tap.envelopes
+    [reference_body] = wait_until(capture.bodies, 10, "Celery's own broadcast")
+    [reference] = capture.envelopes
     assert json.loads(reference_body).keys() >= json.loads(ENABLE).keys()
 
-    lab.exporter(redis, {"events": {"enable_interval": "100ms"}})
-    wait_until(lambda: tap.bodies().count(ENABLE) >= 5, 10, "five broadcasts")
-    ours = tap.envelopes[1:]
-    assert set(tap.bodies()[1:]) == {ENABLE, HEARTBEAT}
-    assert {json.dumps(envelope["properties"]["body_encoding"]) for envelope in ours} == {'"base64"'}
-    for envelope in ours:
+    services.exporter(redis, {"events": {"enable_interval": "100ms"}})
+    wait_until(lambda: capture.bodies().count(ENABLE) >= 5, 10, "five broadcasts")
+    sent = capture.envelopes[1:]
+    assert set(capture.bodies()[1:]) == {ENABLE, HEARTBEAT}
+    assert {json.dumps(envelope["properties"]["body_encoding"]) for envelope in sent} == {'"base64"'}
+    for envelope in sent:
         assert envelope.keys() == reference.keys()
         assert envelope["content-type"] == reference["content-type"] == "application/json"
         assert envelope["content-encoding"] == reference["content-encoding"] == "utf-8"
@@ -97,20 +97,20 @@ def test_redis_envelope(lab, redis):
         assert properties.keys() == reference["properties"].keys() - {"reply_to"}
         for key in ("body_encoding", "delivery_info", "delivery_mode", "priority"):
             assert properties[key] == reference["properties"][key], key
-    tags = [envelope["properties"]["delivery_tag"] for envelope in ours]
+    tags = [envelope["properties"]["delivery_tag"] for envelope in sent]
     assert len(set(tags)) == len(tags)
     assert all(str(uuid.UUID(tag)) == tag and uuid.UUID(tag).version == 4 for tag in tags)
 
 
 @pytest.mark.short_form
-def test_rabbitmq_message(lab, vhost):
+def test_rabbitmq_message(services, vhost):
     """Body and properties; the exchange is declared as kombu declares it, or its declaration would be refused."""
-    tap = AmqpTap(vhost)
-    lab.callback(tap.close)
-    lab.exporter(vhost, {"events": {"enable_interval": "100ms"}})
-    wait_until(lambda: tap.bodies().count(ENABLE) >= 5, 10, "five broadcasts")
-    assert set(tap.bodies()) == {ENABLE, HEARTBEAT}
-    for message in tap.messages:
+    capture = AmqpBroadcastCapture(vhost)
+    services.callback(capture.close)
+    services.exporter(vhost, {"events": {"enable_interval": "100ms"}})
+    wait_until(lambda: capture.bodies().count(ENABLE) >= 5, 10, "five broadcasts")
+    assert set(capture.bodies()) == {ENABLE, HEARTBEAT}
+    for message in capture.messages:
         assert message.properties["content_type"] == "application/json"
         assert message.properties["content_encoding"] == "utf-8"
         assert "reply_to" not in message.properties
@@ -119,9 +119,9 @@ def test_rabbitmq_message(lab, vhost):
 
 
 @pytest.mark.short_form
-def test_rabbitmq_exchange_is_made(lab, vhost):
+def test_rabbitmq_exchange_is_made(services, vhost):
     """When no worker has been there yet; and workers may declare both exchanges after us."""
-    lab.exporter(vhost, {"events": {"enable_interval": "100ms"}})
+    services.exporter(vhost, {"events": {"enable_interval": "100ms"}})
     with vhost.connection() as connection:
         channel = connection.channel()
 
@@ -134,33 +134,33 @@ def test_rabbitmq_exchange_is_made(lab, vhost):
 
 
 @pytest.mark.short_form
-def test_once_connected(lab, tap, broker):
+def test_once_connected(services, broadcast_capture, broker):
     """At once on connecting: both broadcasts, whatever their intervals."""
-    listener = tap()
-    lab.exporter(broker, {"events": {"enable_interval": "10m"}, "state": {"worker_timeout": "30m"}})
-    wait_until(lambda: sorted(listener.bodies()) == sorted([ENABLE, HEARTBEAT]), 10, lambda: listener.bodies())
+    capture = broadcast_capture()
+    services.exporter(broker, {"events": {"enable_interval": "10m"}, "state": {"worker_timeout": "30m"}})
+    wait_until(lambda: sorted(capture.bodies()) == sorted([ENABLE, HEARTBEAT]), 10, lambda: capture.bodies())
 
 
-def test_off_is_silence(lab, tap, broker):
+def test_off_is_silence(services, broadcast_capture, broker):
     """`enable_events = false`: not one control message, while another exporter sends ten."""
-    quiet, loud = tap("quiet"), tap("loud")
-    lab.exporter(
+    quiet, loud = broadcast_capture("quiet"), broadcast_capture("loud")
+    services.exporter(
         broker,
         {
             "events": {"control_exchange": "quiet", "enable_events": False, "enable_interval": "100ms"},
             "state": {"worker_timeout": "300ms"},
         },
     )
-    lab.exporter(broker, {"events": {"control_exchange": "loud", "enable_interval": "100ms"}})
+    services.exporter(broker, {"events": {"control_exchange": "loud", "enable_interval": "100ms"}})
     wait_until(lambda: loud.bodies().count(ENABLE) >= 10, 20, "ten broadcasts")
     assert quiet.bodies() == []
 
 
-def test_heartbeats(lab, tap, broker):
+def test_heartbeats(services, broadcast_capture, broker):
     """Every third of `worker_timeout`, so that workers without heartbeats are heard; only once when that is 0."""
-    often, once = tap("often"), tap("once")
+    often, once = broadcast_capture("often"), broadcast_capture("once")
     for name, timeout in (("often", "1500ms"), ("once", 0)):
-        lab.exporter(
+        services.exporter(
             broker,
             {"events": {"control_exchange": name, "enable_interval": "250ms"}, "state": {"worker_timeout": timeout}},
         )
@@ -170,10 +170,10 @@ def test_heartbeats(lab, tap, broker):
     assert once.bodies().count(HEARTBEAT) == 1
 
 
-def test_without_heartbeat_workers_stay_online(lab, broker):
-    """A live worker that sends no heartbeats of its own answers ours."""
-    worker = lab.worker(broker, args=["--without-heartbeat"]).ready()
-    exporter = lab.exporter(broker, {"state": {"worker_timeout": "3s"}})
+def test_without_heartbeat_workers_stay_online(services, broker):
+    """A live worker that sends no heartbeats of its own answers sent."""
+    worker = services.worker(broker, args=["--without-heartbeat"]).ready()
+    exporter = services.exporter(broker, {"state": {"worker_timeout": "3s"}})
     exporter.wait_for(lambda m: m.one(ONLINE, worker=worker.hostname) == 1, 10)
     deadline = time.monotonic() + 7
     while time.monotonic() < deadline:
@@ -184,14 +184,14 @@ def test_without_heartbeat_workers_stay_online(lab, broker):
 
 
 @pytest.mark.short_form
-def test_workers_survive(lab, tap, broker):
+def test_workers_survive(services, broadcast_capture, broker):
     """Twenty broadcasts later, workers of the whole range run, are connected, and send their events."""
-    workers = [lab.worker(broker, version, args=["-Q", f"q{version}"]) for version in VERSIONS]
+    workers = [services.worker(broker, version, args=["-Q", f"q{version}"]) for version in VERSIONS]
     for worker in workers:
         worker.ready()
-    listener = tap()
-    exporter = lab.exporter(broker, {"events": {"enable_interval": "200ms"}})
-    wait_until(lambda: listener.bodies().count(ENABLE) >= 20, 30, "twenty broadcasts")
+    capture = broadcast_capture()
+    exporter = services.exporter(broker, {"events": {"enable_interval": "200ms"}})
+    wait_until(lambda: capture.bodies().count(ENABLE) >= 20, 30, "twenty broadcasts")
     with client(broker) as app:
         for worker in workers:
             app.send_task("add", (1, 2), queue=f"q{worker.version}")
@@ -202,11 +202,11 @@ def test_workers_survive(lab, tap, broker):
             assert trouble not in worker.log(), worker.log()
 
 
-def test_own_control_exchange(lab, broker):
+def test_own_control_exchange(services, broker):
     """Workers with a `control_exchange` and an `event_exchange` of their own."""
     conf = {"control_exchange": "ctl", "event_exchange": "evt"}
-    worker = lab.worker(broker, conf=conf).ready()
-    exporter = lab.exporter(
+    worker = services.worker(broker, conf=conf).ready()
+    exporter = services.exporter(
         broker, {"events": {"control_exchange": "ctl", "exchange": "evt", "enable_interval": "300ms"}}
     )
     exporter.wait_for(lambda m: m.one(ONLINE, worker=worker.hostname) == 1, 10)
@@ -216,13 +216,13 @@ def test_own_control_exchange(lab, broker):
     exporter.wait_for(lambda m: m.events("succeeded", worker.hostname, "add") == 1)
 
 
-def test_rabbitmq_deleted_exchange_comes_back(lab, vhost):
+def test_rabbitmq_deleted_exchange_comes_back(services, vhost):
     """The control exchange is transient; nobody tells us when it has gone."""
-    rig = lab.rig(vhost, {"events": {"enable_interval": "100ms"}})
+    harness = services.harness(vhost, {"events": {"enable_interval": "100ms"}})
     with vhost.connection() as connection:
         connection.channel().exchange_delete("celery.pidbox")
-    tap = AmqpTap(vhost)
-    lab.callback(tap.close)
-    wait_until(lambda: tap.bodies().count(ENABLE) >= 3, 30, "broadcasts")
-    rig.exporter.ready()
-    assert rig.play(ev.received()).events("received") == 1
+    capture = AmqpBroadcastCapture(vhost)
+    services.callback(capture.close)
+    wait_until(lambda: capture.bodies().count(ENABLE) >= 3, 30, "broadcasts")
+    harness.exporter.ready()
+    assert harness.publish(ev.received()).events("received") == 1

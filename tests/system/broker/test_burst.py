@@ -8,7 +8,7 @@ import pytest
 
 from support import events as ev
 from support.exposition import PREFETCHED
-from support.flood import FULL, accounted, said
+from support.flood import BUFFER_FULL, wait_until_accounted
 from support.publish import envelope
 from support.resources import MIB, peak_memory
 
@@ -16,18 +16,18 @@ EVENTS_SENT = 80_000
 
 
 @pytest.mark.parametrize("times", [1, 10])
-def test_burst(lab, redis, times):
+def test_burst(services, redis, times):
     """80,000 events in 46 MB through `redis-cli --pipe`: all are counted; of ten times as many, the rest is known."""
-    rig = lab.rig(redis, {"metrics": {"self_metrics": True}})
-    kinds, memory = [ev.sent, ev.received, ev.started, ev.succeeded], peak_memory(rig.exporter)
+    harness = services.harness(redis, {"metrics": {"self_metrics": True}})
+    kinds, memory = [ev.sent, ev.received, ev.started, ev.succeeded], peak_memory(harness.exporter)
 
     def command(number):
         uuid, kind = f"{number // len(kinds):032x}", kinds[number % len(kinds)]
         event = kind(uuid, at=number / 1000)
         # Of a size with what `redis-cli monitor` shows of a real cluster.
         event["root_id"] = "x" * max(0, 190 - len(json.dumps(event)))
-        payload = json.dumps(envelope(json.dumps(event), exchange=rig.exchange)).encode()
-        parts = [b"PUBLISH", f"/0.{rig.exchange}/task.x".encode(), payload]
+        payload = json.dumps(envelope(json.dumps(event), exchange=harness.exchange)).encode()
+        parts = [b"PUBLISH", f"/0.{harness.exchange}/task.x".encode(), payload]
         return b"*3\r\n" + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
 
     burst = b"".join(map(command, range(EVENTS_SENT)))
@@ -36,31 +36,31 @@ def test_burst(lab, redis, times):
     piped = subprocess.run(redis_cli, input=burst * times, capture_output=True, timeout=60)
     assert b"errors: 0" in piped.stdout, piped
 
-    accounted(rig, times * EVENTS_SENT, 60)
-    samples = rig.play()
+    wait_until_accounted(harness, times * EVENTS_SENT, 60)
+    samples = harness.publish()
     if times == 1:
         assert [samples.events(kind.__name__, task="add") for kind in kinds] == [EVENTS_SENT // len(kinds)] * len(kinds)
         assert samples.total(PREFETCHED) == 0
-    assert rig.exporter.healthz(ready=True)[0] == 200
-    assert peak_memory(rig.exporter) - memory < (2 * 64 + 16) * MIB, "twice max_backlog, and the tasks"
+    assert harness.exporter.healthz(ready=True)[0] == 200
+    assert peak_memory(harness.exporter) - memory < (2 * 64 + 16) * MIB, "twice max_backlog, and the tasks"
 
 
-def test_small_backlog_on_rabbitmq(lab, vhost):
+def test_small_backlog_on_rabbitmq(services, vhost):
     """RabbitMQ is made to wait: nothing is lost however small our queue is."""
-    rig = lab.rig(vhost, {"events": {"max_backlog": "64KiB"}})
-    samples = rig.play(*[[ev.received(f"{batch}-{n}") for n in range(24)] for batch in range(1500)], deadline=60)
+    harness = services.harness(vhost, {"events": {"max_backlog": "64KiB"}})
+    samples = harness.publish(*[[ev.received(f"{batch}-{n}") for n in range(24)] for batch in range(1500)], deadline=60)
     assert samples.events("received") == samples.total(PREFETCHED) == 1500 * 24
 
 
-def test_small_backlog_on_redis(lab, redis):
+def test_small_backlog_on_redis(services, redis):
     """What does not fit is dropped, counted and told of."""
-    rig = lab.rig(redis, {"events": {"max_backlog": "64KiB"}, "metrics": {"self_metrics": True}})
-    topic, sent = f"/0.{rig.exchange}/task.received", 20_000
+    harness = services.harness(redis, {"events": {"max_backlog": "64KiB"}, "metrics": {"self_metrics": True}})
+    topic, sent = f"/0.{harness.exchange}/task.received", 20_000
     pipe = redis.client().pipeline(transaction=False)
     for number in range(sent):
-        pipe.publish(topic, json.dumps(envelope(json.dumps(ev.received(f"{number}")), exchange=rig.exchange)))
+        pipe.publish(topic, json.dumps(envelope(json.dumps(ev.received(f"{number}")), exchange=harness.exchange)))
     pipe.execute()
-    dropped = accounted(rig, sent, 20).one("flower_exporter_dropped_messages_total")
-    rig.exporter.terminate()
-    told = re.findall(r" dropped=(\d+) ", "\n".join(said(rig.exporter, FULL)))
+    dropped = wait_until_accounted(harness, sent, 20).one("flower_exporter_dropped_messages_total")
+    harness.exporter.terminate()
+    told = re.findall(r" dropped=(\d+) ", "\n".join(harness.exporter.log_lines(BUFFER_FULL)))
     assert dropped > 0 and sum(map(int, told)) == dropped, "what was not told yet is told at the end"

@@ -11,18 +11,18 @@ from support.worker import MIDDLE, OLDEST, UNICODE, client
 pytestmark = pytest.mark.every_release
 
 
-def exporter_and_worker(lab, broker, settings=None, **options):
-    worker = lab.worker(broker, **options).ready()
-    exporter = lab.exporter(broker, {"events": {"enable_interval": "500ms"}, **(settings or {})})
+def exporter_and_worker(services, broker, settings=None, **options):
+    worker = services.worker(broker, **options).ready()
+    exporter = services.exporter(broker, {"events": {"enable_interval": "500ms"}, **(settings or {})})
     exporter.wait_for(lambda m: m.one(ONLINE, worker=worker.hostname) == 1, 10, "the worker is online")
     wait_until(lambda: "enabled by remote" in worker.log(), 10, worker.log)
     return exporter, worker
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
-def test_a_day_in_the_life(lab, broker, pool):
+def test_a_day_in_the_life(services, broker, pool):
     """Success, failure, retry, reject, revoke, expiry, ETA, odd names: every sample is as the tasks' lives were."""
-    exporter, worker = exporter_and_worker(lab, broker, pool=pool)
+    exporter, worker = exporter_and_worker(services, broker, pool=pool)
     host = worker.hostname
     with client(broker, task_send_sent_event=True) as app:
         for name, arguments in [
@@ -96,9 +96,9 @@ def test_a_day_in_the_life(lab, broker, pool):
 
 @pytest.mark.short_form
 @pytest.mark.parametrize("version", [OLDEST, MIDDLE])
-def test_older_celery(lab, broker, version):
+def test_older_celery(services, broker, version):
     """The six series of the oldest Celery that runs here, and of one in between."""
-    exporter, worker = exporter_and_worker(lab, broker, version=version)
+    exporter, worker = exporter_and_worker(services, broker, version=version)
     host = worker.hostname
     with client(broker, task_send_sent_event=True) as app:
         for name, arguments in [("add", (1, 2)), ("fail", ()), ("nap", (4,)), ("nap", (4,)), (UNICODE, ())]:
@@ -119,10 +119,10 @@ def test_older_celery(lab, broker, version):
 
 
 @pytest.mark.short_form
-def test_first_tasks_show_within_ten_seconds(lab, broker):
+def test_first_tasks_show_within_ten_seconds(services, broker):
     """With defaults: all six series of a worker without -E, ten seconds after its first tasks at the most."""
-    worker = lab.worker(broker).ready()
-    exporter = lab.exporter(broker)
+    worker = services.worker(broker).ready()
+    exporter = services.exporter(broker)
     names = {EVENTS, f"{RUNTIME}_count", PREFETCH_TIME, PREFETCHED, ONLINE, EXECUTING}
     with client(broker) as app:
 
@@ -133,13 +133,13 @@ def test_first_tasks_show_within_ten_seconds(lab, broker):
         exporter.wait_for(all_six, 10)
 
 
-def test_sigkill(lab, broker):
+def test_sigkill(services, broker):
     """Online 0 within worker_timeout + 2 s, gone after purge_offline_workers, back when it heartbeats again."""
     timeout, purge = 3, 6
     exporter, worker = exporter_and_worker(
-        lab, broker, {"state": {"worker_timeout": timeout, "purge_offline_workers": purge}}
+        services, broker, {"state": {"worker_timeout": timeout, "purge_offline_workers": purge}}
     )
-    other = lab.worker(broker, args=["-Q", "other"]).ready()
+    other = services.worker(broker, args=["-Q", "other"]).ready()
     host = worker.hostname
     with client(broker) as app:
         for _ in range(4):
@@ -163,15 +163,15 @@ def test_sigkill(lab, broker):
     samples = exporter.wait_for(lambda m: host not in m.labels("worker"), purge + 3)
     assert samples.one(ONLINE, worker=other.hostname) == 1
 
-    lab.worker(broker, hostname=host, args=["-Q", "other"])
+    services.worker(broker, hostname=host, args=["-Q", "other"])
     samples = exporter.wait_for(lambda m: m.one(ONLINE, worker=host) == 1, 20)
     assert samples.total(EVENTS, worker=host) == 0
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
-def test_warm_shutdown(lab, broker, pool):
+def test_warm_shutdown(services, broker, pool):
     """Offline at once, nothing prefetched, executing what it said last, and the running tasks still finish."""
-    exporter, worker = exporter_and_worker(lab, broker, pool=pool)
+    exporter, worker = exporter_and_worker(services, broker, pool=pool)
     host = worker.hostname
     with client(broker) as app:
         for _ in range(5):

@@ -12,7 +12,7 @@ from support import events as ev
 from support.events import W
 from support.exposition import ONLINE
 from support.processes import wait_until
-from support.resources import held
+from support.resources import descriptors_and_threads
 
 
 @contextlib.contextmanager
@@ -31,19 +31,19 @@ def listener(talk):
 
 def has_left_nothing(exporter, before):
     wait_until(
-        lambda: all(now <= then + 3 for now, then in zip(held(exporter), before)), 5, lambda: (held(exporter), before)
+        lambda: all(now <= then + 3 for now, then in zip(descriptors_and_threads(exporter), before)), 5, lambda: (descriptors_and_threads(exporter), before)
     )
 
 
 @pytest.mark.parametrize("scheme", ["redis", "amqp"])
-def test_a_peer_that_never_answers_costs_nothing(lab, scheme):
+def test_a_peer_that_never_answers_costs_nothing(services, scheme):
     """Every attempt that was given up has left nothing behind."""
     connections = []
     with listener(lambda connection: connections.append(connection)) as port:
         settings = {"broker": {"url": f"{scheme}://127.0.0.1:{port}/", "connect_timeout": "100ms", "reconnect_max": "100ms"}}
-        exporter = lab.exporter(None, settings)
+        exporter = services.exporter(None, settings)
         wait_until(lambda: len(connections) >= 5, 10, "some attempts")
-        before = held(exporter)
+        before = descriptors_and_threads(exporter)
         wait_until(lambda: len(connections) >= 40, 30, "many attempts")
         has_left_nothing(exporter, before)
         assert exporter.healthz()[0] == 200 and exporter.healthz(ready=True)[0] == 503
@@ -54,7 +54,7 @@ def test_a_peer_that_never_answers_costs_nothing(lab, scheme):
     [b"*1\r\n" * 1_000_000, b"*1000000000\r\n", b"$10000000000\r\n" + b"x" * 1_000_000, b"+" * 1_000_000, b"HTTP/1.1 400\r\n\r\n"],
     ids=["nested", "wide", "long", "endless", "http"],
 )
-def test_a_server_that_is_no_redis(lab, answer):
+def test_a_server_that_is_no_redis(services, answer):
     """Refused with a hint, and the exporter runs on."""
 
     def talk(connection):
@@ -65,12 +65,12 @@ def test_a_server_that_is_no_redis(lab, answer):
 
     with listener(talk) as port:
         settings = {"broker": {"url": f"redis://127.0.0.1:{port}/", "connect_timeout": "1s", "reconnect_max": "100ms"}}
-        exporter = lab.exporter(None, settings)
+        exporter = services.exporter(None, settings)
         wait_until(lambda: "is that a Redis server?" in exporter.log(), 10, exporter.log)
         assert exporter.healthz()[0] == 200
 
 
-def test_a_server_that_confirms_nothing(lab):
+def test_a_server_that_confirms_nothing(services):
     """Any answer is not a confirmation."""
 
     def talk(connection):
@@ -79,58 +79,58 @@ def test_a_server_that_confirms_nothing(lab):
                 connection.sendall(b"+OK\r\n")
 
     with listener(talk) as port:
-        exporter = lab.exporter(None, {"broker": {"url": f"redis://127.0.0.1:{port}/", "reconnect_max": "100ms"}})
+        exporter = services.exporter(None, {"broker": {"url": f"redis://127.0.0.1:{port}/", "reconnect_max": "100ms"}})
         wait_until(lambda: "PSUBSCRIBE: the server answers" in exporter.log(), 10, exporter.log)
         assert exporter.healthz(ready=True)[0] == 503
 
 
-def test_a_frozen_broker_kills_no_worker(lab, redis):
+def test_a_frozen_broker_kills_no_worker(services, redis):
     """The clock by which workers time out stands still while the broker gives no sign of life."""
     settings = {"state": {"worker_timeout": "4s"}, "broker": {"reconnect_max": "1s", "connect_timeout": "1s"}}
-    rig = lab.rig(redis, settings)
-    assert rig.play(ev.heartbeat()).one(ONLINE, worker=W) == 1
+    harness = services.harness(redis, settings)
+    assert harness.publish(ev.heartbeat()).one(ONLINE, worker=W) == 1
     redis.process.send(signal.SIGSTOP)
     end = time.monotonic() + 10
     while time.monotonic() < end:
-        assert rig.metrics().one(ONLINE, worker=W) == 1
+        assert harness.metrics().one(ONLINE, worker=W) == 1
         time.sleep(0.2)
     redis.process.send(signal.SIGCONT)
-    rig.exporter.wait_for(lambda m: m.one(ONLINE, worker=W) == 0, 15, "silent for itself")
+    harness.exporter.wait_for(lambda m: m.one(ONLINE, worker=W) == 0, 15, "silent for itself")
 
 
-def test_a_subscription_that_is_cut_again_and_again_leaves_no_client(lab, redis):
+def test_a_subscription_that_is_cut_again_and_again_leaves_no_client(services, redis):
     """Also when a broadcast was under way."""
     settings = {"broker": {"reconnect_max": "100ms"}, "events": {"enable_interval": "100ms"}}
-    rig = lab.rig(redis, settings)
+    harness = services.harness(redis, settings)
     client = redis.client()
     for _ in range(40):
         wait_until(lambda: client.pubsub_numpat() == 1, 10, "subscribed")
         client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
-    rig.exporter.ready(10)
+    harness.exporter.ready(10)
     wait_until(lambda: len(client.client_list()) <= 5, 10, client.client_list)
 
 
 CONFIRMED = {"redis": b"psubscribe", "rabbitmq": b"\x00\x3c\x00\x15"}  # basic.consume-ok
 
 
-def test_a_subscription_that_ends_as_it_begins_leaves_nothing(lab, broker):
+def test_a_subscription_that_ends_as_it_begins_leaves_nothing(services, broker):
     """The connection for broadcasts, on Redis, has hardly been thought of then."""
-    path = lab.proxy(broker)
-    exporter = lab.exporter(path, {"broker": {"reconnect_max": "100ms"}})
-    before = held(exporter)
-    path.end_after(CONFIRMED[broker.name])
+    path = services.proxy(broker)
+    exporter = services.exporter(path, {"broker": {"reconnect_max": "100ms"}})
+    before = descriptors_and_threads(exporter)
+    path.close_after(CONFIRMED[broker.name])
     path.cut()
     wait_until(lambda: exporter.log().count("listening for events") >= 60, 90, exporter.log)
-    path.end_after(None)
+    path.close_after(None)
     exporter.ready(10)
     has_left_nothing(exporter, before)
 
 
-def test_complaints_do_not_hide_each_other(lab, redis):
+def test_complaints_do_not_hide_each_other(services, redis):
     """Each broker of a list is named with its own error, and a new error of the same broker is told, too."""
     redis.client().config_set("requirepass", "secret")
     urls = f"redis://127.0.0.1:1/;redis://127.0.0.1:{redis.port}/"
-    exporter = lab.exporter(None, {"broker": {"url": urls, "reconnect_max": "100ms"}})
+    exporter = services.exporter(None, {"broker": {"url": urls, "reconnect_max": "100ms"}})
     wait_until(lambda: "127.0.0.1:1/" in exporter.log() and "NOAUTH" in exporter.log(), 10, exporter.log)
     redis.stop(signal.SIGKILL)
     wait_until(lambda: exporter.log().count("refused") >= 2, 10, exporter.log)

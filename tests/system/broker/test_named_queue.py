@@ -15,26 +15,26 @@ pytestmark = [pytest.mark.every_release, pytest.mark.short_form, pytest.mark.quo
 QUEUE = {"broker": {"amqp": {"queue": "flower-exporter"}, "reconnect_max": "1s"}}
 
 
-def test_it_collects_while_the_exporter_is_down(lab, vhost):
+def test_it_collects_while_the_exporter_is_down(services, vhost):
     """What was sent meanwhile is counted by the next one; what was counted before is not handed out again."""
-    rig = lab.rig(vhost, QUEUE)
-    assert rig.play(ev.received("a"), ev.received("b")).events("received", W) == 2
-    rig.exporter.terminate()
+    harness = services.harness(vhost, QUEUE)
+    assert harness.publish(ev.received("a"), ev.received("b")).events("received", W) == 2
+    harness.exporter.terminate()
     for n in range(500):
-        rig.publisher.send(ev.received(f"meanwhile-{n}"))
-    settings = {**QUEUE, "events": {"exchange": rig.exchange}}
-    exporter = lab.exporter(vhost, settings)
+        harness.publisher.send(ev.received(f"meanwhile-{n}"))
+    settings = {**QUEUE, "events": {"exchange": harness.exchange}}
+    exporter = services.exporter(vhost, settings)
     after = exporter.wait_for(lambda m: m.events("received", W) >= 500)
     assert after.events("received", W) == 500
 
 
-def test_a_cut_loses_nothing_and_counts_nothing_twice(lab, vhost):
+def test_a_cut_loses_nothing_and_counts_nothing_twice(services, vhost):
     """RabbitMQ closes the connection again and again under load: it hands out again what it has not seen acknowledged."""
-    rig = lab.rig(vhost, QUEUE)
+    harness = services.harness(vhost, QUEUE)
     sent, enough = [0], threading.Event()
 
     def send():
-        publisher = lab.publisher(vhost, rig.exchange)
+        publisher = services.publisher(vhost, harness.exchange)
         while not enough.wait(0.002):
             publisher.send([ev.received(f"{sent[0] + k}") for k in range(20)])
             sent[0] += 20
@@ -43,34 +43,34 @@ def test_a_cut_loses_nothing_and_counts_nothing_twice(lab, vhost):
     sender.start()
     for cuts in range(1, 4):
         vhost.server.close_consumers()
-        wait_until(lambda: rig.exporter.log().count("listening for events") > cuts, 20, "back")  # noqa: B023
+        wait_until(lambda: harness.exporter.log().count("listening for events") > cuts, 20, "back")  # noqa: B023
     enough.set()
     sender.join()
-    after = rig.exporter.wait_for(lambda m: m.events("received", W) >= sent[0])
+    after = harness.exporter.wait_for(lambda m: m.events("received", W) >= sent[0])
     assert after.events("received", W) == sent[0]
     assert after.one(PREFETCHED, worker=W, task="add") == sent[0], "no gap, so the set is whole"
-    assert rig.play(ev.heartbeat()).events("received", W) == sent[0]
+    assert harness.publish(ev.heartbeat()).events("received", W) == sent[0]
 
 
-def test_an_overflow_while_the_exporter_is_down_is_told(lab, vhost):
+def test_an_overflow_while_the_exporter_is_down_is_told(services, vhost):
     """The oldest events are gone, though the queue is read empty in no time."""
     amqp = {"queue": "flower-exporter", "queue_max_bytes": "64KiB", "prefetch": 1}
     settings = {"broker": {"amqp": amqp}, "events": {"enable_interval": "200ms"}}
-    rig = lab.rig(vhost, settings)
-    rig.exporter.terminate()
+    harness = services.harness(vhost, settings)
+    harness.exporter.terminate()
     for batch in range(100):
-        rig.publisher.send([ev.received(f"{batch}-{n}") for n in range(20)])
-    rig.exporter = lab.exporter(vhost, {**settings, "events": {**settings["events"], "exchange": rig.exchange}})
-    assert 0 < rig.play().total(EVENTS) < 100 * 20
-    wait_until(lambda: "our queue at RabbitMQ is full, or nearly" in rig.exporter.log(), 10, rig.exporter.log)
+        harness.publisher.send([ev.received(f"{batch}-{n}") for n in range(20)])
+    harness.exporter = services.exporter(vhost, {**settings, "events": {**settings["events"], "exchange": harness.exchange}})
+    assert 0 < harness.publish().total(EVENTS) < 100 * 20
+    wait_until(lambda: "our queue at RabbitMQ is full, or nearly" in harness.exporter.log(), 10, harness.exporter.log)
 
 
-def test_a_second_consumer_is_a_warning(lab, vhost):
+def test_a_second_consumer_is_a_warning(services, vhost):
     """In the log and in /healthz, for as long as it lasts."""
     settings = {**QUEUE, "events": {"enable_interval": "200ms"}}
-    one = lab.exporter(vhost, settings)
+    one = services.exporter(vhost, settings)
     assert one.healthz()[1]["warnings"] == []
-    other = lab.exporter(vhost, settings)
+    other = services.exporter(vhost, settings)
     for exporter in (one, other):
         wait_until(lambda: exporter.healthz()[1]["warnings"], 10, "a warning")  # noqa: B023
         assert "broker.amqp.queue" in exporter.healthz()[1]["warnings"][0]
@@ -79,11 +79,11 @@ def test_a_second_consumer_is_a_warning(lab, vhost):
     wait_until(lambda: one.healthz()[1]["warnings"] == [], 10, "no warning")
 
 
-def test_changed_arguments_are_explained(lab, vhost):
+def test_changed_arguments_are_explained(services, vhost):
     """The server's 406 is not merely repeated: what it means and the way out are said, once."""
-    lab.exporter(vhost, QUEUE).terminate()
+    services.exporter(vhost, QUEUE).terminate()
     changed = {"broker": {"amqp": {"queue": "flower-exporter", "queue_max_bytes": "1MiB"}, "reconnect_max": "200ms"}}
-    exporter = lab.exporter(None, {"broker": {**changed["broker"], "url": vhost.url}})
+    exporter = services.exporter(None, {"broker": {**changed["broker"], "url": vhost.url}})
     wait_until(lambda: "delete_queue -p VHOST flower-exporter" in exporter.log(), 10, exporter.log)
     assert exporter.healthz(ready=True)[0] == 503
     with vhost.connection() as connection:
@@ -92,29 +92,29 @@ def test_changed_arguments_are_explained(lab, vhost):
     assert exporter.log().count("delete_queue") == 1
 
 
-def test_a_deleted_queue_comes_back(lab, vhost):
+def test_a_deleted_queue_comes_back(services, vhost):
     """Deleted under the consumer: declared again, and the gap is known."""
-    rig = lab.rig(vhost, QUEUE)
-    assert rig.play(ev.received("a")).one(PREFETCHED, worker=W, task="add") == 1
+    harness = services.harness(vhost, QUEUE)
+    assert harness.publish(ev.received("a")).one(PREFETCHED, worker=W, task="add") == 1
     with vhost.connection() as connection:
         connection.channel().queue_delete("flower-exporter")
-    wait_until(lambda: rig.exporter.log().count("listening for events") == 2, 10, rig.exporter.log)
-    after = rig.play(ev.heartbeat())
+    wait_until(lambda: harness.exporter.log().count("listening for events") == 2, 10, harness.exporter.log)
+    after = harness.publish(ev.heartbeat())
     assert after.one(PREFETCHED, worker=W, task="add") == 0
     assert after.total(EVENTS) == 1
 
 
-def test_a_restart_of_rabbitmq_is_a_gap(lab):
+def test_a_restart_of_rabbitmq_is_a_gap(services):
     """It empties even a durable queue: the sets start empty, once; a mere cut leaves them as they are."""
-    vhost = lab.rabbitmq().wait().vhost()
-    rig = lab.rig(vhost, QUEUE)
-    assert rig.play(ev.received("a")).one(PREFETCHED, worker=W, task="add") == 1
+    vhost = services.rabbitmq().wait().vhost()
+    harness = services.harness(vhost, QUEUE)
+    assert harness.publish(ev.received("a")).one(PREFETCHED, worker=W, task="add") == 1
     vhost.stop(signal.SIGKILL)
-    wait_until(lambda: rig.exporter.healthz(ready=True)[0] == 503, 5, "not ready")
+    wait_until(lambda: harness.exporter.healthz(ready=True)[0] == 503, 5, "not ready")
     vhost.start()
-    rig.exporter.ready(10)
-    rig.publisher = lab.publisher(vhost, rig.exchange)
-    after = rig.play(ev.received("b"))
+    harness.exporter.ready(10)
+    harness.publisher = services.publisher(vhost, harness.exchange)
+    after = harness.publish(ev.received("b"))
     assert after.one(PREFETCHED, worker=W, task="add") == 1
     assert after.events("received", W) == 2
 
@@ -140,48 +140,48 @@ def wait_until_unattended(vhost):
     wait_until(unattended, 20, "the queue has no consumer")
 
 
-def test_continuity_survives_24_restarts(lab, vhost, rabbitmq_release, request):
+def test_continuity_survives_24_restarts(services, vhost, rabbitmq_release, request):
     """Nothing is lost, so no restart empties the set of prefetched tasks."""
     if rabbitmq_release.quorum and rabbitmq_release.number < (4, 3):
         expect_failure(request, "a quorum queue of RabbitMQ 4.0 to 4.2 drops the continuity marker at its 21st delivery")
     settings = persistent()
-    rig = lab.rig(vhost, settings)
-    settings["events"] = {"exchange": rig.exchange}
-    rig.play(ev.received("a"))
+    harness = services.harness(vhost, settings)
+    settings["events"] = {"exchange": harness.exchange}
+    harness.publish(ev.received("a"))
     for restart in range(24):
-        rig.exporter.terminate()
-        rig.exporter = lab.exporter(vhost, settings)
-        assert rig.play().one(PREFETCHED, worker=W, task="add") == 1, f"restart {restart + 1}"
+        harness.exporter.terminate()
+        harness.exporter = services.exporter(vhost, settings)
+        assert harness.publish().one(PREFETCHED, worker=W, task="add") == 1, f"restart {restart + 1}"
 
 
-def test_events_survive_24_early_kills(lab, vhost, rabbitmq_release, request):
+def test_events_survive_24_early_kills(services, vhost, rabbitmq_release, request):
     """SIGKILL as soon as it has subscribed, again and again: no event was acknowledged, and all are counted in the end."""
     if rabbitmq_release.quorum:
         expect_failure(request, "a quorum queue of RabbitMQ 4 drops messages whose consumer died 21 times")
     settings = persistent()
-    rig = lab.rig(vhost, settings)
-    settings["events"] = {"exchange": rig.exchange}
-    rig.exporter.terminate()
+    harness = services.harness(vhost, settings)
+    settings["events"] = {"exchange": harness.exchange}
+    harness.exporter.terminate()
     for number in range(50):
-        rig.publisher.send(ev.received(f"{number}"))
+        harness.publisher.send(ev.received(f"{number}"))
     for _ in range(24):
-        exporter = lab.exporter(vhost, settings, ready=False, terminate=False)
+        exporter = services.exporter(vhost, settings, ready=False, terminate=False)
         wait_until(lambda: "listening for events" in exporter.log(), 20, exporter.log)  # noqa: B023
         exporter.kill()
         wait_until_unattended(vhost)
-    rig.exporter = lab.exporter(vhost, settings)
-    assert rig.play().events("received", W) == 50
+    harness.exporter = services.exporter(vhost, settings)
+    assert harness.publish().events("received", W) == 50
 
 
-def test_another_default_queue_type(lab, vhost, rabbitmq_release, request):
+def test_another_default_queue_type(services, vhost, rabbitmq_release, request):
     """The default of the virtual host changes after the queue was made: the queue is used as it is."""
     if rabbitmq_release.number < (4,):
         pytest.skip("RabbitMQ 3.x has one default type")
     expect_failure(request, "the declaration names no type, and RabbitMQ refuses it where the default differs (406)")
-    rig = lab.rig(vhost, QUEUE)
-    rig.exporter.terminate()
+    harness = services.harness(vhost, QUEUE)
+    harness.exporter.terminate()
     other = "classic" if rabbitmq_release.quorum else "quorum"
     vhost.server.ctl("update_vhost_metadata", vhost.vhost, "--default-queue-type", other)
-    rig.exporter = lab.exporter(vhost, {**QUEUE, "events": {"exchange": rig.exchange}}, ready=False)
-    wait_until(lambda: rig.exporter.healthz(ready=True)[0] == 200, 5, rig.exporter.log)
-    assert rig.play(ev.received("a")).events("received", W) == 1
+    harness.exporter = services.exporter(vhost, {**QUEUE, "events": {"exchange": harness.exchange}}, ready=False)
+    wait_until(lambda: harness.exporter.healthz(ready=True)[0] == 200, 5, harness.exporter.log)
+    assert harness.publish(ev.received("a")).events("received", W) == 1

@@ -37,48 +37,48 @@ def exchanges(vhost):
         channel.exchange_declare("celery.pidbox", "fanout", durable=False, auto_delete=False)
 
 
-def check(lab, broker, exporter):
+def check(services, broker, exporter):
     """Events are counted, and a worker started without -E is told to send them."""
     exporter.ready()
-    lab.publisher(broker).send(ev.received("a"))
+    services.publisher(broker).send(ev.received("a"))
     exporter.wait_for(lambda m: m.events("received", W) == 1)
-    worker = lab.worker(broker).ready()
+    worker = services.worker(broker).ready()
     wait_until(lambda: "enabled by remote" in worker.log(), 20, worker.log)
     assert "failed" not in exporter.log()
 
 
 @pytest.mark.short_form
-def test_rabbitmq_least(lab, vhost):
+def test_rabbitmq_least(services, vhost):
     assert all(f"`{pattern}`" in README for pattern in RABBITMQ.values())
     url = grant(vhost, **RABBITMQ)
-    check(lab, vhost, lab.exporter(None, {"broker": {"url": url}}))
+    check(services, vhost, services.exporter(None, {"broker": {"url": url}}))
 
 
 @pytest.mark.short_form
-def test_rabbitmq_named_queue(lab, vhost):
+def test_rabbitmq_named_queue(services, vhost):
     """Its name and that of the mark beside it in all three; with the name alone, a warning."""
     more = r"^flower-exporter(\.mark)?$"
     assert f"`{more}`" in README
     url = grant(vhost, **{right: f"^({pattern}|{more})$" for right, pattern in RABBITMQ.items()})
     settings = {"broker": {"url": url, "amqp": {"queue": "flower-exporter"}}}
-    exporter = lab.exporter(None, settings)
-    check(lab, vhost, exporter)
+    exporter = services.exporter(None, settings)
+    check(services, vhost, exporter)
     assert "no right" not in exporter.log()
     exporter.terminate()
     more = more.replace(r"(\.mark)?", "")
     url = grant(vhost, **{right: f"^({pattern}|{more})$" for right, pattern in RABBITMQ.items()})
-    exporter = lab.exporter(None, {"broker": {**settings["broker"], "url": url}})
+    exporter = services.exporter(None, {"broker": {**settings["broker"], "url": url}})
     exporter.ready()
     assert "no right to a mark beside the queue" in exporter.log()
 
 
-def test_rabbitmq_without_broadcasts_and_declaring(lab, vhost):
+def test_rabbitmq_without_broadcasts_and_declaring(services, vhost):
     """Counts the events of workers that send them anyway, and says once what it may not do."""
     exchanges(vhost)
     url = grant(vhost, r"^celeryev\..*$", r"^celeryev\..*$", r"^celeryev(\..*)?$")
-    exporter = lab.exporter(None, {"broker": {"url": url}, "events": {"enable_interval": "100ms"}})
+    exporter = services.exporter(None, {"broker": {"url": url}, "events": {"enable_interval": "100ms"}})
     exporter.ready()
-    publisher = lab.publisher(vhost)
+    publisher = services.publisher(vhost)
     for n in range(20):
         publisher.send(ev.received(f"{n}"))
         exporter.wait_for(lambda m, n=n: m.events("received", W) == n + 1)
@@ -88,20 +88,20 @@ def test_rabbitmq_without_broadcasts_and_declaring(lab, vhost):
 
 
 @pytest.mark.short_form
-def test_redis_least(lab, redis):
+def test_redis_least(services, redis):
     assert f"`{REDIS}`" in README
     redis.client().execute_command("ACL", "SETUSER", "least", "on", ">secret", *REDIS.split())
     url = redis.url.replace("//", "//least:secret@")
-    check(lab, redis, lab.exporter(None, {"broker": {"url": url}}))
+    check(services, redis, services.exporter(None, {"broker": {"url": url}}))
 
 
-def test_redis_without_broadcasts(lab, redis):
+def test_redis_without_broadcasts(services, redis):
     rights = "resetchannels &/0.celeryev/* -@all +auth +ping +psubscribe"
     redis.client().execute_command("ACL", "SETUSER", "least", "on", ">secret", *rights.split())
     url = redis.url.replace("//", "//least:secret@")
-    exporter = lab.exporter(None, {"broker": {"url": url}, "events": {"enable_interval": "100ms"}})
+    exporter = services.exporter(None, {"broker": {"url": url}, "events": {"enable_interval": "100ms"}})
     exporter.ready()
-    lab.publisher(redis).send(ev.received())
+    services.publisher(redis).send(ev.received())
     exporter.wait_for(lambda m: m.events("received", W) == 1)
     wait_until(lambda: exporter.log().count("broadcast of enable_events") == 1, 5, exporter.log)
     assert "secret" not in exporter.log()

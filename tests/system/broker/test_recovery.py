@@ -19,125 +19,125 @@ RECONNECT_MAX = 2
 
 
 @pytest.fixture
-def own_broker(lab, broker_release):
+def restartable_broker(services, broker_release):
     """One that can be stopped."""
-    return lab.redis() if broker_release.family == "redis" else lab.rabbitmq().wait().vhost()
+    return services.redis() if broker_release.family == "redis" else services.rabbitmq().wait().vhost()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_outage(lab, own_broker, request, number):
+def test_outage(services, restartable_broker, request, number):
     """Counters kept, /healthz 200 and /healthz?ready 503 meanwhile, counting goes on within reconnect_max + 1 s."""
-    rig = lab.rig(own_broker, {"broker": {"reconnect_max": f"{RECONNECT_MAX}s"}, "state": {"worker_timeout": 0}})
-    before = rig.play(ev.heartbeat(), ev.received("a"), ev.received("b"), ev.succeeded("c", runtime=1.5))
+    harness = services.harness(restartable_broker, {"broker": {"reconnect_max": f"{RECONNECT_MAX}s"}, "state": {"worker_timeout": 0}})
+    before = harness.publish(ev.heartbeat(), ev.received("a"), ev.received("b"), ev.succeeded("c", runtime=1.5))
     assert before.one(PREFETCHED, worker=W, task="add") == 2
 
-    own_broker.stop(number)
-    wait_until(lambda: rig.exporter.healthz(ready=True)[0] == 503, 5, "not ready")
+    restartable_broker.stop(number)
+    wait_until(lambda: harness.exporter.healthz(ready=True)[0] == 503, 5, "not ready")
     end = time.monotonic() + request.config.getoption("--outage")
     while time.monotonic() < end:
-        assert rig.exporter.healthz()[0] == 200
-        assert rig.exporter.healthz(ready=True)[0] == 503
-        assert rig.metrics().total(EVENTS) == before.total(EVENTS)
+        assert harness.exporter.healthz()[0] == 200
+        assert harness.exporter.healthz(ready=True)[0] == 503
+        assert harness.metrics().total(EVENTS) == before.total(EVENTS)
         time.sleep(0.1)
 
-    own_broker.start()
-    rig.exporter.ready(RECONNECT_MAX + 1)
-    publisher = lab.publisher(own_broker, rig.exchange)
+    restartable_broker.start()
+    harness.exporter.ready(RECONNECT_MAX + 1)
+    publisher = services.publisher(restartable_broker, harness.exchange)
     publisher.send(ev.received("d", at=9))
-    after = rig.exporter.wait_for(lambda m: m.events("received", W) == 3, 2)
+    after = harness.exporter.wait_for(lambda m: m.events("received", W) == 3, 2)
     assert after.one(PREFETCHED, worker=W, task="add") == 1, "sets start empty after a gap"
     assert after.one(ONLINE, worker=W) == 1
     assert after.one(f"{RUNTIME}_sum", worker=W, task="") == 1.5
     assert after.total(EVENTS) == before.total(EVENTS) + 1
     publisher.send(ev.started("a", at=10))
-    after = rig.exporter.wait_for(lambda m: m.events("started", W, "add") == 1, 5, "names are remembered")
+    after = harness.exporter.wait_for(lambda m: m.events("started", W, "add") == 1, 5, "names are remembered")
     assert after.one(PREFETCHED, worker=W, task="add") == 1
 
 
-def test_started_before_its_broker(lab, own_broker):
+def test_started_before_its_broker(services, restartable_broker):
     """It waits, serves, and goes on by itself."""
-    own_broker.stop(signal.SIGKILL)
-    exporter = lab.exporter(None, {"broker": {"url": own_broker.url, "reconnect_max": "1s"}})
+    restartable_broker.stop(signal.SIGKILL)
+    exporter = services.exporter(None, {"broker": {"url": restartable_broker.url, "reconnect_max": "1s"}})
     assert exporter.healthz()[0] == 200 and exporter.healthz(ready=True)[0] == 503
-    own_broker.start()
+    restartable_broker.start()
     exporter.ready(3)
-    lab.publisher(own_broker).send(ev.received())
+    services.publisher(restartable_broker).send(ev.received())
     exporter.wait_for(lambda m: m.events("received") == 1)
 
 
 @pytest.mark.short_form
-def test_worker_and_exporter_find_each_other_again(lab, own_broker):
+def test_worker_and_exporter_find_each_other_again(services, restartable_broker):
     """A real worker, told to send events only by our broadcasts, after its broker has come back."""
-    worker = lab.worker(own_broker).ready()
-    exporter = lab.exporter(own_broker, {"broker": {"reconnect_max": "1s"}, "events": {"enable_interval": "500ms"}})
-    with client(own_broker) as app:
+    worker = services.worker(restartable_broker).ready()
+    exporter = services.exporter(restartable_broker, {"broker": {"reconnect_max": "1s"}, "events": {"enable_interval": "500ms"}})
+    with client(restartable_broker) as app:
         wait_until(lambda: "enabled by remote" in worker.log(), 20, worker.log)
         app.send_task("add", (1, 2))
         exporter.wait_for(lambda m: m.events("succeeded", task="add") == 1)
-    own_broker.stop(signal.SIGKILL)
+    restartable_broker.stop(signal.SIGKILL)
     wait_until(lambda: exporter.healthz(ready=True)[0] == 503, 5, "not ready")
-    own_broker.start()
+    restartable_broker.start()
     exporter.ready(10)
-    with client(own_broker) as app:
+    with client(restartable_broker) as app:
         app.send_task("add", (3, 4))
         exporter.wait_for(lambda m: m.events("succeeded", task="add") == 2, 60)
 
 
-def test_silent_redis(lab, redis):
+def test_silent_redis(services, redis):
     """A server that neither closes nor answers is an outage, too."""
-    rig = lab.rig(redis, {"broker": {"reconnect_max": "1s", "connect_timeout": "1s"}})
+    harness = services.harness(redis, {"broker": {"reconnect_max": "1s", "connect_timeout": "1s"}})
     redis.process.send(signal.SIGSTOP)
-    wait_until(lambda: rig.exporter.healthz(ready=True)[0] == 503, 60, "not ready")
-    assert rig.exporter.healthz()[0] == 200
+    wait_until(lambda: harness.exporter.healthz(ready=True)[0] == 503, 60, "not ready")
+    assert harness.exporter.healthz()[0] == 200
     redis.process.send(signal.SIGCONT)
-    rig.exporter.ready(10)
-    assert rig.play(ev.received()).events("received") == 1
+    harness.exporter.ready(10)
+    assert harness.publish(ev.received()).events("received") == 1
 
 
 @pytest.mark.short_form
-def test_connections_are_killed(lab, redis):
+def test_connections_are_killed(services, redis):
     """As an administrator or a firewall does: back at once, and said in the log."""
-    rig = lab.rig(redis, {"broker": {"reconnect_max": "1s"}})
-    rig.play(ev.received())
+    harness = services.harness(redis, {"broker": {"reconnect_max": "1s"}})
+    harness.publish(ev.received())
     for kind in ("pubsub", "normal"):
         redis.client().execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
         wait_until(lambda: redis.client().pubsub_numpat() == 1, 10, "subscribed again")
-        rig.exporter.ready(10)
-        rig.publisher.connection.release()
-        rig.publisher = lab.publisher(redis, rig.exchange)
-        count = rig.metrics().events("received", W)
-        assert rig.play(ev.received("again", at=count)).events("received", W) == count + 1
+        harness.exporter.ready(10)
+        harness.publisher.connection.release()
+        harness.publisher = services.publisher(redis, harness.exchange)
+        count = harness.metrics().events("received", W)
+        assert harness.publish(ev.received("again", at=count)).events("received", W) == count + 1
 
 
 @pytest.mark.short_form
-def test_cut_off_by_the_server(lab, redis):
+def test_cut_off_by_the_server(services, redis):
     """A subscriber that lags is disconnected, and what it had not read is gone: known, so that sets start empty.
 
     The messages have 14 KB: Valkey 9 does not count those above about 16 KB towards the limit.
     """
     redis.client().config_set("client-output-buffer-limit", "pubsub 1mb 0 0")
-    rig = lab.rig(redis, {"broker": {"reconnect_max": "1s"}})
-    assert rig.play(ev.received("before")).one(PREFETCHED, worker=W, task="add") == 1
-    message = json.dumps(envelope(json.dumps([ev.received(f"{n}") for n in range(40)]), exchange=rig.exchange))
+    harness = services.harness(redis, {"broker": {"reconnect_max": "1s"}})
+    assert harness.publish(ev.received("before")).one(PREFETCHED, worker=W, task="add") == 1
+    message = json.dumps(envelope(json.dumps([ev.received(f"{n}") for n in range(40)]), exchange=harness.exchange))
     assert 12_000 < len(message) < 15_000
     client = redis.client()
-    rig.exporter.send(signal.SIGSTOP)
+    harness.exporter.send(signal.SIGSTOP)
     wait_until(
-        lambda: not all(client.publish(f"/0.{rig.exchange}/task.multi", message) for _ in range(100)),
+        lambda: not all(client.publish(f"/0.{harness.exchange}/task.multi", message) for _ in range(100)),
         30,
         "the server has disconnected the subscriber",
     )
-    rig.exporter.send(signal.SIGCONT)
+    harness.exporter.send(signal.SIGCONT)
     wait_until(lambda: redis.client().pubsub_numpat(), 10, "it has subscribed again")
-    rig.exporter.ready(10)
-    assert rig.play(ev.received("after")).one(PREFETCHED, worker=W, task="add") == 1
+    harness.exporter.ready(10)
+    assert harness.publish(ev.received("after")).one(PREFETCHED, worker=W, task="add") == 1
 
 
-def test_exchange_that_differs(lab, vhost):
+def test_exchange_that_differs(services, vhost):
     """A declaration that is refused (406): not ready, and the log says what the server says."""
     with vhost.connection() as connection:
         connection.channel().exchange_declare("celeryev", "fanout", durable=True, auto_delete=False)
-        exporter = lab.exporter(None, {"broker": {"url": vhost.url, "reconnect_max": "500ms"}})
+        exporter = services.exporter(None, {"broker": {"url": vhost.url, "reconnect_max": "500ms"}})
         wait_until(
             lambda: "celeryev" in exporter.log() and "406" in exporter.log() or "PRECONDITION" in exporter.log(),
             15,
@@ -148,9 +148,9 @@ def test_exchange_that_differs(lab, vhost):
         exporter.ready(10)
 
 
-def test_queue_of_our_own(lab, vhost):
+def test_queue_of_our_own(services, vhost):
     """Exclusive, bounded in bytes, without a TTL that loses events; gone with us."""
-    exporter = lab.exporter(vhost)
+    exporter = services.exporter(vhost)
     columns = "name", "exclusive", "durable", "arguments"
     listed = [
         line for line in vhost.server.ctl("list_queues", "-p", vhost.vhost, *columns).splitlines() if "celeryev" in line

@@ -19,7 +19,7 @@ from support.events import W
 from support.exposition import EVENTS, EXECUTING, ONLINE, PREFETCH_TIME, PREFETCHED
 from support.processes import wait_until
 from support.publish import Publisher
-from support.resources import held
+from support.resources import descriptors_and_threads
 
 #: Each task of this fixed set comes again and again, so that the state is of one size.
 TASKS, WORKERS, NAMES = 240, 4, 3
@@ -35,15 +35,15 @@ NOISE = 32 << 10
 
 
 class Soak:
-    def __init__(self, lab, broker, seed):
-        self.lab, self.broker, self.path, self.random = lab, broker, lab.proxy(broker), random.Random(seed)
+    def __init__(self, services, broker, seed):
+        self.services, self.broker, self.path, self.random = services, broker, services.proxy(broker), random.Random(seed)
         settings = {
             "broker": {"reconnect_max": "1s"},
             "state": {"max_tasks": 2 * TASKS, "worker_timeout": 0},
             "metrics": {"self_metrics": True},
         }
-        self.rig = lab.rig(broker, settings, path=self.path, env=JEMALLOC)
-        self.exporter, self.steps = self.rig.exporter, 0
+        self.harness = services.harness(broker, settings, path=self.path, env=JEMALLOC)
+        self.exporter, self.steps = self.harness.exporter, 0
 
     # Load: each step one task is received, an earlier one started, a still earlier one ended.
 
@@ -69,7 +69,7 @@ class Soak:
             while not over.wait(0.1):
                 with (
                     contextlib.suppress(OSError, amqp.AMQPError, redis.RedisError, kombu.exceptions.KombuError),
-                    Publisher(self.broker, self.rig.exchange) as publisher,
+                    Publisher(self.broker, self.harness.exchange) as publisher,
                 ):
                     while not over.wait(0.01):
                         publisher.send([*self.batch()])
@@ -138,28 +138,28 @@ class Soak:
         On a fresh connection: buffers grow with what they have read.
         """
         self.exporter.ready()
-        self.rig.publisher = self.lab.publisher(self.broker, self.rig.exchange)
-        self.rig.settle()  # the last fault may not have been noticed yet
+        self.harness.publisher = self.services.publisher(self.broker, self.harness.exchange)
+        self.harness.settle()  # the last fault may not have been noticed yet
         first = self.steps
         self.steps += TASKS
         tasks = range(first, self.steps)
-        before = self.rig.play().total(EVENTS)  # with the last events of the load, which may still be on their way
-        all_ = self.rig.play([self.received(step) for step in tasks], ev.heartbeat(active=3))
+        before = self.harness.publish().total(EVENTS)  # with the last events of the load, which may still be on their way
+        all_ = self.harness.publish([self.received(step) for step in tasks], ev.heartbeat(active=3))
         assert all_.total(PREFETCHED) == TASKS
         assert (all_.one(ONLINE, worker=W), all_.one(EXECUTING, worker=W)) == (1, 3)
-        none = self.rig.play(
+        none = self.harness.publish(
             [self.event(ev.started, step, 0.1) for step in tasks],
             [self.event(ev.succeeded, step, 0.2, runtime=0.1) for step in tasks],
         )
         assert none.total(PREFETCHED) == none.total(PREFETCH_TIME) == 0
         assert none.total(EVENTS) == before + 3 * TASKS
         self.path.cut()
-        return *self.held(), self.allocated()
+        return *self.settled_descriptors_and_threads(), self.allocated()
 
-    def held(self):
+    def settled_descriptors_and_threads(self):
         """Once that has not changed for a second and a half: what broke must be seen first, and made anew."""
         seen = []
-        wait_until(lambda: seen.append(held(self.exporter)) or seen[-75:] == seen[-1:] * 75, 20, lambda: seen)
+        wait_until(lambda: seen.append(descriptors_and_threads(self.exporter)) or seen[-75:] == seen[-1:] * 75, 20, lambda: seen)
         return seen[-1]
 
     def allocated(self, samples=10):
@@ -179,21 +179,21 @@ class Soak:
 
 
 @pytest.fixture(params=["redis", "rabbitmq"])
-def soaked(request, lab):
+def soaked(request, services):
     if request.param == "redis":
-        return lab.redis()
+        return services.redis()
     if request.config.getoption("--faults") < LONG:
         return request.getfixturevalue("vhost")
-    return lab.rabbitmq().wait().vhost()
+    return services.rabbitmq().wait().vhost()
 
 
 @pytest.mark.timeout(3600)
-def test_soak(lab, soaked, request):
+def test_soak(services, soaked, request):
     """At the end all is counted, no task is stuck; bytes, threads and descriptors are what they were after warm-up."""
     faults, seed = request.config.getoption("--faults"), request.config.getoption("--fault-seed")
     seed = random.SystemRandom().randrange(10**9) if seed is None else seed
     print(f"--faults {faults} --fault-seed {seed}")
-    soak = Soak(lab, soaked, seed)
+    soak = Soak(services, soaked, seed)
     kinds = {"cut": 5, "reset": 5, "stall": 5, "drop": 3, "kill": 3, "freeze": 3, "restart": 3}
     if soaked.name == "rabbitmq":
         kinds |= {"kill": 1, "restart": 0.5 if faults >= LONG else 0}
@@ -215,5 +215,5 @@ def test_soak(lab, soaked, request):
     print(f"descriptors, threads, bytes: {first} after warm-up, {last} at the end")
     assert int(reconnects) > faults / 3
     assert last[2] <= first[2] + NOISE, (first, last)
-    no_more = lambda: all(now <= then for now, then in zip(held(soak.exporter), first))  # noqa: E731
+    no_more = lambda: all(now <= then for now, then in zip(descriptors_and_threads(soak.exporter), first))  # noqa: E731
     wait_until(no_more, 15, lambda: (first, last))

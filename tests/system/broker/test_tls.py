@@ -13,7 +13,7 @@ import pytest
 from support import events as ev
 from support.certificates import Authority, junk
 from support.cli import Run
-from support.exporter import key, merge, toml
+from support.exporter import merge, nested, toml
 from support.processes import directory, free_port, wait_until
 from support.rabbitmq import USER
 from support.tls import FAST, Secure, rabbitmq_with_tls, redis_over_tls
@@ -22,24 +22,24 @@ from support.worker import client
 pytestmark = pytest.mark.every_release
 
 @pytest.fixture
-def secure(lab, shared, pki, broker_release):
+def secure(services, shared, pki, broker_release):
     if broker_release.family == "redis":
-        return redis_over_tls(lab, pki)
-    node, port = shared.get(broker_release, "TLS", lambda lab: rabbitmq_with_tls(lab, pki))
+        return redis_over_tls(services, pki)
+    node, port = shared.get(broker_release, "TLS", lambda services: rabbitmq_with_tls(services, pki))
     vhost = node.vhost()
     return Secure(pki, vhost, "amqps", f"{USER}:p%40ss%2Fw%3Ard%25@", f"/{vhost.vhost}", port, node.port)
 
 
-def counts(lab, secure, settings):
-    exporter = lab.exporter(None, settings).ready()
-    lab.publisher(secure.broker).send(ev.received())
+def counts(services, secure, settings):
+    exporter = services.exporter(None, settings).ready()
+    services.publisher(secure.broker).send(ev.received())
     exporter.wait_for(lambda m: m.events("received") == 1)
     return exporter
 
 
-def refused(lab, settings, *said):
+def refused(services, settings, *said):
     """One line of the log holds all that is said, in time, and the program goes on trying."""
-    exporter = lab.exporter(None, settings)
+    exporter = services.exporter(None, settings)
 
     def complaint():
         return [line for line in exporter.log().splitlines() if all(re.search(part, line) for part in said)]
@@ -49,30 +49,30 @@ def refused(lab, settings, *said):
 
 
 @pytest.mark.short_form
-def test_settings_let_in(lab, secure):
+def test_settings_let_in(services, secure):
     """Own CA and client certificate. Nothing is warned of."""
-    assert "WARN" not in counts(lab, secure, secure.settings()).log()
+    assert "WARN" not in counts(services, secure, secure.settings()).log()
 
 
-def test_parameters_let_in(lab, secure, pki):
+def test_parameters_let_in(services, secure, pki):
     """As Celery users write them; they win over the settings."""
     url = secure.url(cert_reqs="required", ca_certs=pki.ca, certfile=pki.client.cert, keyfile=pki.client.key)
-    counts(lab, secure, merge({"broker": {"url": url, "tls": {"ca_file": str(pki.other), "cert_file": str(pki.server.cert)}}}, FAST))
+    counts(services, secure, merge({"broker": {"url": url, "tls": {"ca_file": str(pki.other), "cert_file": str(pki.server.cert)}}}, FAST))
 
 
-def test_certificate_and_key_in_one_file(lab, secure, pki):
-    counts(lab, secure, secure.settings(cert_file=pki.client.both, key_file=None))
+def test_certificate_and_key_in_one_file(services, secure, pki):
+    counts(services, secure, secure.settings(cert_file=pki.client.both, key_file=None))
 
 
-def test_plain_scheme_with_parameters(lab, secure, pki):
+def test_plain_scheme_with_parameters(services, secure, pki):
     """An ssl_ parameter turns TLS on, as in kombu; so does the setting."""
     url = secure.url().replace("rediss:", "redis:").replace("amqps:", "amqp:")
-    counts(lab, secure, secure.settings(f"{url}?ssl_cert_reqs=required"))
-    counts(lab, secure, secure.settings(url, enabled=True))
+    counts(services, secure, secure.settings(f"{url}?ssl_cert_reqs=required"))
+    counts(services, secure, secure.settings(url, enabled=True))
 
 
 @pytest.mark.parametrize("where", ["setting", "parameter"])
-def test_any_host_name(lab, secure, where):
+def test_any_host_name(services, secure, where):
     """The name is not looked at; the chain still is."""
     if where == "setting":
         def settings(**tls):
@@ -80,59 +80,59 @@ def test_any_host_name(lab, secure, where):
     else:
         def settings(**tls):
             return secure.settings(secure.url("localhost", check_hostname="false"), **tls)
-    counts(lab, secure, settings())
-    refused(lab, settings(ca_file=secure.pki.other), "unknown issuer", "broker.tls.ca_file")
+    counts(services, secure, settings())
+    refused(services, settings(ca_file=secure.pki.other), "unknown issuer", "broker.tls.ca_file")
 
 
 @pytest.mark.parametrize("where", ["setting", "parameter"])
-def test_verify_nothing(lab, secure, where):
+def test_verify_nothing(services, secure, where):
     """It is warned of, once."""
     if where == "setting":
         settings = secure.settings(secure.url("localhost"), ca_file=secure.pki.other, insecure_skip_verify=True)
     else:
         settings = secure.settings(secure.url("localhost", cert_reqs="none"), ca_file=secure.pki.other)
-    assert counts(lab, secure, settings).log().count("is not verified") == 1
+    assert counts(services, secure, settings).log().count("is not verified") == 1
 
 
-def test_optional_is_required(lab, secure):
-    refused(lab, secure.settings(secure.url(cert_reqs="optional"), ca_file=secure.pki.other, insecure_skip_verify=True),
+def test_optional_is_required(services, secure):
+    refused(services, secure.settings(secure.url(cert_reqs="optional"), ca_file=secure.pki.other, insecure_skip_verify=True),
             "unknown issuer")
 
 
 @pytest.mark.short_form
-def test_wrong_ca(lab, secure):
-    refused(lab, secure.settings(ca_file=secure.pki.other), "unknown issuer", "broker.tls.ca_file")
+def test_wrong_ca(services, secure):
+    refused(services, secure.settings(ca_file=secure.pki.other), "unknown issuer", "broker.tls.ca_file")
 
 
-def test_bare_url_verifies(lab, secure):
+def test_bare_url_verifies(services, secure):
     """Against the system's roots. The line names what turns it off."""
-    refused(lab, secure.settings(ca_file=None), "unknown issuer", "insecure_skip_verify", "ssl_cert_reqs=none")
+    refused(services, secure.settings(ca_file=None), "unknown issuer", "insecure_skip_verify", "ssl_cert_reqs=none")
 
 
-def test_wrong_host_name(lab, secure):
-    refused(lab, secure.settings(secure.url("localhost")), "another host name", "localhost", "broker.tls.check_hostname")
+def test_wrong_host_name(services, secure):
+    refused(services, secure.settings(secure.url("localhost")), "another host name", "localhost", "broker.tls.check_hostname")
 
 
-def test_plaintext_port(lab, secure):
-    refused(lab, secure.settings(secure.url(port=secure.plain_port)), "speak TLS on this port")
+def test_plaintext_port(services, secure):
+    refused(services, secure.settings(secure.url(port=secure.plain_port)), "speak TLS on this port")
 
 
 @pytest.mark.short_form
-def test_no_client_certificate(lab, secure):
-    refused(lab, secure.settings(cert_file=None, key_file=None), "client certificate", "broker.tls.cert_file")
+def test_no_client_certificate(services, secure):
+    refused(services, secure.settings(cert_file=None, key_file=None), "client certificate", "broker.tls.cert_file")
 
 
-def test_client_certificate_of_another(lab, secure):
+def test_client_certificate_of_another(services, secure):
     stranger = Authority("stranger").issue("client")
-    refused(lab, secure.settings(cert_file=stranger.cert, key_file=stranger.key), "client certificate", "may not accept",
+    refused(services, secure.settings(cert_file=stranger.cert, key_file=stranger.key), "client certificate", "may not accept",
             "broker.tls.cert_file")
 
 
 @pytest.mark.usefixtures("redis_release")
-def test_no_client_certificate_in_tls_1_2(lab, pki):
-    secure = redis_over_tls(lab, pki, "--tls-protocols", "TLSv1.2")
-    counts(lab, secure, secure.settings())
-    refused(lab, secure.settings(cert_file=None, key_file=None), "client certificate", "broker.tls.cert_file")
+def test_no_client_certificate_in_tls_1_2(services, pki):
+    secure = redis_over_tls(services, pki, "--tls-protocols", "TLSv1.2")
+    counts(services, secure, secure.settings())
+    refused(services, secure.settings(cert_file=None, key_file=None), "client certificate", "broker.tls.cert_file")
 
 
 @contextlib.contextmanager
@@ -153,13 +153,13 @@ def listener(files):
 
 
 @pytest.mark.parametrize("url", ["rediss://127.0.0.1:{}/0", "amqps://127.0.0.1:{}//"])
-def test_expired(lab, pki, url):
+def test_expired(services, pki, url):
     with listener(pki.expired) as port:
-        refused(lab, merge({"broker": {"url": url.format(port), "tls": {"ca_file": str(pki.ca)}}}, FAST), "has expired", "renewed")
+        refused(services, merge({"broker": {"url": url.format(port), "tls": {"ca_file": str(pki.ca)}}}, FAST), "has expired", "renewed")
 
 
 @pytest.mark.short_form
-def test_real_worker(lab, secure, pki):
+def test_real_worker(services, secure, pki):
     """Over TLS itself, and told by us to send events."""
     if secure.name == "redis":
         url = secure.url(cert_reqs="required", ca_certs=pki.ca, certfile=pki.client.cert, keyfile=pki.client.key)
@@ -168,8 +168,8 @@ def test_real_worker(lab, secure, pki):
         url = secure.url()
         conf = {"broker_use_ssl": {"cert_reqs": ssl.CERT_REQUIRED, "ca_certs": str(pki.ca), "certfile": str(pki.client.cert),
                                    "keyfile": str(pki.client.key)}}
-    lab.worker(SimpleNamespace(url=url, options={}), conf=conf).ready()
-    exporter = lab.exporter(None, merge(secure.settings(), {"events": {"enable_interval": "500ms"}})).ready()
+    services.worker(SimpleNamespace(url=url, options={}), conf=conf).ready()
+    exporter = services.exporter(None, merge(secure.settings(), {"events": {"enable_interval": "500ms"}})).ready()
     with client(secure.broker) as app:
         def counted():
             app.send_task("add", (1, 2))
@@ -199,20 +199,20 @@ def test_files_that_cannot_be_used(pki, what):
     environment = {f"FLOWER_EXPORTER_BROKER__TLS__{name.upper()}": value for name, value in tls.items()}
     listen = "-l", f"127.0.0.1:{free_port()}"
     for args in ([], ["--check-config"]):
-        line = Run("-b", "rediss://127.0.0.1/0", *listen, *args, env=environment).complaint()
+        line = Run("-b", "rediss://127.0.0.1/0", *listen, *args, env=environment).error_line()
         assert f"broker.tls.{wrong}" in line and tls[wrong] in line
     url = "amqps://h//?" + urlencode({parameters[name]: value for name, value in tls.items()})
-    line = Run("-b", url, *listen).complaint()
+    line = Run("-b", url, *listen).error_line()
     assert parameters[wrong] in line and tls[wrong] in line
 
 
 @pytest.mark.usefixtures("redis_release")
-def test_file_that_goes_later(lab, pki):
+def test_file_that_goes_later(services, pki):
     """An attempt that fails, like any other; and read again on the next one."""
     file = directory("tls") / "ca.pem"
     file.write_bytes(pki.ca.read_bytes())
-    secure = redis_over_tls(lab, pki)
-    exporter = counts(lab, secure, secure.settings(ca_file=file))
+    secure = redis_over_tls(services, pki)
+    exporter = counts(services, secure, secure.settings(ca_file=file))
     file.unlink()
     secure.broker.client().execute_command("CLIENT", "KILL", "TYPE", "pubsub")
     wait_until(lambda: "broker.tls.ca_file" in exporter.log() and str(file) in exporter.log(), 10, exporter.log)
@@ -227,9 +227,9 @@ def test_file_that_goes_later(lab, pki):
     ({"broker": {"url": "redis+socket:///run/redis.sock", "tls": {"enabled": True}}}, "redis\\+socket"),
 ], ids=str)
 def test_contradictions(settings, said):
-    line = Run("-c", junk(toml(settings))).complaint()
+    line = Run("-c", junk(toml(settings))).error_line()
     assert "broker.tls.enabled" in line and re.search(said, line)
 
 
-def test_tls_may_be_off(lab, shared_redis):
-    lab.exporter(shared_redis, key("broker.tls.enabled", False))
+def test_tls_may_be_off(services, shared_redis):
+    services.exporter(shared_redis, nested("broker.tls.enabled", False))

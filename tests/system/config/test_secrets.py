@@ -13,7 +13,7 @@ import pytest
 from support import events as ev
 from support.certificates import Authority
 from support.cli import Run
-from support.exporter import key, toml
+from support.exporter import nested, toml
 from support.processes import directory, free_port, wait_until
 from support.sentinel import MASTER, Sentinel
 from support.tls import redis_over_tls
@@ -71,9 +71,9 @@ SOURCES = ["file", "url_file", "environment", "command line"]
 
 
 @pytest.mark.parametrize("source, form", [*zip(SOURCES, ["text", "json", "json", "text"])], ids=SOURCES)
-def test_while_it_runs(lab, vhost, home, source, form):
+def test_while_it_runs(services, vhost, home, source, form):
     """Refused connections, refused passwords, failed TLS, a subscription at last, reloads, an outage, the end."""
-    redis, other = lab.redis(password=SECRET), lab.redis(password="right")
+    redis, other = services.redis(password=SECRET), services.redis(password="right")
     urls = [
         f"redis://:{lower(ENCODED)}@127.0.0.1:{free_port()}/0",
         f"amqp://tester:{ENCODED}@127.0.0.1:{vhost.server.port}/{vhost.vhost}",
@@ -96,13 +96,13 @@ def test_while_it_runs(lab, vhost, home, source, form):
     broker = {"file": {"url": url}, "url_file": {"url_file": str(url_file)}}.get(source, {})
     broker |= {"reconnect_max": "200ms"}
     settings = {**LOUD, "broker": broker, "log": {"level": "trace", "format": form}}
-    exporter = lab.exporter(
+    exporter = services.exporter(
         None, settings, ready=False,
         env={"FLOWER_EXPORTER_BROKER__URL": url} if source == "environment" else None,
         args=["-b", url] if source == "command line" else [],
     ).ready()  # fmt: skip
     assert all(re.search(word, exporter.log(), re.I) for word in said), exporter.log()
-    lab.publisher(redis).send(ev.received())
+    services.publisher(redis).send(ev.received())
     exporter.wait_for(lambda m: m.events("received") == 1)
     told(exporter)
 
@@ -110,7 +110,7 @@ def test_while_it_runs(lab, vhost, home, source, form):
     bad = (
         f'{good}[broker.redis]\nsentinel_password = "{TRACE}',
         f"{good}x = '{ENCODED}'",
-        toml(key("broker.url", ENCODED)),
+        toml(nested("broker.url", ENCODED)),
     )
     for number, text in enumerate([*bad, good.replace(TRACE, TRACE + "new")], 1):
         exporter.write(text)
@@ -129,12 +129,12 @@ def test_while_it_runs(lab, vhost, home, source, form):
     clean(exporter.log())
 
 
-def test_a_server_that_repeats_what_it_refuses(lab):
+def test_a_server_that_repeats_what_it_refuses(services):
     """Redis quotes the arguments of a command that it does not know, and an administrator may have taken AUTH away."""
-    redis = lab.redis(args=["--rename-command", "AUTH", ""])
+    redis = services.redis(args=["--rename-command", "AUTH", ""])
     for userinfo in (f":{ENCODED}", f"user:{ENCODED}"):
         settings = {**LOUD, "broker": {"url": f"redis://{userinfo}@127.0.0.1:{redis.port}/0", "reconnect_max": "100ms"}}
-        exporter = lab.exporter(None, settings)
+        exporter = services.exporter(None, settings)
         wait_until(lambda: exporter.log().count("unknown command") >= 2, 10, exporter.log)
         told(exporter)
 
@@ -150,12 +150,12 @@ SENTINELS = {
 
 
 @pytest.mark.parametrize("options, password, said", SENTINELS.values(), ids=SENTINELS)
-def test_sentinels(lab, options, password, said):
+def test_sentinels(services, options, password, said):
     """Theirs and the master's, whichever is refused."""
     port = free_port()
     if options:
-        sentinel = Sentinel(lab.redis(password=password), **options)
-        lab.callback(sentinel.stop)
+        sentinel = Sentinel(services.redis(password=password), **options)
+        services.callback(sentinel.stop)
         wait_until(lambda: sentinel.knows(0, 0), 10, "the Sentinel answers")
         port = sentinel.port
     name = "another" if "no master" in said else MASTER
@@ -164,7 +164,7 @@ def test_sentinels(lab, options, password, said):
         "redis": {"master_name": name, "sentinel_password": SECRET},
         "reconnect_max": "100ms",
     }
-    exporter = lab.exporter(None, {**LOUD, "broker": broker})
+    exporter = services.exporter(None, {**LOUD, "broker": broker})
     wait_until(lambda: said in exporter.log(), 10, exporter.log)
     told(exporter)
     shown = clean_run("-c", exporter.config, "--check-config", code=0)
@@ -187,11 +187,11 @@ def key_is_not_in(text, key_file):
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_key_while_it_runs(lab, pki, form):
+def test_key_while_it_runs(services, pki, form):
     """Let in, and refused for another CA; at every level of talk."""
-    secure = redis_over_tls(lab, pki)
+    secure = redis_over_tls(services, pki)
     for settings in (secure.settings(), secure.settings(ca_file=pki.other)):
-        exporter = lab.exporter(None, {**settings, "log": {"level": "trace", "format": form}})
+        exporter = services.exporter(None, {**settings, "log": {"level": "trace", "format": form}})
         wait_until(lambda: re.search("listening|unknown issuer", exporter.log()), 10, exporter.log)
         key_is_not_in(exporter.log() + str(exporter.healthz()), pki.client.key)
         run = Run("-c", exporter.config, "--check-config")
@@ -266,9 +266,9 @@ URLS = [
 def test_mistakes_in_urls(home, url):
     """From each source: one line that says what is wrong."""
     (home / "url").write_text(url)
-    (home / "url_file.toml").write_text(toml(key("broker.url_file", str(home / "url"))))
-    (home / "url.toml").write_text(toml(key("broker.url", url)))
-    (home / "list.toml").write_text(toml(key("broker.url", ["redis://h/0", url])))
+    (home / "url_file.toml").write_text(toml(nested("broker.url_file", str(home / "url"))))
+    (home / "url.toml").write_text(toml(nested("broker.url", url)))
+    (home / "list.toml").write_text(toml(nested("broker.url", ["redis://h/0", url])))
     environment = {"FLOWER_EXPORTER_BROKER__URL": url}
     files = [["-c", home / name] for name in ("url_file.toml", "url.toml", "list.toml")]
     for args, env in [*((args, None) for args in files), (["-b", url], None), ([], environment)]:
@@ -325,7 +325,7 @@ def test_mistakes_around_secrets(home, text):
 )  # fmt: skip
 def test_a_url_where_none_belongs(home, name):
     """In another text setting, it is masked like anywhere."""
-    (home / "settings.toml").write_text(toml(key(name, f"redis://u:{ENCODED}@h/0")))
+    (home / "settings.toml").write_text(toml(nested(name, f"redis://u:{ENCODED}@h/0")))
     run = Run("-c", home / "settings.toml", "--check-config")
     clean(run.out + run.err)
 

@@ -7,7 +7,7 @@ import pytest
 
 from support import events as ev
 from support.cli import SECRET, Run
-from support.exporter import key, toml
+from support.exporter import nested, toml
 from support.processes import ROOT, directory, free_port, wait_until
 
 
@@ -87,8 +87,8 @@ WRONG = [
 @pytest.mark.parametrize("path, value", WRONG, ids=[f"{path}={value!r}" for path, value in WRONG])
 def test_wrong_in_the_file(file, path, value):
     """One line that names the source and the key."""
-    source = file(key(path, value))
-    line = Run("-c", source).complaint()
+    source = file(nested(path, value))
+    line = Run("-c", source).error_line()
     assert str(source) in line
     assert path in line or path.split(".")[-1] in line
 
@@ -111,7 +111,7 @@ def test_wrong_in_the_file(file, path, value):
     ],
 )
 def test_wrong_in_the_environment(name, value):
-    assert f"FLOWER_EXPORTER_{name}" in Run(env={f"FLOWER_EXPORTER_{name}": value}).complaint()
+    assert f"FLOWER_EXPORTER_{name}" in Run(env={f"FLOWER_EXPORTER_{name}": value}).error_line()
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_wrong_on_the_command_line(args):
 
 def test_wrong_value_on_the_command_line_is_one_line():
     for args in (["-b", "nonsense"], ["-l", "nowhere"], ["--log-level", "loud"]):
-        Run(*args).complaint()
+        Run(*args).error_line()
 
 
 UNKNOWN_TRANSPORTS = [
@@ -155,26 +155,26 @@ UNKNOWN_TRANSPORTS = [
 @pytest.mark.parametrize("url", UNKNOWN_TRANSPORTS)
 def test_transports_we_do_not_have(url):
     """Refused by name, with the list of those we have."""
-    line = Run("-b", url.format(SECRET)).complaint()
+    line = Run("-b", url.format(SECRET)).error_line()
     assert url.split(";")[-1].split(":")[0] in line
     assert all(name in line for name in ("redis", "redis+socket", "amqp", "pyamqp"))
 
 
 SECRETS = [
-    key("broker.url", f"redis://user:{SECRET}@127.0.0.1:notaport/0"),
-    key("broker.url", f"redis://:{SECRET}@127.0.0.1/database"),
-    key("broker.url", f"amqp://u:{SECRET}@h:99999//"),
-    key("broker.url", f"amqp://u:{SECRET}@[::1//"),
-    key("broker.url", f"htp://u:{SECRET}@127.0.0.1/"),
-    key("broker.url", f"u:{SECRET}@127.0.0.1"),
-    key("broker.url", [f"redis://:{SECRET}@127.0.0.1/0", "nonsense"]),
-    key("broker.url", f"redis://127.0.0.1/0;amqp://u:{SECRET}"),
-    key("broker.redis.sentinel_password", [SECRET]),
+    nested("broker.url", f"redis://user:{SECRET}@127.0.0.1:notaport/0"),
+    nested("broker.url", f"redis://:{SECRET}@127.0.0.1/database"),
+    nested("broker.url", f"amqp://u:{SECRET}@h:99999//"),
+    nested("broker.url", f"amqp://u:{SECRET}@[::1//"),
+    nested("broker.url", f"htp://u:{SECRET}@127.0.0.1/"),
+    nested("broker.url", f"u:{SECRET}@127.0.0.1"),
+    nested("broker.url", [f"redis://:{SECRET}@127.0.0.1/0", "nonsense"]),
+    nested("broker.url", f"redis://127.0.0.1/0;amqp://u:{SECRET}"),
+    nested("broker.redis.sentinel_password", [SECRET]),
     {
         "broker": {"url": f"redis://u:{SECRET}@h/0", "redis": {"sentinel_password": SECRET}},
         "state": {"max_workers": "x"},
     },
-    key("broker.redis.sentinel_passwort", SECRET),
+    nested("broker.redis.sentinel_passwort", SECRET),
     f'[broker]\nurl = "redis://u:{SECRET}@h/0\n',
     f"[broker]\nurl = redis://u:{SECRET}@h/0\n",
     f'[broker]\nurls = "redis://u:{SECRET}@h/0"\n',
@@ -184,19 +184,19 @@ SECRETS = [
 @pytest.mark.parametrize("settings", SECRETS, ids=lambda settings: str(settings).replace(SECRET, "SECRET"))
 def test_secrets_stay_secret_in_complaints(file, settings):
     """`complaint` looks for the secret."""
-    Run("-c", file(settings)).complaint()
+    Run("-c", file(settings)).error_line()
 
 
 def test_secrets_stay_secret_in_the_environment():
     for value in (f"redis://u:{SECRET}@h:port/0", f"redis://u:{SECRET}@h/x", f"u:{SECRET}@h"):
-        Run(env={"FLOWER_EXPORTER_BROKER__URL": value}).complaint()
-    Run(env={"FLOWER_EXPORTER_BROKER__PASSWORD": SECRET}).complaint()
+        Run(env={"FLOWER_EXPORTER_BROKER__URL": value}).error_line()
+    Run(env={"FLOWER_EXPORTER_BROKER__PASSWORD": SECRET}).error_line()
 
 
 @pytest.mark.parametrize("url", ["redis://user:{}@127.0.0.1:{}/0", "amqp://user:{}@127.0.0.1:{}//"])
-def test_secrets_stay_secret_while_it_runs(lab, url):
+def test_secrets_stay_secret_while_it_runs(services, url):
     """In the log of failing attempts, at the most talkative level, and in /healthz."""
-    exporter = lab.exporter(
+    exporter = services.exporter(
         None,
         {"broker": {"url": url.format(SECRET, free_port()), "reconnect_max": "100ms"}},
         args=["--log-level", "trace"],
@@ -216,10 +216,10 @@ def test_secrets_stay_secret_while_it_runs(lab, url):
         ("amqp://tester:p%40ss%2Fw%3Ard%25@127.0.0.1:{rabbitmq}/nowhere", "NOT.?ALLOWED|530|vhost"),
     ],
 )
-def test_wrong_credentials(lab, rabbitmq_node, url, said):
+def test_wrong_credentials(services, rabbitmq_node, url, said):
     """An outage like any other: it goes on trying, and says why."""
-    url = url.format(secret=SECRET, redis=lab.redis(password="right").port, rabbitmq=rabbitmq_node.port)
-    exporter = lab.exporter(None, {"broker": {"url": url, "reconnect_max": "200ms"}})
+    url = url.format(secret=SECRET, redis=services.redis(password="right").port, rabbitmq=rabbitmq_node.port)
+    exporter = services.exporter(None, {"broker": {"url": url, "reconnect_max": "200ms"}})
     wait_until(lambda: re.search(said, exporter.log(), re.I), 15, exporter.log)
     assert exporter.healthz(ready=True)[0] == 503 and SECRET not in exporter.log()
 
@@ -235,7 +235,7 @@ def test_unreadable_file(file, what):
         path.write_bytes(b'[log]\nlevel = "\xff"\n')
     by_environment = what.endswith("environment")
     run = Run(env={"FLOWER_EXPORTER_CONFIG": str(path)}) if by_environment else Run("-c", path)
-    assert str(path) in run.complaint()
+    assert str(path) in run.error_line()
 
 
 def shown(run, name):
@@ -285,7 +285,7 @@ def test_check_config_masks_secrets(file):
 
 
 def test_check_config_complains_as_a_start_does(file):
-    Run("-c", file(key("state.max_workers", "x")), "--check-config").complaint()
+    Run("-c", file(nested("state.max_workers", "x")), "--check-config").error_line()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.toml")), ids=lambda path: path.stem)
@@ -373,53 +373,53 @@ def test_version_and_help(option, expected):
     assert run.code == 0 and expected in run.out and not run.err
 
 
-def test_healthcheck(lab, shared_redis):
+def test_healthcheck(services, shared_redis):
     """0 with a running exporter, 1 without."""
-    exporter = lab.exporter(shared_redis)
+    exporter = services.exporter(shared_redis)
     assert Run("-c", exporter.config, "--healthcheck").code == 0
     assert Run("-l", f"127.0.0.1:{exporter.port}", "--healthcheck").code == 0
     exporter.terminate()
     assert Run("-c", exporter.config, "--healthcheck").code == 1
 
 
-def test_healthcheck_of_a_wildcard_address(lab, shared_redis):
+def test_healthcheck_of_a_wildcard_address(services, shared_redis):
     port = free_port()
-    exporter = lab.exporter(shared_redis, {"http": {"listen": f"0.0.0.0:{port}"}}, ready=False)
+    exporter = services.exporter(shared_redis, {"http": {"listen": f"0.0.0.0:{port}"}}, ready=False)
     exporter.port = port
     exporter.ready()
     assert Run("-c", exporter.config, "--healthcheck").code == 0
 
 
 @pytest.mark.parametrize("as_list", [False, True], ids=["semicolons", "list"])
-def test_brokers_are_tried_in_turn(lab, broker, as_list):
+def test_brokers_are_tried_in_turn(services, broker, as_list):
     """The first that answers is taken."""
     urls = [f"redis://127.0.0.1:{free_port()}/0", f"amqp://guest:guest@127.0.0.1:{free_port()}//", broker.url]
     settings = {"broker": {"url": urls if as_list else ";".join(urls), "reconnect_max": "500ms"}}
-    exporter = lab.exporter(None, settings).ready(30)
-    lab.publisher(broker).send(ev.received())
+    exporter = services.exporter(None, settings).ready(30)
+    services.publisher(broker).send(ev.received())
     exporter.wait_for(lambda m: m.events("received") == 1)
 
 
-def test_url_from_a_file(lab, redis, file):
+def test_url_from_a_file(services, redis, file):
     """Read again on every attempt: a mounted secret that changes is picked up."""
     source = file(f"redis://127.0.0.1:{free_port()}/0\n", "url")
-    exporter = lab.exporter(None, {"broker": {"url_file": str(source), "reconnect_max": "300ms"}})
+    exporter = services.exporter(None, {"broker": {"url_file": str(source), "reconnect_max": "300ms"}})
     assert exporter.healthz(ready=True)[0] == 503
     file(redis.url + "\n", "url")
     exporter.ready()
 
 
-def test_command_line_alone(lab, redis):
+def test_command_line_alone(services, redis):
     """No file at all."""
     port = free_port()
-    exporter = lab.exporter(None, config=False, ready=False, args=["-b", redis.url, "-l", f"127.0.0.1:{port}"])
+    exporter = services.exporter(None, config=False, ready=False, args=["-b", redis.url, "-l", f"127.0.0.1:{port}"])
     exporter.port = port
     exporter.ready()
 
 
-def test_environment_alone(lab, redis):
+def test_environment_alone(services, redis):
     port = free_port()
-    exporter = lab.exporter(
+    exporter = services.exporter(
         None,
         config=False,
         ready=False,
@@ -429,20 +429,20 @@ def test_environment_alone(lab, redis):
     exporter.ready()
 
 
-def test_json_log(lab, redis):
+def test_json_log(services, redis):
     """Every line is an object; nothing but the log is on stderr, and nothing on stdout."""
-    exporter = lab.exporter(redis, args=["--log-format", "json"])
+    exporter = services.exporter(redis, args=["--log-format", "json"])
     exporter.terminate()
     lines = exporter.err.read_text().splitlines()
     assert lines and all(isinstance(json.loads(line), dict) for line in lines)
     assert exporter.out.read_text() == ""
 
 
-def test_log_names_what_it_listens_on(lab, broker):
+def test_log_names_what_it_listens_on(services, broker):
     """The exact exchange and queue, or channel."""
-    exporter = lab.exporter(broker, {"events": {"exchange": "my.events"}})
+    exporter = services.exporter(broker, {"events": {"exchange": "my.events"}})
     assert ("/0.my.events/*" if broker.name == "redis" else "my.events") in exporter.log()
 
 
 def test_sentinel_needs_a_master_name():
-    assert "broker.redis.master_name" in Run("-b", "sentinel://127.0.0.1:26379/0").complaint()
+    assert "broker.redis.master_name" in Run("-b", "sentinel://127.0.0.1:26379/0").error_line()

@@ -14,33 +14,33 @@ ENDINGS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
 
 @ENDINGS
-def test_ends_well(lab, broker, number):
+def test_ends_well(services, broker, number):
     """Code 0 within 5 s, with events coming in."""
-    rig = lab.rig(broker)
-    rig.play(*[ev.received(f"{n}") for n in range(100)])
-    rig.publisher.send([ev.received(f"{n}") for n in range(1000)])
-    rig.exporter.terminate(number)
+    harness = services.harness(broker)
+    harness.publish(*[ev.received(f"{n}") for n in range(100)])
+    harness.publisher.send([ev.received(f"{n}") for n in range(1000)])
+    harness.exporter.terminate(number)
 
 
 @ENDINGS
 @pytest.mark.parametrize("url", ["redis://127.0.0.1:{}/0", "amqp://guest:guest@127.0.0.1:{}//"])
-def test_ends_well_without_broker(lab, url, number):
+def test_ends_well_without_broker(services, url, number):
     """Also while it waits for its next attempt."""
-    exporter = lab.exporter(None, {"broker": {"url": url.format(free_port()), "reconnect_max": "60s"}})
+    exporter = services.exporter(None, {"broker": {"url": url.format(free_port()), "reconnect_max": "60s"}})
     assert exporter.healthz(ready=True)[0] == 503
     exporter.terminate(number)
 
 
-def test_ends_well_when_the_broker_has_gone(lab, redis):
-    rig = lab.rig(redis)
+def test_ends_well_when_the_broker_has_gone(services, redis):
+    harness = services.harness(redis)
     redis.stop(signal.SIGKILL)
-    wait_until(lambda: rig.exporter.healthz(ready=True)[0] == 503, 10, "not ready")
-    rig.exporter.terminate()
+    wait_until(lambda: harness.exporter.healthz(ready=True)[0] == 503, 10, "not ready")
+    harness.exporter.terminate()
 
 
-def test_second_signal_ends_at_once(lab, shared_redis):
+def test_second_signal_ends_at_once(services, shared_redis):
     """The first waits for a scrape in flight; this one is never read to its end."""
-    exporter = lab.exporter(shared_redis, terminate=False)
+    exporter = services.exporter(shared_redis, terminate=False)
     slow = socket.create_connection(("127.0.0.1", exporter.port))
     slow.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n")
     exporter.request()  # whoever came before has been let in
@@ -52,11 +52,11 @@ def test_second_signal_ends_at_once(lab, shared_redis):
     assert "panicked" not in exporter.log()
 
 
-def test_hangup_reads_the_settings_again(lab, shared_redis):
+def test_hangup_reads_the_settings_again(services, shared_redis):
     """What can change live does: the log's level, timeouts. What cannot is named."""
-    rig = lab.rig(shared_redis, {"log": {"level": "error"}})
-    exporter = rig.exporter
-    rig.play(ev.without(ev.heartbeat(), "freq"), lambda: rig.publisher.raw(b"no JSON"))
+    harness = services.harness(shared_redis, {"log": {"level": "error"}})
+    exporter = harness.exporter
+    harness.publish(ev.without(ev.heartbeat(), "freq"), lambda: harness.publisher.raw(b"no JSON"))
     assert exporter.log() == ""
     exporter.settings["log"] = {"level": "warn"}
     exporter.settings["state"] = {"worker_timeout": "1s"}
@@ -65,17 +65,17 @@ def test_hangup_reads_the_settings_again(lab, shared_redis):
     exporter.send(signal.SIGHUP)
     exporter.wait_for(lambda m: m.one(ONLINE, worker=ev.W) == 0, 10, "worker_timeout is 1 s now")
     assert "max_connections" in exporter.log()
-    rig.play(lambda: rig.publisher.raw(b"{}"))
+    harness.publish(lambda: harness.publisher.raw(b"{}"))
     assert "hostname" in exporter.log() or "type" in exporter.log(), "the bad message is logged now"
 
 
-def test_hangup_can_stop_the_broadcasts(lab, redis):
-    with redis.client().pubsub() as tap:
-        tap.subscribe("/0.celery.pidbox")
-        exporter = lab.exporter(redis, {"events": {"enable_interval": "100ms"}})
+def test_hangup_can_stop_the_broadcasts(services, redis):
+    with redis.client().pubsub() as pubsub:
+        pubsub.subscribe("/0.celery.pidbox")
+        exporter = services.exporter(redis, {"events": {"enable_interval": "100ms"}})
 
         def broadcast():
-            message = tap.get_message(ignore_subscribe_messages=True, timeout=0.4)
+            message = pubsub.get_message(ignore_subscribe_messages=True, timeout=0.4)
             return message and json.loads(message["data"])
 
         wait_until(broadcast, 10, "a broadcast")
@@ -94,20 +94,20 @@ def test_hangup_can_stop_the_broadcasts(lab, redis):
         '[broker]\nurl = "sqs://key:secret@"',
     ],
 )
-def test_hangup_with_a_bad_file_changes_nothing(rig, bad):
+def test_hangup_with_a_bad_file_changes_nothing(harness, bad):
     """And is reported, with the key; the exporter goes on."""
-    exporter = rig.exporter
-    rig.play(ev.heartbeat())
+    exporter = harness.exporter
+    harness.publish(ev.heartbeat())
     before = exporter.log()
     exporter.write(bad)
     exporter.send(signal.SIGHUP)
     wait_until(lambda: str(exporter.config) in exporter.log()[len(before) :], 5, "the bad file is reported")
     assert "secret" not in exporter.log()
-    assert rig.play(ev.received()).one(ONLINE, worker=ev.W) == 1
+    assert harness.publish(ev.received()).one(ONLINE, worker=ev.W) == 1
     assert exporter.healthz(ready=True)[0] == 200
 
 
-def test_save_signal_is_harmless(rig):
+def test_save_signal_is_harmless(harness):
     """SIGUSR1 saves state; there is none to save yet, and it must not end the process as it does by default."""
-    rig.exporter.send(signal.SIGUSR1)
-    assert rig.play(ev.received()).events("received") == 1
+    harness.exporter.send(signal.SIGUSR1)
+    assert harness.publish(ev.received()).events("received") == 1

@@ -126,9 +126,9 @@ def test_compose_grafana(compose):
     assert service["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"] == dashboard
 
 
-def test_compose_worker_and_tasks(compose, lab, redis):
+def test_compose_worker_and_tasks(compose, services, redis):
     """Their commands, run here: all six series come of them."""
-    exporter, worker = lab.exporter(redis), compose["worker"]
+    exporter, worker = services.exporter(redis), compose["worker"]
     assert Path(worker["build"]["context"], worker["build"]["dockerfile"]).resolve() == WORKER
     assert compose["tasks"]["build"] == worker["build"]
     copied = [name for line in re.findall(r"^COPY (.+) /app/$", WORKER.read_text(), re.M) for name in line.split()]
@@ -139,5 +139,5 @@ def test_compose_worker_and_tasks(compose, lab, redis):
         environment = {variable: redis.url, "C_FORCE_ROOT": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         program = [TEST_ENV / f"celery-{NEWEST}/bin" / command[0], *command[1:]]
         process = Process(name, program, env=environment, cwd=worker["build"]["context"])
-        lab.callback(process.kill)
+        services.callback(process.kill)
     exporter.wait_for(lambda metrics: {key[0].removesuffix("_count") for key in metrics} >= {*FAMILIES}, 30)

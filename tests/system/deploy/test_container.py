@@ -39,13 +39,13 @@ def image(podman):
 
 
 @pytest.fixture
-def contained(lab, podman, image):
+def contained(services, podman, image):
     """Starts the exporter in a container."""
 
     def start(broker, settings=None, **options):
         container = Container(podman, broker, settings, **options)
-        lab.callback(container.kill)
-        lab.callback(container.terminate)
+        services.callback(container.kill)
+        services.callback(container.terminate)
         return container.ready()
 
     return start
@@ -96,10 +96,10 @@ def test_content(podman, image):
     assert all((files[path].uid, files[path].mode) == (base[path].uid, base[path].mode) for path in base)
 
 
-def test_runs(redis, lab, contained):
+def test_runs(redis, services, contained):
     """Read-only, without capabilities, as its own user: counts an event, is healthy, and ends at its signal."""
     container = contained(redis)
-    lab.publisher(redis).send(ev.sent())
+    services.publisher(redis).send(ev.sent())
     container.wait_for(lambda metrics: metrics.events("sent") == 1)
     status = dict(line.split(":\t", 1) for line in open(f"/proc/{container.inner}/status").read().splitlines())
     assert set(status["Uid"].split() + status["Gid"].split()) == {"65532"}
@@ -136,12 +136,12 @@ def test_wrong_setting(podman, image, source):
     assert where in line and '"x"' in line
 
 
-def test_state(redis, lab, podman, contained):
+def test_state(redis, services, podman, contained):
     """A new volume belongs to the exporter's user, and the next container goes on with what is in it."""
     podman("volume", "create", "state")
     options = {"settings": {"STATE__PERSISTENT": "true"}, "volumes": [f"state:{STATE}"]}
     before = contained(redis, **options)
-    lab.publisher(redis).send(ev.sent())
+    services.publisher(redis).send(ev.sent())
     before.wait_for(lambda metrics: metrics.events("sent") == 1)
     before.terminate()
     assert contained(redis, **options).metrics().events("sent") == 1

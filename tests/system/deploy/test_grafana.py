@@ -93,28 +93,28 @@ class Viewer:
                     yield panel["title"], target["expr"], found
 
 
-def start_flower(lab, broker):
+def start_flower(services, broker):
     port = free_port()
     options = ["--address=127.0.0.1", f"--port={port}"]
     flower = Process("flower", [TEST_ENV / "flower/bin/celery", "-b", broker.url, "flower", *options], env=CLEAN)
-    lab.callback(flower.kill)
+    services.callback(flower.kill)
     return port
 
 
-def test_every_query_has_data(lab, redis, prometheus_release):
+def test_every_query_has_data(services, redis, prometheus_release):
     """Every panel, variable and rule on two exporters of one broker, and on Flower; and Flower's queries on ours.
 
     All tasks run after the servers have begun to scrape, so the counts of the time range are exact: first events count,
     and each once, though two exporters have seen it.
     """
-    workers = [lab.worker(redis) for _ in range(2)]
+    workers = [services.worker(redis) for _ in range(2)]
     settings = {"events": {"enable_interval": "500ms"}, "metrics": {"self_metrics": True}}
-    exporters = [lab.exporter(redis, settings, ready=False) for _ in range(2)]
-    flower = start_flower(lab, redis)
+    exporters = [services.exporter(redis, settings, ready=False) for _ in range(2)]
+    flower = start_flower(services, redis)
     ports = [exporter.port for exporter in exporters], [flower]
     ours, flowers = servers = [Prometheus(these, release=prometheus_release) for these in ports]
     for server in servers:
-        lab.callback(server.kill)
+        services.callback(server.kill)
         server.ready()
     for worker in workers:
         worker.ready()

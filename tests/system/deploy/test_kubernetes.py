@@ -79,9 +79,9 @@ class Pod:
         assert done.code == 0, done.err
         return tomllib.loads(done.out)
 
-    def start(self, lab):
+    def start(self, services):
         settings = tomllib.loads(self.config.read_text()) if self.config else {}
-        return lab.exporter(None, settings, env=self.env).ready()
+        return services.exporter(None, settings, env=self.env).ready()
 
 
 def seconds(text):
@@ -247,7 +247,7 @@ def test_placeholder_is_refused(built):
     """The overlay as shipped starts nothing: one line that names the file, and not what is in it."""
     url = base64.b64decode(only(built["overlay"], "Secret")["data"]["url"]).decode()
     pod = Pod(built["overlay"], url)
-    line = pod.check().complaint()
+    line = pod.check().error_line()
     assert str(pod.broker_url) in line and url.strip() not in line
 
 
@@ -284,10 +284,10 @@ def test_saved_state(built):
 # -- a running exporter
 
 
-def test_probes(lab, shared_redis, documents, ours):
+def test_probes(services, shared_redis, documents, ours):
     """Every probe's path answers 200 at a connected exporter, and asks for the port that the exporter has."""
     container = ours[1]
-    exporter = Pod(documents, shared_redis.url).start(lab)
+    exporter = Pod(documents, shared_redis.url).start(services)
     probes = {key: probe for key, probe in container.items() if key.endswith("Probe")}
     for probe in probes.values():
         assert probe["httpGet"]["port"] == container["ports"][0]["name"]
@@ -297,20 +297,20 @@ def test_probes(lab, shared_redis, documents, ours):
     assert paths in (sidecar, sidecar | {"startupProbe": "/healthz", "readinessProbe": "/healthz?ready"})
 
 
-def test_liveness_bears_an_outage(lab, redis, built):
+def test_liveness_bears_an_outage(services, redis, built):
     """While the broker is away the pod is not ready, and it is not restarted."""
     ((_, container),) = containers(only(built["base"], "Deployment"))
-    exporter = Pod(built["base"], redis.url).start(lab)
+    exporter = Pod(built["base"], redis.url).start(services)
     redis.stop()
     path = {key: container[key]["httpGet"]["path"] for key in ("livenessProbe", "readinessProbe")}
     wait_until(lambda: exporter.request(path["readinessProbe"])[0] == 503, 10, "not ready")
     assert exporter.request(path["livenessProbe"])[0] == 200
 
 
-def test_sidecar_counts_its_own_worker(lab, redis, built):
+def test_sidecar_counts_its_own_worker(services, redis, built):
     """Of all workers' events those of its own pod count, also beside a pod whose name begins alike."""
-    publisher = lab.publisher(redis)
-    exporter = Pod(built["sidecar"], redis.url, name="worker-1").start(lab)
+    publisher = services.publisher(redis)
+    exporter = Pod(built["sidecar"], redis.url, name="worker-1").start(services)
     for worker in ("celery@worker-12", "celery@worker-2", "celery@worker-1"):
         publisher.send([ev.received(worker=worker), ev.heartbeat(worker)])
     samples = exporter.wait_for(lambda m: m.one(ONLINE, worker="celery@worker-1"))

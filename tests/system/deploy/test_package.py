@@ -160,9 +160,9 @@ def test_verify(service):
     assert (done.stdout + done.stderr, done.returncode) == ("", 0)
 
 
-def test_life(connected, lab, shared_redis):
+def test_life(connected, services, shared_redis):
     """Started, connected, reloaded, stopped: systemd knows at each step, and shows how it stands."""
-    lab.publisher(shared_redis).send([ev.heartbeat(), ev.sent()])
+    services.publisher(shared_redis).send([ev.heartbeat(), ev.sent()])
     connected.wait_for(lambda metrics: metrics.one(ONLINE, worker=W) == 1)
     wait_until(
         lambda: re.fullmatch(r"connected to the broker; \d+ events, the last \d s ago", connected.show("StatusText")),
@@ -185,12 +185,12 @@ def test_life(connected, lab, shared_redis):
     assert connected.own_lines()[-1] == "INFO stopping"
 
 
-def test_state(connected, lab, shared_redis):
+def test_state(connected, services, shared_redis):
     """Counters outlive a restart, in the directory that systemd made; and the process is seen by its own metrics."""
     connected.debian.put(SETTINGS, "[state]\npersistent = true\n[metrics]\nself_metrics = true\n")
     connected.debian("systemctl", "restart", connected.NAME)
     connected.ready()
-    lab.publisher(shared_redis).send(ev.sent())
+    services.publisher(shared_redis).send(ev.sent())
     connected.wait_for(lambda metrics: metrics.events("sent") == 1)
     connected.debian("systemctl", "restart", connected.NAME)
     connected.ready()

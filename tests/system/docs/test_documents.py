@@ -106,9 +106,9 @@ def test_settings():
     assert sorted(re.findall(r"\[(-[\w-]+)", usage)) == sorted(options)
 
 
-def test_metrics(lab):
+def test_metrics(services):
     """Every series of ours that a document names is served."""
-    told = lab.exporter(None, {"metrics": {"self_metrics": True}, "broker": {"url": "redis://127.0.0.1:1/0"}}).text()
+    told = services.exporter(None, {"metrics": {"self_metrics": True}, "broker": {"url": "redis://127.0.0.1:1/0"}}).text()
     families = set(re.findall(r"^# TYPE (\S+)", told, re.M))
     for name, text in DOCUMENTS.items():
         for series in set(re.findall(r"(?<![\w:/.-])flower_[a-z_]+[a-z](?![\w:*.])", text)) - {"flower_exporter"}:
@@ -138,18 +138,18 @@ def test_quoted_lines():
 
 
 @pytest.mark.parametrize("url", ["redis://h", "sqs://", "redis://:a@b@h", "redis://h;x", "rediss://h", "sentinel://h"])
-def test_told_at_the_start(lab, url):
+def test_told_at_the_start(services, url):
     """Ends with code 2 and a line that stands there: a port that is taken, and URLs that cannot be."""
-    taken = lab.exporter(ready=False).listening()
+    taken = services.exporter(ready=False).listening()
     env = {"FLOWER_EXPORTER_BROKER__TLS__CA_FILE": "/none"}
-    line = Run("-b", url, "-l", f"127.0.0.1:{taken.port}", env=env).complaint()
+    line = Run("-b", url, "-l", f"127.0.0.1:{taken.port}", env=env).error_line()
     patterns = [".*".join(map(re.escape, text.split("…"))) for text in quoted()]
     assert any(re.search(pattern, line) for pattern in patterns) or "No such file or directory" in line, line
 
 
-def test_told_of_the_broker(lab):
+def test_told_of_the_broker(services):
     """Redis' own words, in italics, come in the line that stands there."""
-    redis = lab.redis(password="right")
+    redis = services.redis(password="right")
     redis.client().execute_command("ACL", "SETUSER", "few", "on", ">few", "+auth", "+ping")
     for userinfo, port, word in [
         ("", free_port(), "Connection refused"),
@@ -158,8 +158,8 @@ def test_told_of_the_broker(lab):
         ("few:few@", redis.port, "NOPERM"),
     ]:
         assert f"*{word}*" in section("Troubleshooting")
-        exporter = lab.exporter(None, {"broker": {"url": f"redis://{userinfo}127.0.0.1:{port}/0"}})
-        line = rf"WARN cannot connect to the broker, trying again broker=.* error=.*{word}.* kept_back=0"
+        exporter = services.exporter(None, {"broker": {"url": f"redis://{userinfo}127.0.0.1:{port}/0"}})
+        line = rf"WARN cannot connect to the broker, trying again broker=.* error=.*{word}.* held_bytes=0"
         wait_until(lambda: re.search(line, exporter.log()), 10, exporter.log)  # noqa: B023
 
 

@@ -5,14 +5,14 @@ from support.exporter import BINARY
 from support.processes import Process, free_port, wait_until
 
 
-def test_failed_tasks_are_printed(lab, redis):
+def test_failed_tasks_are_printed(services, redis):
     """Every failed task with its exception, once, by an observer that reads the fields that the daemon skips."""
     example = BINARY.parent / "examples" / "failed_tasks"
     address = f"127.0.0.1:{free_port()}"
     process = Process("example", ["sh", "-c", f"tail -f /dev/null | exec {example} {redis.url} {address}"])
-    lab.callback(process.kill)
+    services.callback(process.kill)
     wait_until(lambda: redis.client().pubsub_numpat() == 1, 20, process.log)
-    publisher = lab.publisher(redis)
+    publisher = services.publisher(redis)
     failure = ev.failed("some-id", exception="ValueError('\ud800 böse')", traceback="Traceback …")
     publisher.send([ev.received("some-id"), failure, ev.received("other-id")])
     wait_until(lambda: "some-id failed: ValueError('\ufffd böse')" in process.log(), 10, process.log)

@@ -17,7 +17,7 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 NASTY = 'quo"te back\\slash new\nline räkna.算 {x="y"}'
 
 
-def play_everything():
+def events_for_all_families():
     """A stream that fills all six families, odd labels and an odd number of everything."""
     yield ev.heartbeat(active=3)
     for number, (worker, name) in enumerate([(ev.W, "add"), (NASTY, NASTY), (ev.W, NASTY)]):
@@ -32,14 +32,14 @@ def play_everything():
 
 
 @pytest.fixture
-def full(rig):
-    rig.play(*play_everything())
-    return rig.exporter
+def full(harness):
+    harness.publish(*events_for_all_families())
+    return harness.exporter
 
 
 @pytest.fixture
 def flower():
-    return Flower().feed([*play_everything(), ev.marker(1001)])
+    return Flower().feed([*events_for_all_families(), ev.marker(1001)])
 
 
 def lines(text):
@@ -62,11 +62,11 @@ def test_le(full):
     assert found[:15] == "0.005 0.01 0.025 0.05 0.075 0.1 0.25 0.5 0.75 1.0 2.5 5.0 7.5 10.0 +Inf".split()
 
 
-def test_own_buckets(lab, shared_redis):
+def test_own_buckets(services, shared_redis):
     """`task_runtime_metric_buckets`, written as Python writes floats."""
-    rig = lab.rig(shared_redis, {"metrics": {"task_runtime_metric_buckets": [1, 20.5, 300, 1000000]}})
-    rig.play(ev.sent(), ev.succeeded(runtime=20.5))
-    found = [(le, float(number)) for le, number in re.findall(r'le="([^"]*)".*} (\S+)', rig.exporter.text())]
+    harness = services.harness(shared_redis, {"metrics": {"task_runtime_metric_buckets": [1, 20.5, 300, 1000000]}})
+    harness.publish(ev.sent(), ev.succeeded(runtime=20.5))
+    found = [(le, float(number)) for le, number in re.findall(r'le="([^"]*)".*} (\S+)', harness.exporter.text())]
     assert found == [("1.0", 0), ("20.5", 1), ("300.0", 1), ("1e+06", 1), ("+Inf", 1)]
 
 
@@ -144,9 +144,9 @@ def test_gzip(full, accept):
         assert (gzip.decompress(body) if packed else body) == plain, coding
 
 
-def test_nothing_heard_yet(lab, shared_redis):
+def test_nothing_heard_yet(services, shared_redis):
     """All six families print HELP and TYPE, as Flower does."""
-    exporter = lab.exporter(shared_redis, {"events": {"exchange": "silence"}})
+    exporter = services.exporter(shared_redis, {"events": {"exchange": "silence"}})
     assert exporter.text() == "".join(line + "\n" for line in exporter.text().splitlines() if line.startswith("#"))
     assert lines(exporter.text()) == [line for line in lines(Flower().text()) if line.startswith("#")]
     assert parse_openmetrics(exporter.request(headers={"Accept": "application/openmetrics-text"})[2].decode()) == {}
@@ -160,11 +160,11 @@ def test_promtool(full, prometheus_release):
     assert found.returncode in (0, 3), found.stderr
 
 
-def test_self_metrics(lab, shared_redis, prometheus_release):
+def test_self_metrics(services, shared_redis, prometheus_release):
     """flower_exporter_* and process_* come after the six, valid in both formats, and none of them without asking."""
-    rig = lab.rig(shared_redis, {"metrics": {"self_metrics": True}})
-    rig.play(*play_everything())
-    text = rig.exporter.text()
+    harness = services.harness(shared_redis, {"metrics": {"self_metrics": True}})
+    harness.publish(*events_for_all_families())
+    text = harness.exporter.text()
     families = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
     assert sorted(families[:6]) == sorted(FAMILIES)
     own = families[6:]
@@ -185,17 +185,17 @@ def test_self_metrics(lab, shared_redis, prometheus_release):
     ):
         assert any(name.startswith("flower_exporter_") and about in name for name in own), about
     parse_text(text)
-    openmetrics = rig.exporter.request(headers={"Accept": "application/openmetrics-text;version=1.0.0"})[2].decode()
+    openmetrics = harness.exporter.request(headers={"Accept": "application/openmetrics-text;version=1.0.0"})[2].decode()
     parse_openmetrics(openmetrics)
     assert "# TYPE process_cpu_seconds counter" in openmetrics
     found = promtool(prometheus_release, "check", "metrics", input=text)
     assert found.returncode in (0, 3) and "flower_exporter" not in found.stderr, found.stderr
 
 
-def test_prometheus_scrapes_it(full, lab, flower, prometheus_release):
+def test_prometheus_scrapes_it(full, services, flower, prometheus_release):
     """A real Prometheus answers a query for each family, odd labels and all."""
     prometheus = Prometheus([full.port], rules=(), release=prometheus_release)
-    lab.callback(prometheus.kill)
+    services.callback(prometheus.kill)
     prometheus.ready()
     wait_until(lambda: [1 for _, value in prometheus.instant("up") if value == 1], 60, lambda: f"up\n{prometheus.log()}")
     names = {name for name, _ in flower.metrics()}

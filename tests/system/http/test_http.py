@@ -12,8 +12,8 @@ from support.processes import free_port, wait_until
 
 
 @pytest.fixture
-def exporter(rig):
-    return rig.exporter
+def exporter(harness):
+    return harness.exporter
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/healthz", "/healthz?ready", "/metrics?name=x"])
@@ -39,45 +39,45 @@ def test_method_not_allowed(exporter, method, path):
     assert sorted(method.strip() for method in headers["Allow"].split(",")) == ["GET", "HEAD"]
 
 
-def test_healthz(rig):
+def test_healthz(harness):
     """A short JSON: status, broker, seconds since the last event, warnings."""
-    rig.play(ev.heartbeat())
+    harness.publish(ev.heartbeat())
     for ready in (False, True):
-        status, said = rig.exporter.healthz(ready)
+        status, said = harness.exporter.healthz(ready)
         assert status == 200
         for about in ("status", "broker", "event", "warning"):
             assert any(about in key for key in said), (about, said)
         assert [] in said.values(), "no warnings"
         age = next(value for key, value in said.items() if "event" in key)
         assert 0 <= age < 60
-        assert exporter_type(rig.exporter).startswith("application/json")
+        assert exporter_type(harness.exporter).startswith("application/json")
 
 
 def exporter_type(exporter):
     return exporter.request("/healthz")[1]["Content-Type"]
 
 
-def test_healthz_before_any_event(lab, shared_redis):
-    exporter = lab.exporter(shared_redis, {"events": {"exchange": "never"}})
+def test_healthz_before_any_event(services, shared_redis):
+    exporter = services.exporter(shared_redis, {"events": {"exchange": "never"}})
     status, said = exporter.healthz()
     assert status == 200
     assert next(value for key, value in said.items() if "event" in key) is None
 
 
 @pytest.mark.parametrize("scheme", ["redis://127.0.0.1:{}/0", "amqp://guest:guest@127.0.0.1:{}//"])
-def test_no_broker_yet(lab, scheme):
+def test_no_broker_yet(services, scheme):
     """Alive and serving, but not ready; scrapes need no broker."""
-    exporter = lab.exporter(None, {"broker": {"url": scheme.format(free_port())}}, ready=False).listening()
+    exporter = services.exporter(None, {"broker": {"url": scheme.format(free_port())}}, ready=False).listening()
     assert exporter.healthz()[0] == 200
     assert exporter.healthz(ready=True)[0] == 503
     assert "# TYPE flower_events_total counter" in exporter.text()
     assert exporter.healthz(ready=True)[1].keys() == exporter.healthz()[1].keys()
 
 
-def test_port_that_is_taken(lab, shared_redis):
+def test_port_that_is_taken(services, shared_redis):
     """An error at once: code 2 and one line that names the address."""
-    first = lab.exporter(shared_redis)
-    second = lab.exporter(shared_redis, {"http": {"listen": f"127.0.0.1:{first.port}"}}, ready=False, terminate=False)
+    first = services.exporter(shared_redis)
+    second = services.exporter(shared_redis, {"http": {"listen": f"127.0.0.1:{first.port}"}}, ready=False, terminate=False)
     assert second.wait(5) == 2
     lines = [line for line in second.err.read_text().splitlines() if line.strip()]
     assert len([line for line in lines if f"127.0.0.1:{first.port}" in line]) == 1
@@ -96,9 +96,9 @@ def test_keep_alive(exporter):
     connection.close()
 
 
-def test_scrapes_never_queue_behind_idle_connections(lab, shared_redis):
+def test_scrapes_never_queue_behind_idle_connections(services, shared_redis):
     """At `max_connections` the one that has waited longest without a complete request is closed."""
-    exporter = lab.exporter(shared_redis, {"http": {"max_connections": 4}})
+    exporter = services.exporter(shared_redis, {"http": {"max_connections": 4}})
     idle = []
     for _ in range(20):
         idle.append(socket.create_connection(("127.0.0.1", exporter.port)))
@@ -117,9 +117,9 @@ def test_scrapes_never_queue_behind_idle_connections(lab, shared_redis):
     assert closed[:16] == [True] * 16 and not closed[-1], closed
 
 
-def test_request_timeout(lab, shared_redis):
+def test_request_timeout(services, shared_redis):
     """A request that does not get complete is given up, and others are served meanwhile."""
-    exporter = lab.exporter(shared_redis, {"http": {"request_timeout": "1s"}})
+    exporter = services.exporter(shared_redis, {"http": {"request_timeout": "1s"}})
     slow = socket.create_connection(("127.0.0.1", exporter.port))
     slow.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n")
     assert exporter.request()[0] == 200
@@ -129,9 +129,9 @@ def test_request_timeout(lab, shared_redis):
     slow.close()
 
 
-def test_idle_timeout(lab, shared_redis):
+def test_idle_timeout(services, shared_redis):
     """A kept-alive connection may rest longer than a request may take, until `idle_timeout`."""
-    exporter = lab.exporter(shared_redis, {"http": {"request_timeout": "500ms", "idle_timeout": "3s"}})
+    exporter = services.exporter(shared_redis, {"http": {"request_timeout": "500ms", "idle_timeout": "3s"}})
     resting = socket.create_connection(("127.0.0.1", exporter.port))
     resting.settimeout(20)
 
@@ -169,12 +169,12 @@ def test_garbage_harms_nobody(exporter, garbage):
     assert exporter.request()[0] == 200
 
 
-def test_scrapes_during_a_stream(rig):
+def test_scrapes_during_a_stream(harness):
     """Every scrape is whole, and a counter never falls."""
     seen = [0]
-    rig.publisher.send([ev.succeeded(f"{n}", runtime=0.1) for n in range(20)])
+    harness.publisher.send([ev.succeeded(f"{n}", runtime=0.1) for n in range(20)])
     for batch in range(50):
-        rig.publisher.send([ev.succeeded(f"{batch}-{n}", runtime=0.1) for n in range(20)])
-        seen.append(rig.metrics().total(EVENTS, worker=ev.W))
-    wait_until(lambda: rig.metrics().total(EVENTS, worker=ev.W) == 51 * 20, 20, "all are counted")
+        harness.publisher.send([ev.succeeded(f"{batch}-{n}", runtime=0.1) for n in range(20)])
+        seen.append(harness.metrics().total(EVENTS, worker=ev.W))
+    wait_until(lambda: harness.metrics().total(EVENTS, worker=ev.W) == 51 * 20, 20, "all are counted")
     assert seen == sorted(seen)

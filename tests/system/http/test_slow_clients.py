@@ -12,7 +12,7 @@ import pytest
 
 from support import events as ev
 from support.processes import wait_until
-from support.services import Rig
+from support.services import Harness
 
 MAX_CONNECTIONS, REQUEST_TIMEOUT, TASKS = 8, 1, 1500
 SCRAPE = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -20,61 +20,61 @@ HEALTHZ = SCRAPE.replace(b"metrics", b"healthz")
 
 
 @pytest.fixture(scope="module")
-def large(session_lab, shared_redis):
+def large(session_services, shared_redis):
     """An exporter with tight limits and an exposition of more than 10 MB, which fits no socket's buffers."""
     limits = {"max_connections": MAX_CONNECTIONS, "request_timeout": f"{REQUEST_TIMEOUT}s", "idle_timeout": "2s"}
-    rig = Rig(session_lab, shared_redis, {"http": limits, "state": {"worker_timeout": 0}})
-    rig.publisher.send([ev.succeeded(f"{n}", name=f"{n:0250}", runtime=1.5) for n in range(TASKS)])
-    rig.flowed = 0
-    flow(rig)
-    rig.whole = without_flow(rig.exporter.text())
-    assert rig.whole.count("flower_task_runtime_seconds_count") == TASKS and len(rig.whole) > 8_000_000
-    return rig
+    harness = Harness(session_services, shared_redis, {"http": limits, "state": {"worker_timeout": 0}})
+    harness.publisher.send([ev.succeeded(f"{n}", name=f"{n:0250}", runtime=1.5) for n in range(TASKS)])
+    harness.flowed = 0
+    flow(harness)
+    harness.whole = without_flow(harness.exporter.text())
+    assert harness.whole.count("flower_task_runtime_seconds_count") == TASKS and len(harness.whole) > 8_000_000
+    return harness
 
 
 def without_flow(text):
     return re.sub(r"(?m)^.*task-flow.*\n", "", text)
 
 
-def descriptors(rig):
-    return len(os.listdir(f"/proc/{rig.exporter.pid}/fd"))
+def descriptors(harness):
+    return len(os.listdir(f"/proc/{harness.exporter.pid}/fd"))
 
 
-def flow(rig):
+def flow(harness):
     """An event is counted and seen soon, whoever else is connected."""
-    rig.flowed += 1
-    rig.publisher.send(ev.task("flow", "f", name=""))
-    counted = f'type="task-flow",worker="{ev.W}"}} {rig.flowed}\n'
-    wait_until(lambda: counted in scraped(rig), 10, "the event is seen")
+    harness.flowed += 1
+    harness.publisher.send(ev.task("flow", "f", name=""))
+    counted = f'type="task-flow",worker="{ev.W}"}} {harness.flowed}\n'
+    wait_until(lambda: counted in scraped(harness), 10, "the event is seen")
 
 
-def scraped(rig):
+def scraped(harness):
     """What a scrape has got; nothing if it was too slow itself."""
     try:
-        return rig.exporter.text()
+        return harness.exporter.text()
     except http.client.IncompleteRead:
         return ""
 
 
 @contextlib.contextmanager
-def unmoved(rig):
+def unmoved(harness):
     """Clients come and go: afterwards descriptors are what they were, and a scrape is complete and correct."""
-    before = descriptors(rig)
+    before = descriptors(harness)
     with contextlib.ExitStack() as clients:
         yield clients
-        flow(rig)
-    wait_until(lambda: descriptors(rig) <= before, 5, "all connections are closed")
-    assert without_flow(wait_until(lambda: scraped(rig), 10, "a scrape")) == rig.whole
-    flow(rig)
+        flow(harness)
+    wait_until(lambda: descriptors(harness) <= before, 5, "all connections are closed")
+    assert without_flow(wait_until(lambda: scraped(harness), 10, "a scrape")) == harness.whole
+    flow(harness)
 
 
-def connect(rig, clients, sent=b"", small=True):
+def connect(harness, clients, sent=b"", small=True):
     """A client's socket that has sent something; its own buffer is small, so that the exporter has to wait for it."""
     client = clients.enter_context(socket.socket())
     if small:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.settimeout(20)
-    client.connect(("127.0.0.1", rig.exporter.port))
+    client.connect(("127.0.0.1", harness.exporter.port))
     client.sendall(sent)
     return client
 
@@ -88,9 +88,9 @@ def rest(client):
     return bytes(received)
 
 
-def gone(rig, before, meanwhile=lambda: None):
+def gone(harness, before, meanwhile=lambda: None):
     """Connections are closed when their time is over, not when the client pleases."""
-    wait_until(lambda: meanwhile() or descriptors(rig) <= before, REQUEST_TIMEOUT + 2, "they are closed in time")
+    wait_until(lambda: meanwhile() or descriptors(harness) <= before, REQUEST_TIMEOUT + 2, "they are closed in time")
 
 
 def test_slow_readers(large):
@@ -103,8 +103,8 @@ def test_slow_readers(large):
         assert resident(large) - memory < 16 << 20, "they have shared one copy of the numbers"
 
 
-def resident(rig):
-    with open(f"/proc/{rig.exporter.pid}/statm") as statm:
+def resident(harness):
+    with open(f"/proc/{harness.exporter.pid}/statm") as statm:
         return int(statm.read().split()[1]) * resource.getpagesize()
 
 
@@ -172,7 +172,7 @@ def many_files():
 
 @pytest.mark.parametrize("sent", [b"", SCRAPE[:-2], HEALTHZ], ids=["silent", "half a head", "requests"])
 def test_1000_connections_at_once(large, many_files, sent):
-    """No more than `max_connections` are held; each of the others is answered, or closed without a word."""
+    """No more than `max_connections` are open; each of the others is answered, or closed without a word."""
     before = descriptors(large)
     with unmoved(large) as clients:
         crowd = [connect(large, clients, sent, small=False) for _ in range(1000)]

@@ -21,7 +21,7 @@ def size(item):
     return len(item) if isinstance(item, list) else 1
 
 
-def test_kills(lab, vhost, pytestconfig):
+def test_kills(services, vhost, pytestconfig):
     """SIGKILL at random moments while events come in: in the end all samples equal Flower's reading of the whole stream."""
     kills, seed = pytestconfig.getoption("--kills"), pytestconfig.first_seed
     print(f"again: tests/run.sh --parity-seed {seed} persistence/test_kill_recovery.py")
@@ -37,12 +37,12 @@ def test_kills(lab, vhost, pytestconfig):
         },
     }
     assert sum(map(size, items)) >= kills * EVENTS_PER_KILL
-    rig = lab.rig(vhost, settings)
-    settings["events"] = {"exchange": rig.exchange}
+    harness = services.harness(vhost, settings)
+    settings["events"] = {"exchange": harness.exchange}
     go_on, over = threading.Semaphore(0), threading.Event()
 
     def send():
-        publisher = lab.publisher(vhost, rig.exchange)
+        publisher = services.publisher(vhost, harness.exchange)
         sent = 0
         for item in items:
             while sent >= EVENTS_PER_KILL:
@@ -61,19 +61,19 @@ def test_kills(lab, vhost, pytestconfig):
     for _ in range(kills):
         go_on.release()
         over.wait(chance.uniform(0, 0.6))
-        rig.exporter.send(signal.SIGKILL)
-        rig.exporter.wait(5)
+        harness.exporter.send(signal.SIGKILL)
+        harness.exporter.wait(5)
         # What was handed out goes back to its place before the next one is served.
         wait_until(unattended, 20, "RabbitMQ has noticed")
-        rig.exporter = lab.exporter(vhost, settings, ready=False)
+        harness.exporter = services.exporter(vhost, settings, ready=False)
         if chance.random() < 0.7:
-            rig.exporter.ready()
+            harness.exporter.ready()
     for _ in items:
         go_on.release()
     sender.join()
     wait_until(over.is_set, 60, "everything is sent")
     flower = Flower().feed(items).metrics()
-    ours = rig.play(deadline=60)
+    ours = harness.publish(deadline=60)
     ours = type(ours)({key: value for key, value in ours.items() if key[0].startswith(FAMILIES)})
     assert len(flower) > 500
     assert ours == flower, difference(ours, flower)

@@ -80,21 +80,21 @@ def uncounted(samples):
 
 
 @pytest.mark.parametrize("events, left", SEQUENCES.values(), ids=SEQUENCES)
-def test_sequence(rig, events, left):
+def test_sequence(harness, events, left):
     """Exactly these series are there, and every sample is Flower's."""
-    ours = rig.play(*events)
+    ours = harness.publish(*events)
     assert uncounted(ours) == left
     assert ours == Flower().feed(events).metrics()
 
 
-def test_shadow_name(rig):
+def test_shadow_name(harness):
     """received under a `shadow` name, then the client's `task-sent` under the real one.
 
     All is as in Flower but for the set: an entry leaves under the name it came with.
     """
     events = [ev.received(name="shadow"), ev.sent(name="real"), ev.started(at=1), ev.succeeded(at=3, runtime=2.0)]
     flower = Flower().feed(events).metrics().short()
-    ours = rig.play(*events).short()
+    ours = harness.publish(*events).short()
     assert flower.pop(("prefetched", W, "real")) == -1 and flower.pop(("prefetched", W, "shadow")) == 1
     assert ours.pop(("prefetched", W, "shadow")) == 0
     assert ours.pop(("prefetched", W, "real"), 0) == 0

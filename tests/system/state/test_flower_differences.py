@@ -11,20 +11,20 @@ from support.exposition import EVENTS, EXECUTING, ONLINE, PREFETCH_TIME, PREFETC
 from support.flower_reference import Flower
 
 
-def test_utcoffset_is_ignored(rig):
+def test_utcoffset_is_ignored(harness):
     """Offsets of -5.5 and then -6 hours made a prefetch time of 1,801 s."""
     events = [ev.received(at=0), ev.started(at=1)]
     events[0]["utcoffset"], events[1]["utcoffset"] = -5.5, -6
     assert Flower().feed(events).metrics().one(PREFETCH_TIME, worker=W, task="add") == 1801
-    assert rig.play(*events).one(PREFETCH_TIME, worker=W, task="add") == 1
+    assert harness.publish(*events).one(PREFETCH_TIME, worker=W, task="add") == 1
 
 
-def test_worker_offline(rig):
+def test_worker_offline(harness):
     """Prefetched 0; executing is what the event itself says."""
     events = [ev.heartbeat(active=5), ev.received(), ev.offline(active=2)]
     flower = Flower().feed(events).metrics()
     assert (flower.one(EXECUTING, worker=W), flower.one(PREFETCHED, worker=W, task="add")) == (5, 1)
-    ours = rig.play(*events)
+    ours = harness.publish(*events)
     assert (ours.one(EXECUTING, worker=W), ours.one(PREFETCHED, worker=W, task="add")) == (2, 0)
     assert ours.one(ONLINE, worker=W) == 0
 
@@ -40,41 +40,41 @@ DRIFTS = {
 
 
 @pytest.mark.parametrize("events, flowers", DRIFTS.values(), ids=DRIFTS)
-def test_prefetched_drifts_in_flower(rig, events, flowers):
+def test_prefetched_drifts_in_flower(harness, events, flowers):
     assert Flower().feed(events).metrics().one(PREFETCHED, worker=W, task="add") == flowers
-    assert not rig.play(*events).one(PREFETCHED, worker=W, task="add")
+    assert not harness.publish(*events).one(PREFETCHED, worker=W, task="add")
 
 
 @pytest.mark.parametrize("end", [ev.retried, ev.revoked, ev.rejected, ev.cancelled])
-def test_prefetch_time_is_stuck_in_flower(rig, end):
+def test_prefetch_time_is_stuck_in_flower(harness, end):
     events = [ev.received(), ev.started(at=4), end(at=5)]
     assert Flower().feed(events).metrics().one(PREFETCH_TIME, worker=W, task="add") == 4
-    assert rig.play(*events).one(PREFETCH_TIME, worker=W, task="add") == 0
+    assert harness.publish(*events).one(PREFETCH_TIME, worker=W, task="add") == 0
 
 
-def test_prefetch_time_after_replace(rig):
+def test_prefetch_time_after_replace(harness):
     """`replace()` ends a task without an event; the next received has the same id."""
     events = [ev.received(name="old"), ev.started(at=4), ev.received(at=5, name="new"), ev.started(at=6)]
     assert Flower().feed(events).metrics().one(PREFETCH_TIME, worker=W, task="old") == 4
-    ours = rig.play(*events)
+    ours = harness.publish(*events)
     assert ours.one(PREFETCH_TIME, worker=W, task="old") == 0
     assert ours.one(PREFETCH_TIME, worker=W, task="new") == 1
 
 
-def test_prefetch_time_is_never_negative(rig):
+def test_prefetch_time_is_never_negative(harness):
     events = [ev.received(at=5), ev.started(at=4)]
     assert Flower().feed(events).metrics().one(PREFETCH_TIME, worker=W, task="add") == -1
-    ours = rig.play(*events)
+    ours = harness.publish(*events)
     assert not ours.one(PREFETCH_TIME, worker=W, task="add") and not ours.one(PREFETCHED, worker=W, task="add")
 
 
-def test_prefetch_time_is_of_one_worker(rig):
+def test_prefetch_time_is_of_one_worker(harness):
     events = [ev.received(worker="v@tests"), ev.started(at=4)]
     assert Flower().feed(events).metrics().one(PREFETCH_TIME, worker=W, task="add") == 4
-    assert not rig.play(*events).one(PREFETCH_TIME, worker=W, task="add")
+    assert not harness.publish(*events).one(PREFETCH_TIME, worker=W, task="add")
 
 
-def test_label_pairs_that_concatenate_alike(rig):
+def test_label_pairs_that_concatenate_alike(harness):
     """In every family of two labels (and here Flower is right, too)."""
     events = [
         event
@@ -86,7 +86,7 @@ def test_label_pairs_that_concatenate_alike(rig):
             ev.received(f"{uuid}b", worker, name=name),
         )
     ] + [ev.received("2c", "a", name="bc")]
-    ours = rig.play(*events)
+    ours = harness.publish(*events)
     assert [ours.one(PREFETCHED, worker="ab", task="c"), ours.one(PREFETCHED, worker="a", task="bc")] == [1, 2]
     assert [ours.one(f"{RUNTIME}_sum", worker="ab", task="c"), ours.one(f"{RUNTIME}_sum", worker="a", task="bc")] == [
         1,
@@ -99,14 +99,14 @@ def test_label_pairs_that_concatenate_alike(rig):
     assert ours == Flower().feed(events).metrics()
 
 
-def test_user_defined_events_only_count(rig):
+def test_user_defined_events_only_count(harness):
     """Under their own name, or the remembered one."""
     custom = ev.task("progress", at=1, name="other", eta="2030-01-01T00:00:00", runtime=5.0)
     flower = Flower().feed([ev.received(), custom, ev.started(at=2)]).metrics()
     assert flower.one(f"{RUNTIME}_count", worker=W, task="other") == 1
     assert flower.one(PREFETCHED, worker=W, task="add") == 1
 
-    assert rig.play(ev.received(), custom, ev.task("progress", at=1, runtime=5.0), ev.started(at=2)).short() == {
+    assert harness.publish(ev.received(), custom, ev.task("progress", at=1, runtime=5.0), ev.started(at=2)).short() == {
         ("events", W, "received", "add"): 1,
         ("events", W, "progress", "other"): 1,
         ("events", W, "progress", "add"): 1,
@@ -116,16 +116,16 @@ def test_user_defined_events_only_count(rig):
     }
 
 
-def test_user_defined_event_of_a_stranger_teaches_no_name(rig):
-    ours = rig.play(ev.task("progress", name="other"), ev.started(at=1)).short()
+def test_user_defined_event_of_a_stranger_teaches_no_name(harness):
+    ours = harness.publish(ev.task("progress", name="other"), ev.started(at=1)).short()
     assert ours == {("events", W, "progress", "other"): 1, ("events", W, "started", ""): 1}
 
 
 @pytest.mark.parametrize("nameless", [ev.sent, ev.received])
-def test_name_null_is_no_name(rig, nameless):
+def test_name_null_is_no_name(harness, nameless):
     events = [ev.received(), nameless(at=1, name=None, client=W) if nameless is ev.sent else nameless(at=1, name=None)]
     assert Flower().feed([*events, ev.failed(at=2)]).metrics().events("failed", task="") == 1
-    ours = rig.play(*events, ev.failed(at=2))
+    ours = harness.publish(*events, ev.failed(at=2))
     assert ours.events("failed", task="add") == 1
     assert ours.total(EVENTS, task="") == 0
 
@@ -135,24 +135,24 @@ NO_NUMBERS = ["3", "", "NaN", True, False, -1, -0.5, float("nan"), [3], {"a": 3}
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
-def test_active_that_is_no_number(rig, value):
+def test_active_that_is_no_number(harness, value):
     """Ignored: no series from it, and no change by it."""
-    assert rig.play(ev.heartbeat(active=value)).short() == {("online", W): 1}
-    assert rig.play(ev.heartbeat(active=4), ev.heartbeat(active=value)).one(EXECUTING, worker=W) == 4
+    assert harness.publish(ev.heartbeat(active=value)).short() == {("online", W): 1}
+    assert harness.publish(ev.heartbeat(active=4), ev.heartbeat(active=value)).one(EXECUTING, worker=W) == 4
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
-def test_runtime_that_is_no_number(rig, value):
-    ours = rig.play(ev.sent(), ev.succeeded(runtime=value)).short()
+def test_runtime_that_is_no_number(harness, value):
+    ours = harness.publish(ev.sent(), ev.succeeded(runtime=value)).short()
     assert ours == {("events", "gen1@client", "sent", "add"): 1, ("events", W, "succeeded", "add"): 1}
 
 
-def test_created_and_python_series_are_not_served(rig):
+def test_created_and_python_series_are_not_served(harness):
     """Only the six families, although Flower's text has more."""
     events = [ev.heartbeat(), ev.received(), ev.started(), ev.succeeded(runtime=1.0)]
     assert "_created" in Flower().feed(events).text()
-    rig.play(*events)
-    names = {line.split()[2] for line in rig.exporter.text().splitlines() if line.startswith("# TYPE")}
+    harness.publish(*events)
+    names = {line.split()[2] for line in harness.exporter.text().splitlines() if line.startswith("# TYPE")}
     assert names == {EVENTS, RUNTIME, PREFETCH_TIME, PREFETCHED, ONLINE, EXECUTING}
     for absent in ("_created", "python_", "process_", "flower_exporter_"):
-        assert absent not in rig.exporter.text()
+        assert absent not in harness.exporter.text()

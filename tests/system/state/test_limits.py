@@ -13,10 +13,10 @@ def warnings(exporter):
     return [line for line in exporter.log().splitlines() if OTHER in line]
 
 
-def test_max_label_pairs(lab, shared_redis):
+def test_max_label_pairs(services, shared_redis):
     """New (worker, task) pairs past the bound are recorded under task `(other)` of their worker."""
-    rig = lab.rig(shared_redis, {"metrics": {"max_label_pairs": 10}})
-    samples = rig.play(
+    harness = services.harness(shared_redis, {"metrics": {"max_label_pairs": 10}})
+    samples = harness.publish(
         *[
             event
             for n in range(50)
@@ -35,29 +35,29 @@ def test_max_label_pairs(lab, shared_redis):
     assert samples.total(PREFETCHED, worker=W) == 50
     assert samples.one(EVENTS, worker=W, task="task0", type="task-received") == 2
     # Pairs that are there go on.
-    assert rig.play(ev.received("again", name="task0")).one(EVENTS, worker=W, task="task0", type="task-received") == 3
-    assert len(warnings(rig.exporter)) == 1, "the log says so once"
-    samples = rig.play(*[ev.started(f"{n}+", at=n) for n in range(50)], ev.started("again"))
+    assert harness.publish(ev.received("again", name="task0")).one(EVENTS, worker=W, task="task0", type="task-received") == 3
+    assert len(warnings(harness.exporter)) == 1, "the log says so once"
+    samples = harness.publish(*[ev.started(f"{n}+", at=n) for n in range(50)], ev.started("again"))
     assert samples.total(PREFETCHED) == 0, "entries leave under the name they came with"
 
 
-def test_event_types(rig):
+def test_event_types(harness):
     """64 of them; further ones count as `(other)`."""
-    samples = rig.play(*[ev.task(f"custom{n}") for n in range(200)], *[ev.received("x"), ev.started("x")] * 2)
+    samples = harness.publish(*[ev.task(f"custom{n}") for n in range(200)], *[ev.received("x"), ev.started("x")] * 2)
     types = {dict(labels)["type"] for name, labels in samples if name == EVENTS}
     assert len(types) <= 65 and OTHER in types
     assert len(types) >= 60
     assert samples.total(EVENTS, worker=W) == 204
     assert samples.total(PREFETCHED, worker=W) == 0
-    assert len(warnings(rig.exporter)) == 1, "the log says so once"
+    assert len(warnings(harness.exporter)) == 1, "the log says so once"
 
 
 @pytest.mark.parametrize("letter", ["x", "é", "算", "💐"])
-def test_long_labels(rig, letter):
+def test_long_labels(harness, letter):
     """Cut at 256 bytes, on a character boundary, with an ellipsis."""
     size = len(letter.encode())
     fits, long = letter * (256 // size), letter * 1000
-    samples = rig.play(
+    samples = harness.publish(
         ev.received("1", name=fits),
         ev.received("2", name=long),
         ev.received("3", name=long + "other"),
@@ -77,18 +77,18 @@ def test_long_labels(rig, letter):
     assert kind.startswith("task-") and kind.endswith("…") and len(kind.encode()) <= 256 + 3
 
 
-def test_max_workers(lab, shared_redis):
+def test_max_workers(services, shared_redis):
     """Clients go before offline workers, and they before live ones; who goes loses all its series."""
-    rig = lab.rig(shared_redis, {"state": {"max_workers": 6}})
+    harness = services.harness(shared_redis, {"state": {"max_workers": 6}})
     workers = ["live1@h", "live2@h", "off@h"]
-    rig.play(
+    harness.publish(
         *[event for worker in workers for event in (ev.heartbeat(worker), ev.received(worker, worker))],
         ev.offline("off@h"),
     )
-    samples = rig.play(*[ev.sent(f"c{n}", f"gen{n}@client") for n in range(40)])
+    samples = harness.publish(*[ev.sent(f"c{n}", f"gen{n}@client") for n in range(40)])
     assert set(workers) < samples.labels("worker")
     assert len(samples.labels("worker") - {OTHER}) <= 6
-    samples = rig.play(
+    samples = harness.publish(
         ev.heartbeat("live3@h"), ev.heartbeat("live4@h"), ev.heartbeat("live5@h"), ev.heartbeat("live6@h")
     )
     assert {"live1@h", "live2@h", "live3@h", "live4@h"} <= samples.labels("worker")
@@ -96,13 +96,13 @@ def test_max_workers(lab, shared_redis):
     assert not [key for key in samples if ("worker", "off@h") in key[1]]
 
 
-def test_a_flood_of_workers(lab, shared_redis):
+def test_a_flood_of_workers(services, shared_redis):
     """However many hostnames there are, series do not outgrow the bound."""
-    rig = lab.rig(shared_redis, {"state": {"max_workers": 20}})
-    rig.play(*[event for n in range(300) for event in (ev.heartbeat(f"w{n}@h"), ev.received(f"{n}", f"w{n}@h"))])
-    samples = rig.metrics()
+    harness = services.harness(shared_redis, {"state": {"max_workers": 20}})
+    harness.publish(*[event for n in range(300) for event in (ev.heartbeat(f"w{n}@h"), ev.received(f"{n}", f"w{n}@h"))])
+    samples = harness.metrics()
     assert 10 <= len(samples.labels("worker") - {OTHER}) <= 20
     assert {name for name, _ in samples} <= {*FAMILIES, *(f"{RUNTIME}_{part}" for part in ("bucket", "sum", "count"))}
     if OTHER in samples.labels("worker"):
         assert samples.total(EVENTS, type="task-received") == 300
-        assert len(warnings(rig.exporter)) == 1
+        assert len(warnings(harness.exporter)) == 1

@@ -13,13 +13,13 @@ pytestmark = pytest.mark.every_release
 FORGED = "w\n<0>kernel: forged"
 
 
-def test_silence_is_explained(lab, redis):
+def test_silence_is_explained(services, redis):
     """In /healthz and the log, a minute after connecting, and withdrawn when all is well.
 
     One exporter hears nothing at all, another that tasks are processed but no task event; a third has no complaint.
     """
-    idle, well = lab.rig(redis), lab.rig(redis)
-    silent = lab.exporter(redis, {"events": {"exchange": "silence"}})
+    idle, well = services.harness(redis), services.harness(redis)
+    silent = services.exporter(redis, {"events": {"exchange": "silence"}})
     begun = time.monotonic()
 
     def warnings(exporter):
@@ -28,8 +28,8 @@ def test_silence_is_explained(lab, redis):
 
     def pulse():
         processed = int(time.monotonic() - begun)
-        for rig in (idle, well):
-            rig.publisher.send(ev.heartbeat(processed=processed))
+        for harness in (idle, well):
+            harness.publisher.send(ev.heartbeat(processed=processed))
         idle.publisher.send(ev.heartbeat(FORGED, processed=processed))
         well.publisher.send(ev.succeeded(f"{processed}"))
         return warnings(silent) and len(warnings(idle.exporter)) == 2
@@ -45,6 +45,6 @@ def test_silence_is_explained(lab, redis):
         assert "WARN" in exporter.log()
     assert "WARN" not in well.exporter.log()
 
-    lab.publisher(redis, "silence").send(ev.heartbeat())
-    idle.play(ev.received("now"), ev.received("then", worker=FORGED))
+    services.publisher(redis, "silence").send(ev.heartbeat())
+    idle.publish(ev.received("now"), ev.received("then", worker=FORGED))
     wait_until(lambda: not warnings(silent) and not warnings(idle.exporter), 10, "the warnings are withdrawn")

@@ -22,58 +22,58 @@ def prefetch_time(samples, worker=W, task="add"):
     return samples.one(PREFETCH_TIME, worker=worker, task=task)
 
 
-def test_redelivery_moves_to_the_new_worker(rig):
-    samples = rig.play(ev.received(worker=V), ev.received(worker=W, at=1))
+def test_redelivery_moves_to_the_new_worker(harness):
+    samples = harness.publish(ev.received(worker=V), ev.received(worker=W, at=1))
     assert (prefetched(samples, V), prefetched(samples, W)) == (0, 1)
 
 
-def test_redelivery_with_an_eta_only_leaves(rig):
-    assert prefetched(rig.play(ev.received(), ev.received(at=1, eta=ETA))) == 0
+def test_redelivery_with_an_eta_only_leaves(harness):
+    assert prefetched(harness.publish(ev.received(), ev.received(at=1, eta=ETA))) == 0
 
 
-def test_received_twice_is_one(rig):
-    samples = rig.play(ev.received(), ev.received(at=1))
+def test_received_twice_is_one(harness):
+    samples = harness.publish(ev.received(), ev.received(at=1))
     assert prefetched(samples) == 1
     assert samples.events("received") == 2
 
 
-def test_redelivery_under_another_name(rig):
-    samples = rig.play(ev.received(name="old"), ev.received(at=1, name="new"))
+def test_redelivery_under_another_name(harness):
+    samples = harness.publish(ev.received(name="old"), ev.received(at=1, name="new"))
     assert (prefetched(samples, task="old"), prefetched(samples, task="new")) == (0, 1)
 
 
 @pytest.mark.parametrize("late", [1, 2], ids=["older", "as old"])
 @pytest.mark.parametrize("ended", [False, True], ids=["open run", "last run"])
-def test_late_received_is_ignored(rig, late, ended):
+def test_late_received_is_ignored(harness, late, ended):
     """Not newer than the start of the open or last run on the same worker."""
-    samples = rig.play(ev.started(at=2), *[ev.succeeded(at=3)] * ended, ev.received(at=late))
+    samples = harness.publish(ev.started(at=2), *[ev.succeeded(at=3)] * ended, ev.received(at=late))
     assert prefetched(samples) == 0
     assert samples.events("received", task="add") == 1
 
 
-def test_late_received_of_another_worker_counts(rig):
-    assert prefetched(rig.play(ev.started(worker=V, at=2), ev.received(at=1))) == 1
+def test_late_received_of_another_worker_counts(harness):
+    assert prefetched(harness.publish(ev.started(worker=V, at=2), ev.received(at=1))) == 1
 
 
 @pytest.mark.parametrize("ended", [False, True], ids=["open run", "last run"])
-def test_newer_received_counts(rig, ended):
-    assert prefetched(rig.play(ev.started(at=2), *[ev.retried(at=2.5)] * ended, ev.received(at=3))) == 1
+def test_newer_received_counts(harness, ended):
+    assert prefetched(harness.publish(ev.started(at=2), *[ev.retried(at=2.5)] * ended, ev.received(at=3))) == 1
 
 
-def test_start_elsewhere_takes_nothing(rig):
+def test_start_elsewhere_takes_nothing(harness):
     """An entry leaves only by its own worker, and times of two workers are never subtracted."""
-    samples = rig.play(ev.received(), ev.started(worker=V, at=1))
+    samples = harness.publish(ev.received(), ev.started(worker=V, at=1))
     assert prefetched(samples) == 1
     assert not prefetch_time(samples, V) and not prefetch_time(samples)
 
 
-def test_retry_at_once_keeps_the_next_runs_entry(rig):
+def test_retry_at_once_keeps_the_next_runs_entry(harness):
     """Seen with a retry countdown of 0: started, received of the next run, retried, started, succeeded."""
-    samples = rig.play(ev.received(), ev.started(at=1), ev.received(at=2), ev.retried(at=3))
+    samples = harness.publish(ev.received(), ev.started(at=1), ev.received(at=2), ev.retried(at=3))
     assert (prefetched(samples), prefetch_time(samples)) == (1, 0)
-    samples = rig.play(ev.started(at=4.5))
+    samples = harness.publish(ev.started(at=4.5))
     assert (prefetched(samples), prefetch_time(samples)) == (0, 2.5)
-    samples = rig.play(ev.succeeded(at=5))
+    samples = harness.publish(ev.succeeded(at=5))
     assert (prefetched(samples), prefetch_time(samples)) == (0, 0)
 
 
@@ -88,30 +88,30 @@ ENDS = {
 
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
-def test_end_closes_the_open_run_first(rig, end):
-    samples = rig.play(ev.received(), ev.started(at=1), ev.received(at=2), end(at=3))
+def test_end_closes_the_open_run_first(harness, end):
+    samples = harness.publish(ev.received(), ev.started(at=1), ev.received(at=2), end(at=3))
     assert (prefetched(samples), prefetch_time(samples)) == (1, 0)
-    assert prefetched(rig.play(end(at=4))) == 0
+    assert prefetched(harness.publish(end(at=4))) == 0
 
 
-def test_revoked_takes_the_entry_first(rig):
+def test_revoked_takes_the_entry_first(harness):
     """Without `terminated`; otherwise it is the run that ends."""
-    samples = rig.play(ev.received(), ev.started(at=1), ev.received(at=2), ev.revoked(at=3))
+    samples = harness.publish(ev.received(), ev.started(at=1), ev.received(at=2), ev.revoked(at=3))
     assert (prefetched(samples), prefetch_time(samples)) == (0, 1)
-    samples = rig.play(ev.revoked(at=4))
+    samples = harness.publish(ev.revoked(at=4))
     assert (prefetched(samples), prefetch_time(samples)) == (0, 0)
 
 
 @pytest.mark.parametrize("end", [*ENDS.values(), ev.revoked], ids=[*ENDS, "revoked"])
-def test_end_without_start_takes_the_entry(rig, end):
+def test_end_without_start_takes_the_entry(harness, end):
     """And makes no prefetch time; a second end changes nothing."""
-    samples = rig.play(ev.received(), end(at=1), end(at=1))
+    samples = harness.publish(ev.received(), end(at=1), end(at=1))
     assert (prefetched(samples), prefetch_time(samples)) == (0, None)
 
 
 @pytest.mark.parametrize("end", [*ENDS.values(), ev.revoked], ids=[*ENDS, "revoked"])
-def test_end_from_elsewhere_takes_nothing(rig, end):
-    samples = rig.play(
+def test_end_from_elsewhere_takes_nothing(harness, end):
+    samples = harness.publish(
         ev.received("a"),
         end(uuid="a", worker=V, at=1),
         ev.received("b", name="b"),
@@ -122,20 +122,20 @@ def test_end_from_elsewhere_takes_nothing(rig, end):
     assert prefetch_time(samples, task="b") == 2
 
 
-def test_a_run_over_another_ends_its_prefetch_time(rig):
-    samples = rig.play(ev.received(worker=V), ev.started(worker=V, at=1), ev.received(at=2), ev.started(at=2.5))
+def test_a_run_over_another_ends_its_prefetch_time(harness):
+    samples = harness.publish(ev.received(worker=V), ev.started(worker=V, at=1), ev.received(at=2), ev.started(at=2.5))
     assert (prefetch_time(samples, V), prefetch_time(samples, W)) == (0, 0.5)
 
 
-def test_prefetch_time_of_a_name_that_changed(rig):
+def test_prefetch_time_of_a_name_that_changed(harness):
     """0 for the pair that was set."""
-    samples = rig.play(ev.received(name="old"), ev.started(at=1), ev.sent(name="new"), ev.succeeded(at=2))
+    samples = harness.publish(ev.received(name="old"), ev.started(at=1), ev.sent(name="new"), ev.succeeded(at=2))
     assert prefetch_time(samples, task="old") == 0
     assert not prefetch_time(samples, task="new")
 
 
-def test_received_is_remembered_when_its_set_was_emptied(rig):
-    samples = rig.play(ev.received(), ev.online(at=1), ev.started(at=3))
+def test_received_is_remembered_when_its_set_was_emptied(harness):
+    samples = harness.publish(ev.received(), ev.online(at=1), ev.started(at=3))
     assert (prefetched(samples), prefetch_time(samples)) == (0, 3)
 
 
@@ -151,10 +151,10 @@ RESTARTS = {
 
 
 @pytest.mark.parametrize("signs", RESTARTS.values(), ids=RESTARTS)
-def test_signs_of_a_restart_empty_the_set(rig, signs):
+def test_signs_of_a_restart_empty_the_set(harness, signs):
     """And end the worker's prefetch times; those of another worker stay."""
     for_each = [(f"{worker}{n}", worker) for worker in (W, V) for n in range(3)]
-    samples = rig.play(
+    samples = harness.publish(
         ev.heartbeat(processed=3),
         ev.heartbeat(V, processed=3),
         *[ev.received(*task, at=n) for n, task in enumerate(for_each)],
@@ -162,13 +162,13 @@ def test_signs_of_a_restart_empty_the_set(rig, signs):
         ev.started("w@tests0", W, at=10),
     )
     assert (prefetched(samples, V), prefetched(samples, W)) == (2, 2)
-    samples = rig.play(*signs)
+    samples = harness.publish(*signs)
     assert (prefetched(samples, V), prefetched(samples, W)) == (2, 0)
     assert (prefetch_time(samples, V), prefetch_time(samples, W)) == (7, 0)
 
 
-def test_no_sign_of_a_restart(rig):
-    samples = rig.play(
+def test_no_sign_of_a_restart(harness):
+    samples = harness.publish(
         ev.heartbeat(processed=3),
         ev.received(),
         ev.received("b"),
@@ -182,9 +182,9 @@ def test_no_sign_of_a_restart(rig):
 
 
 @pytest.mark.parametrize("processed, left", [(9, 1), (2, 0)], ids=["rose", "fell"])
-def test_processed_of_worker_offline_is_not_compared(rig, processed, left):
+def test_processed_of_worker_offline_is_not_compared(harness, processed, left):
     """Only what the last worker-online or heartbeat said is: 5 here, and the next heartbeat says 5, or 2."""
-    samples = rig.play(
+    samples = harness.publish(
         ev.heartbeat(processed=5),
         ev.received(),
         ev.started(at=1),
@@ -194,45 +194,45 @@ def test_processed_of_worker_offline_is_not_compared(rig, processed, left):
     assert prefetch_time(samples) == left
 
 
-def test_worker_offline_empties_the_set(rig):
+def test_worker_offline_empties_the_set(harness):
     """But a warm shutdown finishes its tasks: prefetch times stay until their runs end."""
-    samples = rig.play(ev.heartbeat(), ev.received("a"), ev.received("b"), ev.started("b", at=1), ev.offline(at=2))
+    samples = harness.publish(ev.heartbeat(), ev.received("a"), ev.received("b"), ev.started("b", at=1), ev.offline(at=2))
     assert (prefetched(samples), prefetch_time(samples)) == (0, 1)
-    assert prefetch_time(rig.play(ev.succeeded("b", at=3))) == 0
+    assert prefetch_time(harness.publish(ev.succeeded("b", at=3))) == 0
 
 
 @pytest.mark.parametrize("back", [ev.online, ev.heartbeat])
-def test_nothing_is_added_after_worker_offline(rig, back):
+def test_nothing_is_added_after_worker_offline(harness, back):
     """Until it is heard online again."""
-    assert prefetched(rig.play(ev.heartbeat(), ev.offline(at=1), ev.received("a", at=2))) == 0
-    assert prefetched(rig.play(back(at=3), ev.received("b", at=4))) == 1
+    assert prefetched(harness.publish(ev.heartbeat(), ev.offline(at=1), ev.received("a", at=2))) == 0
+    assert prefetched(harness.publish(back(at=3), ev.received("b", at=4))) == 1
 
 
-def test_evicted_tasks_leave_their_set(lab, shared_redis):
+def test_evicted_tasks_leave_their_set(services, shared_redis):
     """Finished tasks go first; an unfinished one that goes takes its entry and its prefetch time along."""
-    rig = lab.rig(shared_redis, {"state": {"max_tasks": 20}})
-    samples = rig.play(
+    harness = services.harness(shared_redis, {"state": {"max_tasks": 20}})
+    samples = harness.publish(
         ev.received("kept"),
         ev.received("run", name="b"),
         ev.started("run", at=5),
         *[ev.succeeded(f"done{n}", at=1) for n in range(100)],
     )
     assert (prefetched(samples), prefetch_time(samples, task="b")) == (1, 5)
-    samples = rig.play(*[ev.received(f"flood{n}", name="flood") for n in range(100)])
+    samples = harness.publish(*[ev.received(f"flood{n}", name="flood") for n in range(100)])
     assert 1 <= prefetched(samples) + prefetched(samples, task="flood") <= 20
     assert prefetch_time(samples, task="b") == 0
     assert samples.events("received") == 102
 
 
 @pytest.mark.parametrize("disorder", [0, 3, 300])
-def test_any_stream(lab, shared_redis, seed, disorder):
+def test_any_stream(services, shared_redis, seed, disorder):
     """Whatever comes, in whatever order: the model of the documented rules agrees, and nothing is negative.
 
     What ends properly at last leaves nothing behind.
     """
     print(f"again: tests/run.sh --parity-seed {seed} state/test_task_tracking.py")
     dice = random.Random(seed)
-    rig, model = lab.rig(shared_redis, {"state": {"worker_timeout": 0}}), Model()
+    harness, model = services.harness(shared_redis, {"state": {"worker_timeout": 0}}), Model()
     workers, names, uuids = [V, W, "u@tests"], ["add", "mul"], [f"t{n}" for n in range(20)]
     kinds = [ev.received] * 6 + [ev.started] * 4 + [*ENDS.values(), ev.revoked, ev.sent]
     for part in range(10):
@@ -245,10 +245,10 @@ def test_any_stream(lab, shared_redis, seed, disorder):
             items.append(kind(**given) if kind is ev.sent else kind(worker=worker, **given))
             if dice.random() < 0.03:
                 items.append(dice.choice([ev.online, ev.offline, ev.heartbeat])(worker, processed=dice.choice([0, 5])))
-        gauges = {key: value for key, value in rig.play(*items).short().items() if key[0].startswith("prefetch")}
+        gauges = {key: value for key, value in harness.publish(*items).short().items() if key[0].startswith("prefetch")}
         assert all(value >= 0 for value in gauges.values())
         assert {key: value for key, value in gauges.items() if value} == model.feed(items).gauges(), f"part {part}"
-    samples = rig.play(
+    samples = harness.publish(
         *[
             end(uuid=uuid, worker=worker, at=99999)
             for uuid in uuids

@@ -26,7 +26,7 @@ class Run:
         self.code, self.out, self.err = done.returncode, done.stdout, done.stderr
         assert "panicked" not in self.err
 
-    def complaint(self):
+    def error_line(self):
         """The one line about what is wrong."""
         assert self.code == 2, (self.code, self.out, self.err)
         assert SECRET not in self.out + self.err

@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 from .exporter import Exporter
-from .processes import ROOT, Process, directory, free_port, leash
+from .processes import ROOT, Process, directory, free_port, reaper
 
 CONTAINERFILE = ROOT / "deploy/container/Containerfile"
 
@@ -149,7 +149,7 @@ class Container(Exporter):
         super().ready(deadline)
         self.inner = self.podman.inspect(self.container)["State"]["Pid"]
         assert self.inner
-        leash.tell(f"+ {self.inner}")
+        reaper.send(f"+ {self.inner}")
         return self
 
     def execute(self, *argv):
@@ -166,4 +166,4 @@ class Container(Exporter):
         self.podman.run("rm", "--force", "--ignore", "--time", "0", self.container)
         super().kill()
         if self.inner:
-            leash.tell(f"- {self.inner}")
+            reaper.send(f"- {self.inner}")

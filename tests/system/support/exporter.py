@@ -42,7 +42,7 @@ def merge(base, over):
     return base
 
 
-def key(path, value):
+def nested(path, value):
     """{"a": {"b": value}} for "a.b"."""
     for part in reversed(path.split(".")):
         value = {part: value}
@@ -103,6 +103,10 @@ class Exporter(Process):
         except OSError:
             return None, None
         return status, json.loads(body)
+
+    def log_lines(self, text):
+        """The lines of the log that contain this text."""
+        return [line for line in self.log().splitlines() if text in line]
 
     def wait_for(self, condition, deadline=20, what="the series are as expected"):
         """The first samples for which `condition(samples)` is true."""

@@ -14,7 +14,7 @@ from .processes import wait_until
 from .publish import envelope
 from .resources import MIB, peak_memory
 
-FULL, CUT = "max_backlog is reached", "the connection to the broker is lost"
+BUFFER_FULL, CONNECTION_LOST = "max_backlog is reached", "the connection to the broker is lost"
 
 
 class RedisFlood:
@@ -81,12 +81,12 @@ class RabbitMQFlood:
         self.channel.basic_qos(0, 1, False)
 
 
-def flood(rig):
-    broker = rig.publisher.broker
-    return {"redis": RedisFlood, "rabbitmq": RabbitMQFlood}[broker.name](broker, rig.exchange)
+def flood(harness):
+    broker = harness.publisher.broker
+    return {"redis": RedisFlood, "rabbitmq": RabbitMQFlood}[broker.name](broker, harness.exchange)
 
 
-def lives(tasks, **fields):
+def task_events(tasks, **fields):
     """The events of tasks that are received, started and succeed."""
     for number in range(tasks):
         uuid, worker = f"{number:08x}-0000-4000-8000-000000000000", f"w{number % 4}@tests"
@@ -95,12 +95,8 @@ def lives(tasks, **fields):
         yield ev.succeeded(uuid, worker, number + 0.5, runtime=0.25, **fields)
 
 
-def said(exporter, text):
-    return [line for line in exporter.log().splitlines() if text in line]
-
-
 @contextlib.contextmanager
-def watched(exporter):
+def sample_buffer(exporter):
     """Reads the backlog again and again while the block runs: a list of its sizes in bytes."""
     sizes, over = [0], Event()
 
@@ -119,7 +115,7 @@ def watched(exporter):
 
 def send_for(stream, seconds, events, rate=None, **fields):
     """Sends `events` events at a time for some seconds, at so many a second if there is a rate. How many were sent."""
-    encoded = b"".join(map(stream.message, lives(events // 3, **fields)))
+    encoded = b"".join(map(stream.message, task_events(events // 3, **fields)))
     start, rounds = time.monotonic(), 0
     while time.monotonic() < start + seconds:
         stream.send(encoded)
@@ -130,27 +126,27 @@ def send_for(stream, seconds, events, rate=None, **fields):
     return rounds * events
 
 
-def accounted(rig, sent, deadline):
+def wait_until_accounted(harness, sent, deadline):
     """The samples once every message is counted or dropped. Only a cut-off by the server costs more, and is counted."""
 
     def read():
-        samples = rig.exporter.metrics()
+        samples = harness.exporter.metrics()
         return samples if lost(samples) == 0 or samples.one("flower_exporter_cutoffs_total") else None
 
     def lost(samples):
         return sent - samples.total(EVENTS) - samples.one("flower_exporter_dropped_messages_total")
 
-    samples = wait_until(read, deadline, lambda: (sent, rig.exporter.text()))
+    samples = wait_until(read, deadline, lambda: (sent, harness.exporter.text()))
     if samples.one("flower_exporter_cutoffs_total"):
         # More may follow: the next subscription has the rest of the flood ahead of it. Dropped markers are few.
-        rig.settle(deadline)
-        samples = rig.exporter.metrics()
+        harness.settle(deadline)
+        samples = harness.exporter.metrics()
     dropped, cutoffs, blind = (
         samples.one(f"flower_exporter_{name}_total") for name in ("dropped_messages", "cutoffs", "blind_seconds")
     )
     assert (lost(samples) > 0) == (cutoffs > 0) == (blind > 0)
-    for number, text in ((dropped, FULL), (cutoffs, CUT)):
-        wait_until(lambda: not number or said(rig.exporter, text), 5, lambda: f"never silent: {text}")  # noqa: B023
+    for number, text in ((dropped, BUFFER_FULL), (cutoffs, CONNECTION_LOST)):
+        wait_until(lambda: not number or harness.exporter.log_lines(text), 5, lambda: f"never silent: {text}")  # noqa: B023
     print(f"{sent} sent, {samples.total(EVENTS):.0f} counted, {dropped:.0f} dropped, {cutoffs:.0f} cut-offs")
-    print(f"{blind:.2f} s blind, {peak_memory(rig.exporter) / MIB:.0f} MiB at the peak")
+    print(f"{blind:.2f} s blind, {peak_memory(harness.exporter) / MIB:.0f} MiB at the peak")
     return samples

@@ -20,13 +20,13 @@ TEST_ENV = ROOT / "target" / "test-env"
 started = []
 
 
-class Leash:
-    """The process that cleans up after us when we no longer can."""
+class Reaper:
+    """The process that cleans up when the test run is killed."""
 
     def __init__(self):
         self.process = None
 
-    def tell(self, line):
+    def send(self, line):
         if self.process is None:
             self.process = subprocess.Popen(
                 [sys.executable, "-S", Path(__file__).with_name("reaper.py")],
@@ -38,13 +38,13 @@ class Leash:
         self.process.stdin.flush()
 
 
-leash = Leash()
+reaper = Reaper()
 
 
 def directory(name, owner=None):
     """A new directory that goes when the tests end; anyone may pass through it."""
     path = Path(tempfile.mkdtemp(prefix=f"flower-exporter-{name}-"))
-    leash.tell(f"rm {path}")
+    reaper.send(f"rm {path}")
     path.chmod(0o755)
     if owner:
         shutil.chown(path, owner)
@@ -137,7 +137,7 @@ class Process:
                 extra_groups=[] if user else None,
             )
         self.pid = self.popen.pid
-        leash.tell(f"+ {self.pid}")
+        reaper.send(f"+ {self.pid}")
         started.append(self)
 
     @property
@@ -167,4 +167,4 @@ class Process:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.wait(10)
-        leash.tell(f"- {self.pid}")
+        reaper.send(f"- {self.pid}")

@@ -19,7 +19,7 @@ class Proxy:
         self.broker, self.port = broker, free_port()
         self.name, self.options = broker.name, broker.options
         #: Connections that were accepted, and bytes that a stall has kept back.
-        self.attempts = self.kept_back = 0
+        self.attempts = self.held_bytes = 0
         self._target = int(re.search(r"127\.0\.0\.1:(\d+)/", broker.url)[1])
         self._server, self._drops, self._last_words, self._ends, self._near = None, False, None, set(), set()
         self._gates = asyncio.Event(), asyncio.Event()  # inward, outward
@@ -45,7 +45,7 @@ class Proxy:
         self._do(self._open(not inward, not outward))
         self._drops = False
 
-    def say(self, data):
+    def send_to_exporter(self, data):
         """Speaks to the exporter on every connection, in the broker's stead."""
         self._do(self._speak(data))
 
@@ -62,15 +62,15 @@ class Proxy:
         self._drops = False
         self._do(self._open())
 
-    def lead_to(self, broker):
+    def redirect_to(self, broker):
         """New connections are for another broker, as behind an address that has moved."""
         self._target = broker.port
 
-    def end_after(self, text):
+    def close_after(self, text):
         """Connections end when the broker has said this on them (None: no more), in the same breath."""
         self._last_words = text
 
-    def forget(self):
+    def resume_for_new_connections(self):
         """All is well again, but for the connections that were stalled: those stay silent for ever."""
         self._gates = asyncio.Event(), asyncio.Event()
         self.resume()
@@ -132,7 +132,7 @@ class Proxy:
         """Forwards until the end, which a stall holds up like all the rest."""
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
-                self.kept_back += 0 if gate.is_set() else len(data)
+                self.held_bytes += 0 if gate.is_set() else len(data)
                 await gate.wait()
                 writer.write(data)
                 await writer.drain()

@@ -18,6 +18,6 @@ def cpu_seconds(exporter):
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
-def held(exporter):
+def descriptors_and_threads(exporter):
     """Descriptors and threads."""
     return len(os.listdir(f"/proc/{exporter.pid}/fd")), len(os.listdir(f"/proc/{exporter.pid}/task"))

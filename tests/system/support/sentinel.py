@@ -48,17 +48,17 @@ class Watched:
 
     name = "redis"
 
-    def __init__(self, lab, sentinels=3, password=None, sentinel_password=None, db=0, options=None):
+    def __init__(self, services, sentinels=3, password=None, sentinel_password=None, db=0, options=None):
         self.db, self.password, self.sentinel_password = db, password, sentinel_password
         auth = ["--repl-diskless-sync-delay", "0", *(["--masterauth", password] if password else [])]
-        master = lab.redis(password=password, args=auth)
-        replica = lab.redis(password=password, args=["--replicaof", "127.0.0.1", str(master.port), *auth])
+        master = services.redis(password=password, args=auth)
+        replica = services.redis(password=password, args=["--replicaof", "127.0.0.1", str(master.port), *auth])
         self.servers = {server.port: server for server in (master, replica)}
         wait_until(lambda: replica.client().info("replication")["master_link_status"] == "up", 20, "the replica is one")
         self.sentinels = []
         for _ in range(sentinels):
             self.sentinels.append(Sentinel(master, sentinel_password))
-            lab.callback(self.sentinels[-1].stop)
+            services.callback(self.sentinels[-1].stop)
         wait_until(lambda: all(one.knows(sentinels - 1, 1) for one in self.sentinels), 30, "the Sentinels know each other")
         self.options = {"master_name": MASTER, **(options or {})}
         if sentinel_password:

@@ -16,7 +16,7 @@ from .redis import Redis
 from .worker import Worker
 
 
-class Lab(contextlib.ExitStack):
+class Services(contextlib.ExitStack):
     """What one test has running, on the releases that it tests. Ends it all in reverse; an exporter must end well."""
 
     def __init__(self, tested=()):
@@ -57,29 +57,29 @@ class Lab(contextlib.ExitStack):
         self.callback(proxy.close)
         return proxy
 
-    def rig(self, broker, settings=None, **options):
-        return Rig(self, broker, settings, **options)
+    def harness(self, broker, settings=None, **options):
+        return Harness(self, broker, settings, **options)
 
 
-class Rig:
+class Harness:
     """An exporter, and a publisher of events to it: what is played has been read when `play` returns.
 
     The exporter may take another `path` to the broker; the publisher is always right at it.
     """
 
-    def __init__(self, lab, broker, settings=None, *, path=None, **options):
+    def __init__(self, services, broker, settings=None, *, path=None, **options):
         self.exchange = f"celeryev-{uuid.uuid4().hex[:12]}"
         settings = {**(settings or {})}
         settings["events"] = {"exchange": self.exchange, **settings.get("events", {})}
-        self.exporter = lab.exporter(path or broker, settings, **options)
-        self.publisher = lab.publisher(broker, self.exchange)
+        self.exporter = services.exporter(path or broker, settings, **options)
+        self.publisher = services.publisher(broker, self.exchange)
         self.numbers = itertools.count(1000)
-        self.play()
+        self.publish()
 
     def metrics(self):
         return self.exporter.metrics().without_marker()
 
-    def play(self, *items, deadline=20):
+    def publish(self, *items, deadline=20):
         """Publishes events (or lists of them: batches; functions are called) and returns the samples after them all."""
         for item in items:
             if callable(item):
@@ -116,7 +116,7 @@ class Rig:
         return set(map(int, series.findall(self.exporter.text())))
 
 
-class Shared(contextlib.ExitStack):
+class SharedServers(contextlib.ExitStack):
     """Servers that several tests use: one of each release and purpose, started when the first test asks for it."""
 
     def __init__(self, vhosts):
@@ -126,11 +126,11 @@ class Shared(contextlib.ExitStack):
     def get(self, release, purpose="", start=None):
         key = release.id, purpose
         if key not in self.servers:
-            self.servers[key] = (start or self.start)(self.enter_context(Lab([release])))
+            self.servers[key] = (start or self.start)(self.enter_context(Services([release])))
         return self.servers[key]
 
-    def start(self, lab):
-        [release] = lab.tested.values()
+    def start(self, services):
+        [release] = services.tested.values()
         if release.family == "redis":
-            return lab.redis()
-        return lab.rabbitmq(vhosts=1 + self.vhosts[release.id]).wait()
+            return services.redis()
+        return services.rabbitmq(vhosts=1 + self.vhosts[release.id]).wait()

@@ -219,7 +219,7 @@ class Stream:
 
 
 def stream(seed, size=2000):
-    """A list of events and batches of them: about `size` tasks' lives, in as many as three epochs."""
+    """A list of events and batches of them: about `size` tasks' task_events, in as many as three epochs."""
     made = Stream(seed, size)
     epochs = made.random.randint(1, 3)
     for epoch in range(epochs):

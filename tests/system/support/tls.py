@@ -39,25 +39,25 @@ class Secure:
         return merge({"broker": {"url": url or self.url(), "tls": shown}}, FAST)
 
 
-def skip_without_tls(lab):
-    if "redis" in lab.tested and not lab.tested["redis"].has_tls:
+def skip_without_tls(services):
+    if "redis" in services.tested and not services.tested["redis"].has_tls:
         pytest.skip("this server is built without TLS")
 
 
-def redis_over_tls(lab, pki, *args):
-    skip_without_tls(lab)
+def redis_over_tls(services, pki, *args):
+    skip_without_tls(services)
     port = free_port()
-    redis = lab.redis(args=["--tls-port", port, "--tls-cert-file", pki.server.cert, "--tls-key-file", pki.server.key,
+    redis = services.redis(args=["--tls-port", port, "--tls-cert-file", pki.server.cert, "--tls-key-file", pki.server.key,
                             "--tls-ca-cert-file", pki.ca, *args])
     return Secure(pki, redis, "rediss", "", "/0", port, redis.port)
 
 
-def rabbitmq_with_tls(lab, pki):
+def rabbitmq_with_tls(services, pki):
     """(node, port for TLS)"""
     port = free_port()
     files = {"cacertfile": pki.ca, "certfile": pki.server.cert, "keyfile": pki.server.key, "verify": "verify_peer",
              "fail_if_no_peer_cert": "true"}
-    node = lab.rabbitmq(vhosts=40, conf=[
+    node = services.rabbitmq(vhosts=40, conf=[
         f"listeners.ssl.default = 127.0.0.1:{port}", *(f"ssl_options.{name} = {value}" for name, value in files.items())])
     node.wait()
     # Its listeners start one after the other.

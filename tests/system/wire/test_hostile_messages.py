@@ -19,14 +19,14 @@ OTHER = "(other)"
 
 
 @pytest.fixture
-def own(lab, shared_redis):
-    """A rig that shows the exporter's own metrics."""
-    return lab.rig(shared_redis, SELF_METRICS)
+def own(services, shared_redis):
+    """A harness that shows the exporter's own metrics."""
+    return services.harness(shared_redis, SELF_METRICS)
 
 
-def rejected(rig):
+def rejected(harness):
     """{reason: messages and events}"""
-    samples = rig.exporter.metrics()
+    samples = harness.exporter.metrics()
     return {
         dict(labels)["reason"]: value
         for (name, labels), value in samples.items()
@@ -34,50 +34,50 @@ def rejected(rig):
     }
 
 
-def of_size(rig, size, **fields):
+def of_size(harness, size, **fields):
     """What to publish for an event whose message has so many bytes: on Redis, its envelope counts."""
     event = ev.received(**fields, args="")
-    if rig.publisher.broker.name == "rabbitmq":
+    if harness.publisher.broker.name == "rabbitmq":
         body = json.dumps(event)
         body = body.replace('"args": ""', '"args": "%s"' % ("x" * (size - len(body))))
-        return lambda: rig.publisher.raw(body.encode())
+        return lambda: harness.publisher.raw(body.encode())
     # Escaped text instead of base64, so that every byte can be had.
     whole = json.dumps(envelope(json.dumps(event), encoding=None))
     whole = whole.replace(r"\"args\": \"\"", r"\"args\": \"%s\"" % ("x" * (size - len(whole))))
     assert len(whole) == size
-    return lambda: rig.publisher.bytes(whole)
+    return lambda: harness.publisher.bytes(whole)
 
 
 @pytest.mark.parametrize("limit", [2048, 16 * MIB], ids=["2 KiB", "16 MiB"])
-def test_up_to_max_message(lab, broker, limit):
+def test_up_to_max_message(services, broker, limit):
     """To the byte, and the default, too."""
-    rig = lab.rig(broker, {"events": {"max_message": limit}, **SELF_METRICS})
+    harness = services.harness(broker, {"events": {"max_message": limit}, **SELF_METRICS})
     sizes = {"below": limit - 1, "at": limit, "over": limit + 1, "far over": limit + 4 * MIB}
     for name, size in sizes.items():
-        samples = rig.play(good(name), of_size(rig, size, uuid=name, name=name))
+        samples = harness.publish(good(name), of_size(harness, size, uuid=name, name=name))
     assert [samples.events("received", W, name) for name in ("good", *sizes)] == [4, 1, 1, 0, 0]
-    assert rejected(rig) == {"too_large": 2}
+    assert rejected(harness) == {"too_large": 2}
 
 
-def test_a_message_that_is_too_large_is_not_kept(lab, redis):
+def test_a_message_that_is_too_large_is_not_kept(services, redis):
     """On Redis, not even while it comes in."""
-    rig = lab.rig(redis, {"events": {"max_message": "64KiB"}})
-    memory = peak_memory(rig.exporter)
+    harness = services.harness(redis, {"events": {"max_message": "64KiB"}})
+    memory = peak_memory(harness.exporter)
     for number in range(1, 4):
-        samples = rig.play(good(number), lambda: rig.publisher.bytes(b"x" * 20 * MIB))
+        samples = harness.publish(good(number), lambda: harness.publisher.bytes(b"x" * 20 * MIB))
         assert samples.events("received", W, "good") == number
-    assert peak_memory(rig.exporter) - memory < 4 * MIB
+    assert peak_memory(harness.exporter) - memory < 4 * MIB
 
 
 DEEP_FIELDS = ["args", "name", "uuid", "type", "hostname", "timestamp", "runtime", "eta", "loadavg", "terminated"]
 
 
 @pytest.mark.parametrize("key", DEEP_FIELDS)
-def test_deep_fields(rig, key):
+def test_deep_fields(harness, key):
     """Nested 100,000 deep: as a field of any other kind of that name, alone and in a batch."""
     deep = json.dumps({**ev.received("x", name="deep"), key: "DEEP"}).replace('"DEEP"', DEEP.decode()).encode()
     batch = b"[%s, %s, %s]" % (json.dumps(good(1)).encode(), deep, json.dumps(good(2)).encode())
-    samples = rig.play(good(3), lambda: rig.publisher.raw(deep), lambda: rig.publisher.raw(batch), good(4))
+    samples = harness.publish(good(3), lambda: harness.publisher.raw(deep), lambda: harness.publisher.raw(batch), good(4))
     assert samples.events("received", W, "good") == 4
     assert samples.total(EVENTS) == (4 if key in ("uuid", "type", "hostname", "timestamp") else 6)
 
@@ -86,22 +86,22 @@ DEEP_PARTS = {"headers": 1, "properties": 0, "body": 0, "content-type": 1, "more
 
 
 @pytest.mark.parametrize("key, counted", DEEP_PARTS.items(), ids=DEEP_PARTS)
-def test_deep_envelopes(rig, key, counted):
+def test_deep_envelopes(harness, key, counted):
     """On Redis: where nothing is looked for there, the event counts."""
     deep = json.dumps({**envelope(json.dumps(ev.received("x", name="deep"))), key: "DEEP"})
     deep = deep.replace('"DEEP"', DEEP.decode())
-    samples = rig.play(good(1), lambda: rig.publisher.bytes(deep), good(2))
+    samples = harness.publish(good(1), lambda: harness.publisher.bytes(deep), good(2))
     assert samples.events("received", W, "good") == 2
     assert samples.events("received", W, "deep") == counted
 
 
 @pytest.mark.timeout(3600)
-def test_names_without_end(lab, redis, request):
+def test_names_without_end(services, redis, request):
     """However many there are, memory stays where it is once the bounds are reached, and every event counts."""
     names, bound, batch = request.config.getoption("--names"), 1000, 1000
     limits = {"metrics": {"max_label_pairs": bound, "self_metrics": True}, "state": {"max_tasks": bound}}
-    rig = lab.rig(redis, limits)
-    stream, memory = flood(rig), 0
+    harness = services.harness(redis, limits)
+    stream, memory = flood(harness), 0
     for start in range(0, names, batch):
         numbers = range(start, start + batch)
         usual = {"type": "task-received", "hostname": W, "timestamp": 1}
@@ -109,21 +109,21 @@ def test_names_without_end(lab, redis, request):
         if start % (20 * batch) == 0:
             stream.finish()
             stream.send(b"CLIENT REPLY OFF\r\n")
-            rig.play()
-            memory = memory or peak_memory(rig.exporter)
+            harness.publish()
+            memory = memory or peak_memory(harness.exporter)
     stream.finish()
-    samples = rig.play(good(1))
+    samples = harness.publish(good(1))
     assert samples.total(EVENTS) == names + 1
     assert samples.events("received", W, OTHER) > names - bound
-    assert samples.total(PREFETCHED) == bound == rig.exporter.metrics().one("flower_exporter_tasks")
-    assert rig.exporter.metrics().one("flower_exporter_label_pairs") <= bound + 1
-    assert peak_memory(rig.exporter) - memory < 8 * MIB
+    assert samples.total(PREFETCHED) == bound == harness.exporter.metrics().one("flower_exporter_tasks")
+    assert harness.exporter.metrics().one("flower_exporter_label_pairs") <= bound + 1
+    assert peak_memory(harness.exporter) - memory < 8 * MIB
 
 
-def test_texts_of_a_megabyte(lab, broker):
+def test_texts_of_a_megabyte(services, broker):
     """In every field that is remembered: labels are cut, and of the texts nothing else is kept."""
-    rig = lab.rig(broker)
-    samples, memory = rig.play(good(1)), []
+    harness = services.harness(broker)
+    samples, memory = harness.publish(good(1)), []
     for number in range(12):
         text = f"{number:03}" + "é" * (MIB // 2)
         for event in (
@@ -131,9 +131,9 @@ def test_texts_of_a_megabyte(lab, broker):
             ev.received(text, text, name=text, eta=text),
             ev.task(text, text, text, name=text),
         ):
-            rig.publisher.raw(json.dumps(event, ensure_ascii=False).encode())
-        samples = rig.play(good(2))
-        memory.append(peak_memory(rig.exporter))
+            harness.publisher.raw(json.dumps(event, ensure_ascii=False).encode())
+        samples = harness.publish(good(2))
+        memory.append(peak_memory(harness.exporter))
     assert samples.events("received", W, "good") == 13
     assert max(len(value.encode()) for _, labels in samples for _, value in labels) == 256 + len("…".encode())
     assert len([labels for name, labels in samples if name == ONLINE]) == 12
@@ -152,20 +152,20 @@ IDS = {
 
 
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
-def test_ids_that_nearly_collide(rig, ids):
+def test_ids_that_nearly_collide(harness, ids):
     """Each is a task of its own: all are prefetched, and each leaves alone."""
-    assert rig.play(*map(ev.received, ids)).total(PREFETCHED) == len(ids)
+    assert harness.publish(*map(ev.received, ids)).total(PREFETCHED) == len(ids)
     for left, uuid in reversed(list(enumerate(ids))):
-        assert rig.play(ev.started(uuid, at=1)).total(PREFETCHED) == left
+        assert harness.publish(ev.started(uuid, at=1)).total(PREFETCHED) == left
 
 
-def test_ids_that_do_collide(rig):
+def test_ids_that_do_collide(harness):
     """One id sent by many workers is one task, at one of them at a time; every event counts for its sender."""
     workers = [f"w{n}@tests" for n in range(20)]
-    samples = rig.play(*map(ev.heartbeat, workers), *[ev.received("a", w, at=n) for n, w in enumerate(workers)])
+    samples = harness.publish(*map(ev.heartbeat, workers), *[ev.received("a", w, at=n) for n, w in enumerate(workers)])
     assert samples.total(PREFETCHED) == samples.one(PREFETCHED, worker=workers[-1], task="add") == 1
     assert samples.events("received") == samples.total(ONLINE) == len(workers)
-    assert rig.play(*[ev.started("a", w, at=30 + n) for n, w in enumerate(workers)]).total(PREFETCHED) == 0
+    assert harness.publish(*[ev.started("a", w, at=30 + n) for n, w in enumerate(workers)]).total(PREFETCHED) == 0
 
 
 #: Python writes the first two and reads them all.
@@ -173,7 +173,7 @@ BEYOND = ["Infinity", "-Infinity", "1e999", "-1e999", "9" * 400, "0." + "0" * 40
 
 
 @pytest.mark.parametrize("number", BEYOND, ids=lambda text: text[:9])
-def test_numbers_beyond_all_bounds(rig, number):
+def test_numbers_beyond_all_bounds(harness, number):
     """Where no number matters, the event counts; where one does, it is no number. Alone, and in a batch."""
     fields = "runtime", "retries", "clock", "pid", "utcoffset", "custom"
     odd = [json.dumps({**ev.succeeded(key, name="odd"), key: "NUMBER"}) for key in fields]
@@ -181,8 +181,8 @@ def test_numbers_beyond_all_bounds(rig, number):
     odd += [json.dumps({**ev.heartbeat("odd@tests"), key: "NUMBER"}) for key in beats]
     odd = [text.replace('"NUMBER"', number).encode() for text in odd]
     for item in (*odd, b"[%s]" % b", ".join(odd)):
-        rig.publisher.raw(item)
-    samples = rig.play(good(1))
+        harness.publisher.raw(item)
+    samples = harness.publish(good(1))
     assert samples.events("received", W, "good") == 1
     assert samples.one(ONLINE, worker="odd@tests") == 1
     assert samples.events("succeeded", W, "odd") == 2 * len(fields)
@@ -190,10 +190,10 @@ def test_numbers_beyond_all_bounds(rig, number):
 
 
 @pytest.mark.parametrize("number", BEYOND, ids=lambda text: text[:9])
-def test_timestamps_beyond_all_bounds(rig, number):
+def test_timestamps_beyond_all_bounds(harness, number):
     """An event with such a time may be refused; what others show of its task stays a number."""
     odd = json.dumps({**ev.received("a", name="odd"), "timestamp": "NUMBER"}).replace('"NUMBER"', number)
-    samples = rig.play(good(1), lambda: rig.publisher.raw(odd.encode()), ev.started("a", name="odd", at=5))
+    samples = harness.publish(good(1), lambda: harness.publisher.raw(odd.encode()), ev.started("a", name="odd", at=5))
     assert samples.events("received", W, "good") == samples.events("started", W) == 1
     assert all(abs(value) < 1e300 for value in samples.values())
 
@@ -212,20 +212,20 @@ TEXTS = {
 
 @pytest.mark.parametrize("key", ["name", "hostname", "uuid", "type"])
 @pytest.mark.parametrize("text, counted", TEXTS.values(), ids=TEXTS)
-def test_texts_that_are_none(rig, key, text, counted):
+def test_texts_that_are_none(harness, key, text, counted):
     """Mended, and readable in the exposition; or no JSON at all."""
     event = json.dumps({**ev.received("x", name="odd"), key: "task-TEXT"}).encode().replace(b"TEXT", text)
-    samples = rig.play(good(1), lambda: rig.publisher.raw(event), good(2))
+    samples = harness.publish(good(1), lambda: harness.publisher.raw(event), good(2))
     assert samples.events("received", W, "good") == 2
     assert samples.total(EVENTS) == 2 + counted
 
 
-def test_a_batch_of_100_000(lab, broker):
+def test_a_batch_of_100_000(services, broker):
     """In one message."""
-    rig = lab.rig(broker)
+    harness = services.harness(broker)
     usual = {"type": "task-sent", "hostname": "c", "timestamp": 1, "name": "n"}
     batch = [{**usual, "uuid": f"{n}"} for n in range(100_000)]
-    samples = rig.play(good(1), lambda: rig.publisher.raw(json.dumps(batch).encode()), good(2))
+    samples = harness.publish(good(1), lambda: harness.publisher.raw(json.dumps(batch).encode()), good(2))
     assert samples.events("sent", "c", "n") == 100_000
     assert samples.events("received", W, "good") == 2
 
@@ -240,17 +240,17 @@ def test_a_batch_of_millions_that_are_none(own, element, reason):
     body = b"[" + b",".join([element] * count) + b"]"
     own.publisher.raw(body)
     assert own.exporter.healthz()[0] == 200
-    assert own.play(good(1)).events("received", W, "good") == 1
+    assert own.publish(good(1)).events("received", W, "good") == 1
     assert rejected(own) == {reason: count}
 
 
-def test_messages_of_nothing(lab, broker):
+def test_messages_of_nothing(services, broker):
     """A great many empty ones: each is counted as what it is, or as dropped."""
-    rig = lab.rig(broker, SELF_METRICS)
-    stream, count, memory = flood(rig), 100_000, peak_memory(rig.exporter)
-    rig.play(good(1))
+    harness = services.harness(broker, SELF_METRICS)
+    stream, count, memory = flood(harness), 100_000, peak_memory(harness.exporter)
+    harness.publish(good(1))
     stream.send(stream.publish(b"") * count)
     stream.finish()
-    assert rig.play(good(2), deadline=60).events("received", W, "good") == 2
-    assert sum(rejected(rig).values()) + rig.exporter.metrics().one("flower_exporter_dropped_messages_total") == count
-    assert peak_memory(rig.exporter) - memory < 32 * MIB
+    assert harness.publish(good(2), deadline=60).events("received", W, "good") == 2
+    assert sum(rejected(harness).values()) + harness.exporter.metrics().one("flower_exporter_dropped_messages_total") == count
+    assert peak_memory(harness.exporter) - memory < 32 * MIB

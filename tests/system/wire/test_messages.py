@@ -46,23 +46,23 @@ HALF_EVENTS = {
 }
 
 
-def check(rig, *items):
-    """Plays the items between good events and in one rig: only the good ones have left a trace."""
-    samples = rig.play(good(1), *items, good(2))
+def check(harness, *items):
+    """Plays the items between good events and in one harness: only the good ones have left a trace."""
+    samples = harness.publish(good(1), *items, good(2))
     assert samples.short() == {("events", W, "received", "good"): 2, ("prefetched", W, "good"): 2}
 
 
 @pytest.mark.parametrize("body", NO_EVENTS.values(), ids=NO_EVENTS)
-def test_no_event(lab, broker, body):
-    rig = lab.rig(broker)
-    check(rig, lambda: rig.publisher.raw(body))
+def test_no_event(services, broker, body):
+    harness = services.harness(broker)
+    check(harness, lambda: harness.publisher.raw(body))
 
 
 @pytest.mark.parametrize("event", HALF_EVENTS.values(), ids=HALF_EVENTS)
-def test_half_an_event(rig, event):
+def test_half_an_event(harness, event):
     """Alone, and in a batch where it costs itself alone."""
-    check(rig, lambda: rig.publisher.raw(json.dumps(event).encode()))
-    samples = rig.play([ev.received("b1", name="batch"), event, ev.received("b2", name="batch")])
+    check(harness, lambda: harness.publisher.raw(json.dumps(event).encode()))
+    samples = harness.publish([ev.received("b1", name="batch"), event, ev.received("b2", name="batch")])
     assert samples.short() == {
         ("events", W, "received", "good"): 2,
         ("prefetched", W, "good"): 2,
@@ -71,22 +71,22 @@ def test_half_an_event(rig, event):
     }
 
 
-def test_a_batch_with_unreadable_elements(lab, broker):
+def test_a_batch_with_unreadable_elements(services, broker):
     """Each costs itself alone."""
-    rig = lab.rig(broker)
+    harness = services.harness(broker)
     fine = [json.dumps(ev.received(f"{n}")).encode() for n in range(3)]
     body = (
         b"[" + b", ".join([b"null", fine[0], b'{"type": 1e999}', fine[1], b"[[]]", DEEP, fine[2], b'"\\ud800"']) + b"]"
     )
-    assert rig.play(lambda: rig.publisher.raw(body, routing_key="task.multi")).events("received") == 3
+    assert harness.publish(lambda: harness.publisher.raw(body, routing_key="task.multi")).events("received") == 3
 
 
 @pytest.mark.parametrize("spoil", [b"not json", b"{", b"nul", b'{"type": "task-received", }'])
-def test_a_batch_that_breaks_off(lab, broker, spoil):
+def test_a_batch_that_breaks_off(services, broker, spoil):
     """What comes after an element that is no JSON may be lost with it; the exporter and the next message are not."""
-    rig = lab.rig(broker)
+    harness = services.harness(broker)
     body = b"[" + json.dumps(good(9)).encode() + b", " + spoil + b"]"
-    samples = rig.play(good(1), lambda: rig.publisher.raw(body, routing_key="task.multi"), good(2))
+    samples = harness.publish(good(1), lambda: harness.publisher.raw(body, routing_key="task.multi"), good(2))
     assert samples.events("received", W, "good") in (2, 3)
 
 
@@ -122,34 +122,34 @@ ODD_EVENTS = {
 
 @pytest.mark.parametrize("odd", ODD_EVENTS.values(), ids=ODD_EVENTS)
 @pytest.mark.parametrize("batch", [False, True], ids=["alone", "in a batch"])
-def test_odd_but_good(lab, broker, odd, batch):
+def test_odd_but_good(services, broker, odd, batch):
     """These count as any other."""
-    rig = lab.rig(broker)
+    harness = services.harness(broker)
     event = {**ev.received(name="odd"), **odd}
     started = ev.started(event["uuid"], at=1)
-    samples = rig.play([good(1), event, started] if batch else event, *[] if batch else [started])
+    samples = harness.publish([good(1), event, started] if batch else event, *[] if batch else [started])
     assert samples.events("received", W, "odd") == samples.events("started", W, "odd") == 1
 
 
-def test_keys_in_any_order(lab, broker):
-    rig = lab.rig(broker)
+def test_keys_in_any_order(services, broker):
+    harness = services.harness(broker)
     event = ev.received(name="add")
     for keys in (reversed(event), sorted(event), sorted(event, key=lambda key: key[::-1])):
-        rig.publisher.raw(json.dumps({key: event[key] for key in keys}).encode())
+        harness.publisher.raw(json.dumps({key: event[key] for key in keys}).encode())
     # A key that is there twice: the last one counts, as in Python.
-    rig.publisher.raw(b'{"name": "first", ' + json.dumps(event).encode()[1:])
-    assert rig.play().events("received", W, "add") == 4
+    harness.publisher.raw(b'{"name": "first", ' + json.dumps(event).encode()[1:])
+    assert harness.publish().events("received", W, "add") == 4
 
 
-def test_other_spellings_of_the_same_json(lab, broker):
+def test_other_spellings_of_the_same_json(services, broker):
     """Not all JSON is written by Python: UTF-8 as it is, escapes where none are needed, blanks."""
-    rig = lab.rig(broker)
+    harness = services.harness(broker)
     event = ev.received(name='räkna.算💐 "\\')
     raw = json.dumps(event, ensure_ascii=False, indent=3, separators=(" ,\n", " :\t")).encode()
     escaped = "".join(f"\\u{ord(c):04x}" for c in "task-received")
-    rig.publisher.raw(b"\n " + raw + b" \n")
-    rig.publisher.raw(json.dumps(event).replace("task-received", escaped).replace('"uuid"', '"\\u0075uid"').encode())
-    assert rig.play().events("received", W, event["name"]) == 2
+    harness.publisher.raw(b"\n " + raw + b" \n")
+    harness.publisher.raw(json.dumps(event).replace("task-received", escaped).replace('"uuid"', '"\\u0075uid"').encode())
+    assert harness.publish().events("received", W, event["name"]) == 2
 
 
 CODINGS = {
@@ -162,40 +162,40 @@ CODINGS = {
 
 
 @pytest.mark.parametrize("coding", CODINGS.values(), ids=CODINGS)
-def test_coding_we_do_not_read(lab, broker, coding):
+def test_coding_we_do_not_read(services, broker, coding):
     """Rejected by name, even if the body would have been JSON."""
-    rig = lab.rig(broker)
-    check(rig, lambda: rig.publisher.raw(json.dumps(ev.received("x", name="coded")).encode(), **coding))
-    assert coding.get("content_type", "compression") in rig.exporter.log()
+    harness = services.harness(broker)
+    check(harness, lambda: harness.publisher.raw(json.dumps(ev.received("x", name="coded")).encode(), **coding))
+    assert coding.get("content_type", "compression") in harness.exporter.log()
 
 
 @pytest.mark.parametrize("large", [150_000, 1_000_000])
-def test_larger_than_max_message(lab, broker, large):
+def test_larger_than_max_message(services, broker, large):
     """Costs itself alone; what is just within the limit counts."""
-    rig = lab.rig(broker, {"events": {"max_message": "100KiB"}})
+    harness = services.harness(broker, {"events": {"max_message": "100KiB"}})
     within = ev.received("within", name="within", args="x" * 60_000)
-    check(rig, ev.received("x", name="large", args="x" * large))
-    assert rig.play(within).events("received", W, "within") == 1
+    check(harness, ev.received("x", name="large", args="x" * large))
+    assert harness.publish(within).events("received", W, "within") == 1
 
 
-def test_log_is_quiet_about_bad_messages(lab, broker):
+def test_log_is_quiet_about_bad_messages(services, broker):
     """At most one line a minute and reason, with the first bytes of the message escaped."""
-    rig = lab.rig(broker)
+    harness = services.harness(broker)
     for n in range(200):
-        rig.publisher.raw(b"garb\x01age-%d\n\x1b[31m" % n)
-        rig.publisher.raw(b'{"type": "task-received", "uuid": "%d"}' % n)
-        rig.publisher.raw(b"{}", content_type="application/x-msgpack")
-    assert rig.play(good(1)).events("received") == 1
-    log = rig.exporter.log()
+        harness.publisher.raw(b"garb\x01age-%d\n\x1b[31m" % n)
+        harness.publisher.raw(b'{"type": "task-received", "uuid": "%d"}' % n)
+        harness.publisher.raw(b"{}", content_type="application/x-msgpack")
+    assert harness.publish(good(1)).events("received") == 1
+    log = harness.exporter.log()
     assert sum("age-" in line for line in log.splitlines()) == 1
     assert "\x01" not in log and "\x1b[31m" not in log
     assert len(re.findall("WARN|ERROR", log)) == 3, log
 
 
-def test_hostnames(lab, broker):
+def test_hostnames(services, broker):
     """Globs of workers to count; what the others send still teaches task names."""
-    rig = lab.rig(broker, {"events": {"hostnames": ["*@here", MARKER]}})
-    samples = rig.play(
+    harness = services.harness(broker, {"events": {"hostnames": ["*@here", MARKER]}})
+    samples = harness.publish(
         ev.sent(client="gen1@there"),
         ev.received(worker="w@there", at=1),
         ev.heartbeat("w@there", active=2),
@@ -211,7 +211,7 @@ def test_hostnames(lab, broker):
 
 
 @pytest.mark.parametrize("hostnames", [["w[0-9]@*", MARKER], ["w?@tests", MARKER], ["w1@tests", "*x", MARKER]])
-def test_hostname_globs(lab, shared_redis, hostnames):
-    rig = lab.rig(shared_redis, {"events": {"hostnames": hostnames}})
-    samples = rig.play(ev.heartbeat("w1@tests"), ev.heartbeat("wx1@tests"), ev.heartbeat("1w1@tests"))
+def test_hostname_globs(services, shared_redis, hostnames):
+    harness = services.harness(shared_redis, {"events": {"hostnames": hostnames}})
+    samples = harness.publish(ev.heartbeat("w1@tests"), ev.heartbeat("wx1@tests"), ev.heartbeat("1w1@tests"))
     assert samples.labels("worker") == {"w1@tests"}

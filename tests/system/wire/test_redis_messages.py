@@ -29,9 +29,9 @@ ENVELOPES = {
 
 
 @pytest.mark.parametrize("message", ENVELOPES.values(), ids=ENVELOPES)
-def test_envelope(lab, shared_redis, message):
-    rig = lab.rig(shared_redis)
-    assert rig.play(lambda: rig.publisher.bytes(json.dumps(message))).events("received", W, "add") == 1
+def test_envelope(services, shared_redis, message):
+    harness = services.harness(shared_redis)
+    assert harness.publish(lambda: harness.publisher.bytes(json.dumps(message))).events("received", W, "add") == 1
 
 
 NO_ENVELOPES = {
@@ -54,10 +54,10 @@ NO_ENVELOPES = {
 
 
 @pytest.mark.parametrize("message", NO_ENVELOPES.values(), ids=NO_ENVELOPES)
-def test_no_envelope(lab, shared_redis, message):
+def test_no_envelope(services, shared_redis, message):
     """Good events around it all count; the exporter lives."""
-    rig = lab.rig(shared_redis)
-    samples = rig.play(good(1), lambda: rig.publisher.bytes(message), good(2))
+    harness = services.harness(shared_redis)
+    samples = harness.publish(good(1), lambda: harness.publisher.bytes(message), good(2))
     assert samples.events("received", W, "good") == 2
 
 
@@ -77,12 +77,12 @@ NAMES = {
 
 
 @pytest.mark.parametrize("options, db", NAMES.values(), ids=NAMES)
-def test_channel_names(lab, redis, options, db):
+def test_channel_names(services, redis, options, db):
     """kombu's transport options; what others publish beside it is not ours."""
     ours = Redis(start=False, db=db, options=options)
     theirs = Redis(start=False, db=db, options={"global_keyprefix": "a__^x"})
     ours.port = theirs.port = redis.port
-    exporter = lab.exporter(ours, {"broker": {"redis": options}})
+    exporter = services.exporter(ours, {"broker": {"redis": options}})
     with Publisher(theirs) as publisher:
         publisher.send(ev.heartbeat("stranger@tests"))
     with Publisher(ours) as publisher:
@@ -95,44 +95,44 @@ def test_channel_names(lab, redis, options, db):
 @pytest.mark.parametrize(
     "options", [{}, {"global_keyprefix": "my:app:"}, {"fanout_prefix": False}, {"fanout_patterns": False}], ids=str
 )
-def test_worker_on_channel_names(lab, redis, options):
+def test_worker_on_channel_names(services, redis, options):
     """A real worker with these options hears our broadcast and is heard.
 
     Celery 5.7 itself works neither with text as its fanout_prefix nor with glob characters.
     """
     broker = Redis(start=False, db=4, options=options)
     broker.port = redis.port
-    worker = lab.worker(broker).ready()
-    exporter = lab.exporter(broker, {"broker": {"redis": options}, "events": {"enable_interval": "300ms"}})
+    worker = services.worker(broker).ready()
+    exporter = services.exporter(broker, {"broker": {"redis": options}, "events": {"enable_interval": "300ms"}})
     wait_until(lambda: "enabled by remote" in worker.log(), 10, worker.log)
     exporter.wait_for(lambda m: m.one("flower_worker_online", worker=worker.hostname) == 1, 10)
 
 
-def test_unix_socket(lab, redis):
-    exporter = lab.exporter(None, {"broker": {"url": f"redis+socket://{redis.socket}?virtual_host=6"}}).ready()
+def test_unix_socket(services, redis):
+    exporter = services.exporter(None, {"broker": {"url": f"redis+socket://{redis.socket}?virtual_host=6"}}).ready()
     broker = Redis(start=False, db=6)
     broker.port = redis.port
-    lab.publisher(broker).send(ev.received())
+    services.publisher(broker).send(ev.received())
     exporter.wait_for(lambda m: m.events("received") == 1)
 
 
-def test_password(lab):
+def test_password(services):
     """Percent-encoded in the URL."""
-    rig = lab.rig(lab.redis(password="p@ss/w:rd%#?[] ä"))
-    assert rig.play(ev.received()).events("received") == 1
-    assert "p@ss" not in rig.exporter.log() and "p%40ss" not in rig.exporter.log()
+    harness = services.harness(services.redis(password="p@ss/w:rd%#?[] ä"))
+    assert harness.publish(ev.received()).events("received") == 1
+    assert "p@ss" not in harness.exporter.log() and "p%40ss" not in harness.exporter.log()
 
 
-def test_user_and_password(lab, redis):
+def test_user_and_password(services, redis):
     redis.client().execute_command("ACL", "SETUSER", "us/er", "on", ">pa:ss", "allchannels", "allkeys", "+@all")
-    exporter = lab.exporter(None, {"broker": {"url": f"redis://us%2Fer:pa%3Ass@127.0.0.1:{redis.port}/0"}}).ready()
-    lab.publisher(redis).send(ev.received())
+    exporter = services.exporter(None, {"broker": {"url": f"redis://us%2Fer:pa%3Ass@127.0.0.1:{redis.port}/0"}}).ready()
+    services.publisher(redis).send(ev.received())
     exporter.wait_for(lambda m: m.events("received") == 1)
 
 
-def test_channel_that_is_forbidden(lab, redis):
+def test_channel_that_is_forbidden(services, redis):
     """Not ready, and the log says why: the server refuses the subscription."""
     redis.client().execute_command("ACL", "SETUSER", "blind", "on", ">pass", "resetchannels", "allkeys", "+@all")
-    exporter = lab.exporter(None, {"broker": {"url": f"redis://blind:pass@127.0.0.1:{redis.port}/0"}})
+    exporter = services.exporter(None, {"broker": {"url": f"redis://blind:pass@127.0.0.1:{redis.port}/0"}})
     wait_until(lambda: "NOPERM" in exporter.log() or "permission" in exporter.log().lower(), 15, exporter.log)
     assert exporter.healthz(ready=True)[0] == 503 and exporter.healthz()[0] == 200
