@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Instructions an event (decode, ingest) and a line of a scrape (render), counted by valgrind and compared with
-# benches/instructions.txt: more than 5 % above fails. `--write` takes the figures of this run over instead.
+# Counts instructions per event (decode, ingest) and per line of a scrape (render) with valgrind, and compares them with
+# benches/instructions.txt. An increase of more than 5% fails. `--write` saves the figures of this run instead.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null
 committed=benches/instructions.txt
 
-command -v valgrind >/dev/null || { echo "no valgrind: as root, run: apt-get install valgrind" >&2; exit 1; }
+command -v valgrind >/dev/null || { echo "valgrind not found: run apt-get install valgrind as root" >&2; exit 1; }
 built=$(cargo bench --locked --bench stages --no-run --message-format=json-render-diagnostics)
 binary=$(grep -o '"executable":"[^"]*stages[^"]*"' <<<"$built" | tail -n 1 | cut -d'"' -f4)
 
-# Instructions of the whole run, and what a round has.
+# Prints the number of items in a round, then the instructions of the whole run.
 run() {
     valgrind --tool=cachegrind --cachegrind-out-file=/dev/null --log-file="$log" "$binary" --count "$1" "$2" | tr '\n' ' '
     grep -oP 'I +refs: +\K[0-9,]+' "$log" | tr -d ,
@@ -35,10 +35,10 @@ failed=0
 while read -r stage now; do
     before=$(awk -v stage="$stage" '$1 == stage { print $2 }' "$committed")
     verdict=ok
-    if [ -z "$before" ] || [ $((now * 100)) -gt $((before * 105)) ]; then verdict="MORE than 5 % above" failed=1; fi
+    if [ -z "$before" ] || [ $((now * 100)) -gt $((before * 105)) ]; then verdict="INCREASED by more than 5%" failed=1; fi
     printf '%-8s %6s instructions, committed %6s: %s\n' "$stage" "$now" "${before:-none}" "$verdict"
 done <<<"$figures"
 if [ $failed = 1 ]; then
-    echo "If that is worth it, take the figures over: benches/instructions.sh --write" >&2
+    echo "If the increase is justified, save the new figures: benches/instructions.sh --write" >&2
 fi
 exit $failed

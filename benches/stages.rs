@@ -1,7 +1,8 @@
-//! One benchmark a stage: `cargo bench --bench stages` shows times and throughput, `benches/instructions.sh` counts
-//! instructions, which no noise moves.
+//! Benchmarks each stage by itself: `cargo bench --bench stages` reports times and throughput.
 //!
-//! With `--count STAGE ROUNDS` a stage is merely run so many times; the difference between two such runs is what a round costs.
+//! `benches/instructions.sh` counts instructions instead, which are independent of noise. With `--count STAGE ROUNDS`,
+//! the program only runs a stage for a number of rounds. The difference between two such runs is the cost of the
+//! rounds.
 
 mod workload;
 
@@ -9,23 +10,23 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use divan::counter::{BytesCount, ItemsCount};
-use flower_exporter::metrics::text::{Exposition, Format};
-use flower_exporter::metrics::{Copying, Snapshot};
+use flower_exporter::metrics::encode::{Exposition, Format};
+use flower_exporter::metrics::{Snapshot, SnapshotBuilder};
 use flower_exporter::state::State;
-use workload::{Cluster, USUAL, decode, enveloped, ingest, state};
+use workload::{Deployment, TYPICAL, decode, enveloped, ingest, state};
 
-/// Tasks of a round, each with four events.
+/// Tasks per round, with four events each.
 const TASKS: usize = 3_000;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     match arguments.iter().position(|argument| argument == "--count") {
         None => divan::main(),
-        Some(place) => count(&arguments[place + 1], arguments[place + 2].parse().expect("a number of rounds")),
+        Some(index) => count(&arguments[index + 1], arguments[index + 2].parse().expect("a number of rounds")),
     }
 }
 
-/// Prints how many events or lines a round has.
+/// Runs a stage, and prints the number of events or lines per round.
 fn count(name: &str, rounds: usize) {
     match name {
         "decode" => {
@@ -36,15 +37,15 @@ fn count(name: &str, rounds: usize) {
             println!("{}", 4 * TASKS);
         }
         "ingest" => {
-            let mut state = warm();
-            let streams: Vec<_> = (1..8).map(|round| USUAL.bodies(TASKS * round, TASKS)).collect();
+            let mut state = warm_state();
+            let streams: Vec<_> = (1..8).map(|round| TYPICAL.bodies(TASKS * round, TASKS)).collect();
             for bodies in &streams[..rounds] {
                 ingest(&mut state, black_box(bodies));
             }
             println!("{}", 4 * TASKS);
         }
         "render" => {
-            let snapshot = snapshot(USUAL);
+            let snapshot = snapshot(TYPICAL);
             let mut text = Vec::new();
             for _ in 0..rounds {
                 text.clear();
@@ -52,30 +53,30 @@ fn count(name: &str, rounds: usize) {
             }
             println!("{}", String::from_utf8_lossy(&text).lines().count());
         }
-        _ => panic!("no stage {name}: decode, ingest, render"),
+        _ => panic!("unknown stage {name}; expected decode, ingest or render"),
     }
 }
 
 fn envelopes() -> Vec<Vec<u8>> {
-    USUAL.bodies(0, TASKS).iter().map(|body| enveloped(body)).collect()
+    TYPICAL.bodies(0, TASKS).iter().map(|body| enveloped(body)).collect()
 }
 
-/// A state that knows all workers and names.
-fn warm() -> State {
+/// A state in which all workers and names are present.
+fn warm_state() -> State {
     let mut state = state();
-    ingest(&mut state, &USUAL.bodies(0, TASKS));
+    ingest(&mut state, &TYPICAL.bodies(0, TASKS));
     state
 }
 
-fn snapshot(cluster: Cluster) -> Arc<Snapshot> {
+fn snapshot(deployment: Deployment) -> Arc<Snapshot> {
     let mut state = state();
-    ingest(&mut state, &cluster.bodies(0, cluster.workers * cluster.names));
-    let mut copying = Copying::start(state.series());
-    while !copying.proceed(state.series(), 1 << 20) {}
-    Arc::new(copying.finish(state.series()))
+    ingest(&mut state, &deployment.bodies(0, deployment.workers * deployment.names));
+    let mut builder = SnapshotBuilder::new(state.series());
+    while !builder.step(state.series(), 1 << 20) {}
+    Arc::new(builder.finish(state.series()))
 }
 
-/// Writes a scrape as it is served, in pieces. Returns its bytes.
+/// Renders a scrape in pieces, as the server does. Returns its size in bytes.
 fn render(snapshot: &Arc<Snapshot>) -> usize {
     let mut exposition = Exposition::new(Arc::clone(snapshot), Format::Text, &[]);
     let (mut piece, mut bytes) = (Vec::with_capacity(72 << 10), 0);
@@ -89,7 +90,7 @@ fn render(snapshot: &Arc<Snapshot>) -> usize {
     }
 }
 
-/// An envelope as it comes over Redis, to events, which are dropped.
+/// Decodes envelopes as received from Redis, and drops the events.
 #[divan::bench]
 fn decode_envelopes(bencher: divan::Bencher) {
     let (messages, mut buffer) = (envelopes(), Vec::new());
@@ -100,40 +101,40 @@ fn decode_envelopes(bencher: divan::Bencher) {
         .bench_local(|| decode(black_box(&messages), &mut buffer));
 }
 
-/// A body as it comes over `RabbitMQ`, to state and series.
+/// Decodes bodies as received from `RabbitMQ`, and applies the events to the state and its series.
 #[divan::bench]
 fn ingest_bodies(bencher: divan::Bencher) {
-    let mut state = warm();
-    let streams: Vec<_> = (1..64).map(|round| USUAL.bodies(TASKS * round, TASKS)).collect();
+    let mut state = warm_state();
+    let streams: Vec<_> = (1..64).map(|round| TYPICAL.bodies(TASKS * round, TASKS)).collect();
     let bytes: usize = streams[0].iter().map(Vec::len).sum();
     let mut next = streams.iter().cycle();
     bencher.counter(ItemsCount::new(4 * TASKS)).counter(BytesCount::new(bytes)).bench_local(|| {
-        ingest(&mut state, black_box(next.next().expect("no end")));
+        ingest(&mut state, black_box(next.next().expect("an endless iterator")));
     });
 }
 
-/// Copying the numbers of a scrape, which the event path waits for a slice at a time.
+/// Copies the values of a scrape. The ingest loop does this in short steps.
 #[divan::bench(args = [1_000, 20_000])]
-fn copy(bencher: divan::Bencher, pairs: usize) {
+fn snapshot_label_sets(bencher: divan::Bencher, label_sets: usize) {
     let mut state = state();
-    ingest(&mut state, &of_pairs(pairs).bodies(0, pairs));
-    bencher.counter(ItemsCount::new(pairs)).bench_local(|| {
-        let mut copying = Copying::start(state.series());
-        while !copying.proceed(state.series(), 1 << 20) {}
-        copying.finish(state.series())
+    ingest(&mut state, &with_label_sets(label_sets).bodies(0, label_sets));
+    bencher.counter(ItemsCount::new(label_sets)).bench_local(|| {
+        let mut builder = SnapshotBuilder::new(state.series());
+        while !builder.step(state.series(), 1 << 20) {}
+        builder.finish(state.series())
     });
 }
 
-/// Writing the text of a scrape.
+/// Renders the text of a scrape.
 #[divan::bench(args = [1_000, 20_000])]
-fn render_pairs(bencher: divan::Bencher, pairs: usize) {
-    let snapshot = snapshot(of_pairs(pairs));
+fn render_label_sets(bencher: divan::Bencher, label_sets: usize) {
+    let snapshot = snapshot(with_label_sets(label_sets));
     bencher
-        .counter(ItemsCount::new(pairs))
+        .counter(ItemsCount::new(label_sets))
         .counter(BytesCount::new(render(&snapshot)))
         .bench_local(|| render(black_box(&snapshot)));
 }
 
-fn of_pairs(pairs: usize) -> Cluster {
-    Cluster { workers: pairs / USUAL.names, names: USUAL.names }
+fn with_label_sets(label_sets: usize) -> Deployment {
+    Deployment { workers: label_sets / TYPICAL.names, names: TYPICAL.names }
 }

@@ -5,19 +5,19 @@ usage() {
     cat <<'END'
 Usage: deploy/quickstart.sh [--once] [--port PORT] [--help]
 
-Shows flower-exporter at work on this machine: a Redis of its own, a sample Celery
-worker without -E, the exporter, a trickle of tasks, and the six series live with
-their address, until Ctrl-C. Then everything it started is stopped and removed.
+Demonstrates flower-exporter on this machine. Starts a private Redis, a sample
+Celery worker without -E, the exporter and a stream of tasks. Shows the six metrics
+and their URL until Ctrl-C. Then stops and removes everything it started.
 
-  --once   show the six series as soon as all of them have samples, then exit
-           with 0; with 1 when that takes more than 60 seconds
-  --port   of the exporter, such as 9555, where Prometheus looks for it;
-           a free one otherwise
-  --help   this text
+  --once   print the six metrics as soon as all of them have samples, then exit
+           with 0; exit with 1 if that takes more than 60 seconds
+  --port   port of the exporter, for example 9555, which the example Prometheus
+           configuration scrapes; default: a free port
+  --help   print this text
 
 Environment: FLOWER_EXPORTER_BIN=PATH uses that binary instead of building one.
-What is missing is installed by apt (as root, or through sudo). Python packages and
-the build go to target/. A Redis that runs on this machine is left alone.
+Missing packages are installed with apt (as root, or through sudo). Python packages
+and the build go to target/. A Redis already running on this machine is not touched.
 END
 }
 
@@ -29,7 +29,7 @@ bin=${FLOWER_EXPORTER_BIN:-}
 PATH=$PATH:${HOME:-/root}/.cargo/bin
 deadline=60
 tmp=
-pids=() names=() # what runs, in the order of starting
+pids=() names=() # running processes, in start order
 
 say() { printf '==> %s\n' "$*" >&2; }
 
@@ -38,7 +38,7 @@ fail() {
     exit 1
 }
 
-logs() { # [NAME]: the end of its log, or of all
+logs() { # [NAME]: prints the end of its log, or of every log
     local log
     for log in "$tmp/"${1:-*}.log; do
         if [[ -s $log ]]; then printf -- '--- %s\n' "${log##*/}" && tail -n 15 -- "$log"; fi
@@ -47,8 +47,8 @@ logs() { # [NAME]: the end of its log, or of all
 
 # --- processes ---------------------------------------------------------------------
 
-# Each runs in a process group of its own, out of reach of the terminal's Ctrl-C, so that
-# cleanup alone decides who ends when. If this script is killed by SIGKILL, they get SIGTERM.
+# Each process runs in its own process group, so that the terminal's Ctrl-C does not reach
+# it and cleanup controls the order of shutdown. If this script gets SIGKILL, they get SIGTERM.
 spawn() { # NAME COMMAND...
     setsid setpriv --pdeathsig TERM -- "${@:2}" </dev/null 9>&- &
     pids+=($!) names+=("$1")
@@ -58,10 +58,10 @@ start() { spawn "$@" >"$tmp/$1.log" 2>&1; }
 
 running() { kill -0 "$1" 2>/dev/null; }
 
-stop() { # PID: asks the process first, then ends whatever is left of its group
-    local patience=$((SECONDS + 5))
+stop() { # PID: sends SIGTERM, then kills what remains of its process group
+    local deadline_at=$((SECONDS + 5))
     kill -TERM "$1" 2>/dev/null
-    while running "$1" && ((SECONDS < patience)); do sleep 0.05; done
+    while running "$1" && ((SECONDS < deadline_at)); do sleep 0.05; done
     kill -KILL -- "-$1" 2>/dev/null
     running "$1" && kill -KILL "$1"
     wait "$1" 2>/dev/null
@@ -79,8 +79,8 @@ cleanup() {
     exit "$status"
 }
 
-# Long work runs in the background and is waited for, because bash acts on a signal
-# only between two commands, and at once while it waits.
+# Long-running commands run in the background, because bash handles a signal only between
+# two commands, but immediately while it is in wait.
 run() { # NAME COMMAND...
     local status=0
     spawn "$@"
@@ -89,37 +89,37 @@ run() { # NAME COMMAND...
     return "$status"
 }
 
-# Starts a server on a port the kernel chose. Should somebody else take that port before the server does: again.
-# $port is the result; @PORT in the command stands for it, and READY is a function of the process id. One that was
-# asked for, $wanted_port, is not tried again.
+# Starts a server on a port that the kernel chose, and sets $port. Retries with another port if another process takes
+# the first one, but never replaces a requested port ($wanted_port). @PORT in COMMAND is replaced by the port.
+# READY is a function that takes the process id.
 serve() { # NAME READY COMMAND...
-    local name=$1 ready=$2 patience try
+    local name=$1 ready=$2 deadline_at try
     shift 2
     for try in 1 2 3 4 5; do
         port=${wanted_port:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
         start "$name" "${@//@PORT/$port}"
-        patience=$((SECONDS + 20))
-        while running "${pids[-1]}" && ((SECONDS < patience)); do
+        deadline_at=$((SECONDS + 20))
+        while running "${pids[-1]}" && ((SECONDS < deadline_at)); do
             if "$ready" "${pids[-1]}" && running "${pids[-1]}"; then return; fi
             sleep 0.05
         done
         if [[ -n $wanted_port ]] || running "${pids[-1]}" || ! grep -qi 'in use' "$tmp/$name.log"; then break; fi
-        say "port $port was taken meanwhile, trying another ($try of 5)"
+        say "another process took port $port; trying another port ($try of 5)"
         forget_last
     done
     logs "$name"
-    fail "the $name did not start, its log is above"
+    fail "$name did not start; see its log above"
 }
 
 redis_ready() { [[ $(redis-cli -p "$port" info server 2>/dev/null) == *process_id:$1[^0-9]* ]]; }
 
 exporter_ready() { (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; }
 
-await_line() { # NAME PATTERN SECONDS: until NAME's log has a line like that
-    local patience=$((SECONDS + $3))
+await_line() { # NAME PATTERN SECONDS: waits until a line in NAME's log matches
+    local deadline_at=$((SECONDS + $3))
     until grep -q -- "$2" "$tmp/$1.log"; do
         check_running
-        ((SECONDS < patience)) || return 1
+        ((SECONDS < deadline_at)) || return 1
         sleep 0.1
     done
 }
@@ -129,14 +129,14 @@ check_running() {
     for i in "${!pids[@]}"; do
         if ! running "${pids[i]}"; then
             logs "${names[i]}"
-            fail "the ${names[i]} has stopped, its log is above"
+            fail "${names[i]} exited; see its log above"
         fi
     done
 }
 
-# --- what is needed ----------------------------------------------------------------
+# --- dependencies ------------------------------------------------------------------
 
-# Celery needs Python 3.10; ensurepip is what Debian leaves to python3-venv.
+# Celery needs Python 3.10 or later. Debian ships ensurepip in python3-venv.
 find_python() {
     local candidate
     for candidate in python3 /usr/bin/python3; do
@@ -148,39 +148,39 @@ find_python() {
     return 1
 }
 
-# Debian keeps the server's program in redis-tools and the service in redis-server.
-# We take the former alone: so no service is started, now or at the next boot.
+# Debian ships the server binary in redis-tools and the service in redis-server.
+# Installing only redis-tools starts no service, neither now nor at the next boot.
 find_redis() { command -v redis-cli && { command -v redis-server || command -v redis-check-rdb; }; } >/dev/null
 
 install_packages() {
     local packages=() sudo=() get=(env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300)
-    find_redis || { packages+=(redis-tools) && say "missing: Redis, the broker of the demonstration (package redis-tools)"; }
-    find_python >/dev/null || { packages+=(python3-venv) && say "missing: Python with venv, to install Celery (package python3-venv)"; }
+    find_redis || { packages+=(redis-tools) && say "missing: Redis, the broker for this demonstration (package redis-tools)"; }
+    find_python >/dev/null || { packages+=(python3-venv) && say "missing: Python with venv, needed to install Celery (package python3-venv)"; }
     [[ -n $bin ]] || command -v cc >/dev/null ||
-        { packages+=(gcc libc6-dev) && say "missing: a C compiler, to link the exporter (packages gcc, libc6-dev)"; }
+        { packages+=(gcc libc6-dev) && say "missing: a C compiler, needed to link the exporter (packages gcc, libc6-dev)"; }
     ((${#packages[@]})) || return 0
     command -v apt-get >/dev/null ||
-        fail "there is no apt-get on this machine: install ${packages[*]} or what they are called here, and run this again"
+        fail "apt-get not found: install ${packages[*]}, or their equivalents on this system, and run this script again"
     if ((EUID != 0)); then
-        command -v sudo >/dev/null || fail "not root, and there is no sudo: have root run 'apt-get install ${packages[*]}'"
+        command -v sudo >/dev/null || fail "not root, and sudo not found: run 'apt-get install ${packages[*]}' as root"
         sudo=(sudo)
     fi
-    say "installing ${packages[*]} by ${sudo[*]:+sudo }apt-get (a minute or so)"
-    # In the foreground: sudo may ask on the terminal, and apt must not be killed half-way.
-    "${sudo[@]}" "${get[@]}" update >"$tmp/apt.log" 2>&1 9>&- || say "apt-get update failed; trying with the package lists as they are"
+    say "installing ${packages[*]} with ${sudo[*]:+sudo }apt-get (about a minute)"
+    # Runs in the foreground: sudo may prompt on the terminal, and apt must not be interrupted.
+    "${sudo[@]}" "${get[@]}" update >"$tmp/apt.log" 2>&1 9>&- || say "apt-get update failed; using the existing package lists"
     "${sudo[@]}" "${get[@]}" install -y --no-install-recommends "${packages[@]}" >>"$tmp/apt.log" 2>&1 9>&- ||
-        { logs apt; fail "apt-get could not install ${packages[*]}: see above; without network or sudo, install them some other way"; }
-    find_redis || fail "redis-tools brought no redis-cli and redis-check-rdb: install redis-server yourself"
-    find_python >/dev/null || fail "Python is older than 3.10 or has no venv: put a newer python3 on the PATH"
+        { logs apt; fail "apt-get failed to install ${packages[*]}: see above; without network or sudo, install them another way"; }
+    find_redis || fail "redis-tools does not contain redis-cli and redis-check-rdb: install redis-server"
+    find_python >/dev/null || fail "Python is older than 3.10 or has no venv: put a newer python3 on PATH"
 }
 
 install_celery() {
     [[ -x $python ]] && cmp -s "$app/requirements.txt" "$venv/installed" && "$python" -c 'import celery, redis' 2>/dev/null && return
-    say "installing Celery into target/quickstart/venv by pip (half a minute or so)"
+    say "installing Celery into target/quickstart/venv with pip (about half a minute)"
     if ! { run venv "$(find_python)" -m venv --clear "$venv" && run pip "$python" -m pip install -r "$app/requirements.txt"; } \
         >"$tmp/pip.log" 2>&1; then
         logs pip
-        fail "pip could not install Celery: see above; it needs PyPI, or a mirror named by PIP_INDEX_URL"
+        fail "pip failed to install Celery: see above; it needs PyPI, or a mirror set with PIP_INDEX_URL"
     fi
     cp "$app/requirements.txt" "$venv/installed"
 }
@@ -188,18 +188,18 @@ install_celery() {
 build() {
     local target=${CARGO_TARGET_DIR:-$root/target}
     if [[ -n $bin ]]; then return; fi
-    say "building the exporter: cargo build --release --locked (some minutes the first time, seconds after that)"
+    say "building the exporter: cargo build --release --locked (several minutes the first time, then seconds)"
     cd -- "$root" # for rust-toolchain.toml and .cargo/config.toml
     run cargo cargo build --release --locked --target-dir "$target" >&2 ||
-        fail "the build failed: see above; needed are Rust $(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml) or newer ('rustup update stable') and crates.io"
+        fail "the build failed: see above; it needs Rust $(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml) or later ('rustup update stable') and access to crates.io"
     bin=$target/release/flower-exporter
 }
 
 prepare() {
-    mkdir -p "$root/target/quickstart" || fail "cannot write to $root/target: run as its owner"
-    exec 9>"$root/target/quickstart/lock" || fail "cannot write to $root/target/quickstart: run as its owner"
-    flock --nonblock 9 || say "another quickstart is installing or building here, waiting for it"
-    until flock --nonblock 9; do sleep 0.5; done # and not one blocking call, so that signals are heeded
+    mkdir -p "$root/target/quickstart" || fail "cannot write to $root/target: run this script as its owner"
+    exec 9>"$root/target/quickstart/lock" || fail "cannot write to $root/target/quickstart: run this script as its owner"
+    flock --nonblock 9 || say "another quickstart is installing or building here; waiting for it"
+    until flock --nonblock 9; do sleep 0.5; done # a polling loop instead of a blocking call, so that signals are handled
     install_packages
     install_celery
     build
@@ -212,36 +212,36 @@ prepare() {
 demonstrate() {
     local url broker name
     export PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
-    say "starting Redis, a Celery worker with 2 processes and without -E, the exporter, and tasks"
+    say "starting Redis, a Celery worker with 2 processes and without -E, the exporter and tasks"
     ln -s "$(command -v redis-server || command -v redis-check-rdb)" "$tmp/redis-server"
     serve redis redis_ready "$tmp/redis-server" --port @PORT --bind 127.0.0.1 --save '' --appendonly no --dir "$tmp"
     broker=redis://127.0.0.1:$port/0
     export CELERY_BROKER_URL=$broker
     start worker "$python" -m celery --workdir "$app" -A tasks worker --concurrency 2 --hostname quickstart@%h --loglevel INFO
-    await_line worker ' ready\.' 30 || { logs worker; fail "the worker did not get ready in 30 seconds, its log is above"; }
-    : >"$tmp/exporter.toml" # nothing from /etc or the environment
+    await_line worker ' ready\.' 30 || { logs worker; fail "the worker was not ready within 30 seconds; see its log above"; }
+    : >"$tmp/exporter.toml" # ignore the configuration in /etc and the environment
     for name in "${!FLOWER_EXPORTER_@}"; do unset "$name"; done
     wanted_port=$exporter_port
     serve exporter exporter_ready "$bin" -c "$tmp/exporter.toml" -b "$broker" -l 127.0.0.1:@PORT
     url=http://127.0.0.1:$port/metrics
-    # The exporter's broadcast makes the worker talk; if it never comes, the series missing below will tell.
-    await_line worker 'enabled by remote' 10 || say "the worker has not been told to send events, going on nevertheless"
+    # The exporter's broadcast turns on the worker's events. If it never arrives, metrics will be missing below.
+    await_line worker 'enabled by remote' 10 || say "the worker has not received enable_events yet; continuing anyway"
     start tasks "$python" "$app/traffic.py"
-    say "running: broker $broker, the six series at $url"
+    say "running: broker $broker, metrics at $url"
 
     if [[ -z $once ]]; then
         while check_running; do
-            "$python" "$app/show.py" "$url" || (($? < 128)) || exit 1 # by a signal: nobody reads what we print
+            "$python" "$app/show.py" "$url" || (($? < 128)) || exit 1 # killed by a signal: its output has no reader
             sleep 2
         done
     fi
-    say "waiting until all six series have samples (at most $deadline seconds)"
+    say "waiting until all six metrics have samples (at most $deadline seconds)"
     deadline=$((SECONDS + deadline))
     until "$python" "$app/show.py" "$url" --once 2>"$tmp/missing"; do
         check_running
         if ((SECONDS >= deadline)); then
             logs
-            fail "not all six series appeared in time; $(<"$tmp/missing")"
+            fail "not all six metrics appeared in time; $(<"$tmp/missing")"
         fi
         sleep 0.3
     done
@@ -272,9 +272,9 @@ if [[ -n $bin ]]; then
     [[ -x $bin && -f $bin ]] || fail "FLOWER_EXPORTER_BIN=$bin is not a program"
     bin=$(realpath -- "$bin")
 elif ! command -v cargo >/dev/null; then
-    fail "there is no cargo: install Rust (https://rustup.rs), or name a built exporter by FLOWER_EXPORTER_BIN" \
-        "if your own account has it and sudo hides it: run this without sudo, it calls sudo where apt needs it"
+    fail "there is no cargo: install Rust (https://rustup.rs), or set FLOWER_EXPORTER_BIN to a built exporter" \
+        "if cargo is installed for your own account only, run this script without sudo; it calls sudo where apt needs it"
 fi
-tmp=$(mktemp -d "${TMPDIR:-/tmp}/flower-quickstart.XXXXXX") || fail "cannot make a temporary directory in ${TMPDIR:-/tmp}"
+tmp=$(mktemp -d "${TMPDIR:-/tmp}/flower-quickstart.XXXXXX") || fail "cannot create a temporary directory in ${TMPDIR:-/tmp}"
 prepare
 demonstrate

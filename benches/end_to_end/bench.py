@@ -1,4 +1,4 @@
-"""The exporter beside Flower, celery-exporter and a bare loop: the same stream to each in turn, in one run."""
+"""Compares the exporter with Flower, celery-exporter and a baseline consumer: one run sends the same stream to each."""
 
 import argparse
 import signal
@@ -14,20 +14,20 @@ from stream import BATCH, Profile, Stream, heartbeats
 from subjects import KINDS, SUBJECTS, TITLES, Brokers, Discard, Failed, median
 
 PROFILES = {"small": Profile(20, 50), "large": Profile(1000, 20)}
-TRICKLE = 5_000  # events a second
-#: Waiting events that no server with default limits takes amiss: 8 MB on Redis, three seconds of Flower's on RabbitMQ.
+TRICKLE = 5_000  # events per second
+#: A backlog within every server's default limits: 8 MB on Redis, three seconds of Flower's work on RabbitMQ.
 SOME = 16_800
-#: For those that are done with these at once: 17 MB.
+#: A backlog for fast subjects: 17 MB.
 MANY = 34_800
-#: No backlog comes of this many a second.
+#: A rate, in events per second, that builds up no backlog.
 FILLING = 80_000
-#: Whatever hangs: after so many seconds this process ends, and with it all that it has started.
+#: Seconds after which this process ends, with everything it started, if something hangs.
 LONGEST = 3_000
 BURST = 80_000 // BATCH * BATCH
 
 
 class Effort:
-    """How much is done of everything."""
+    """How long and how often each measurement runs."""
 
     def __init__(self, quick, rounds):
         self.rounds = rounds or (1 if quick else 5)
@@ -35,7 +35,7 @@ class Effort:
         self.repeats = 2 if quick else 5  # of MANY, in one round
         self.idle = 1.5 if quick else 4  # seconds
         self.scrapes = 1 if quick else 9
-        self.scraping = 1 if quick else 5  # seconds: after that no further one
+        self.scraping = 1 if quick else 5  # seconds, after which no further scrape starts
         self.step = 1.5 if quick else 4  # seconds at one rate
         self.searching = 6 if quick else 20  # seconds
         self.crowd = not quick
@@ -59,7 +59,10 @@ class Bench:
         self.notes.append(note)
 
     def steady(self, profile, names):
-        """CPU, memory and scrapes, of all exporters side by side and fed in turn. {name: {measure: values}}"""
+        """Measures CPU, memory and scrapes of all exporters, which run side by side and receive events in turn.
+
+        Returns {name: {measure: values}}.
+        """
         stream = Stream(profile, KINDS[self.kind][0])
         results = {name: {} for name in names}
         subjects = {name: SUBJECTS[name](self.brokers.new()) for name in names}
@@ -74,7 +77,7 @@ class Bench:
         return results
 
     def each(self, subjects, results, what, action):
-        """Those that fail are out."""
+        """Runs an action on every subject, and drops the subjects that fail."""
         for name, subject in [*subjects.items()]:
             began = time.perf_counter()
             try:
@@ -91,7 +94,7 @@ class Bench:
         time.sleep(self.effort.idle)
         result["idle"] = [(subject.cpu() - cpu) / (time.perf_counter() - began)]
         subject.sender.write(heartbeats(stream.profile, subject.protocol))
-        # Once all pairs are there, their cost is paid.
+        # Creates all label sets, so that their cost is not measured below.
         while subject.sent < stream.profile.first_round:
             subject.feed(stream, SOME)
 
@@ -104,7 +107,7 @@ class Bench:
         result.setdefault("backlog", []).append(self.backlog(subject, result, stream))
 
     def backlog(self, subject, result, stream):
-        """Microseconds an event when it finds them all waiting."""
+        """Microseconds of CPU per event when all events are already waiting."""
         events, repeats = (MANY, self.effort.repeats) if subject.fast else (SOME, 1)
         fed = [subject.feed(stream, events, halted=True) for _ in range(repeats)]
         cpu, took = (sum(times[part] for times in fed) for part in (0, 1))
@@ -120,7 +123,7 @@ class Bench:
             if kind == "plain":
                 self.count(subject, result, scrapes[-1][4])
             if subject.name == "bare" or kind == "gzip" and not scrapes[0][3]:
-                continue  # it has no series, or does not compress
+                continue  # it has no metrics, or does not compress
             for key, values in zip(("time", "cpu", "size"), zip(*scrapes)):
                 result[f"{kind} {key}"] = values
         result["memory scraped"] = [subject.memory()[1]]
@@ -136,7 +139,7 @@ class Bench:
         result["counted"], result["sent"] = [counted], [subject.sent]
 
     def crowded(self, profile, names, results):
-        """Memory and CPU of each alone, once it holds as many tasks as it ever will by default."""
+        """Memory and CPU of each subject, run alone, once it holds its default maximum number of tasks."""
         stream = Stream(profile, KINDS[self.kind][0])
         for name in names:
             subject, result = SUBJECTS[name](self.brokers.new()), results[name]
@@ -154,7 +157,7 @@ class Bench:
                 subject.stop()
 
     def fastest(self, profile, names, results):
-        """The highest rate that is kept up without loss, and a burst; each alone, started anew where it failed."""
+        """The highest sustained rate without loss, and a burst. Each subject runs alone; a failed one is restarted."""
         stream = Stream(profile, KINDS[self.kind][0])
         for name in names:
             broker, result = self.brokers.new(), results[name]
@@ -175,14 +178,14 @@ class Bench:
             rates = []
             for _ in range(3):
                 rates.append(240_000 / subject.feed(stream, 240_000)[2])
-            text = f"{sorted(rates)[1]:,.0f} events a second to a subscriber that throws them away unread"
+            text = f"{sorted(rates)[1]:,.0f} events per second to a subscriber that discards them unread"
             say(f"Redis publishes {text}")
-            self.notes.append(f"Redis itself, sent as much as it takes, publishes {text}.")
+            self.notes.append(f"Redis itself, at maximum sending rate, publishes {text}.")
         finally:
             subject.stop()
 
     def search(self, name, broker, stream, rate):
-        """Faster and faster, then between what went well and what did not."""
+        """Raises the rate until it fails, then searches between the last success and the failure."""
         kind, good, bad, subject = SUBJECTS[name], 0, None, None
         end = time.perf_counter() + self.effort.searching
         try:
@@ -193,7 +196,7 @@ class Bench:
                     subject.sender.write(heartbeats(stream.profile, subject.protocol))
                     subject.feed(stream, stream.profile.first_round)
                 reached, problem = self.probe(subject, stream, rate)
-                say(f"{self.kind}, {name}: {rate:,.0f} events a second: {problem or f'{reached:,.0f}, all counted'}")
+                say(f"{self.kind}, {name}: {rate:,.0f} events/s: {problem or f'{reached:,.0f}, all counted'}")
                 if problem:
                     bad = rate
                     subject.stop()
@@ -203,8 +206,8 @@ class Bench:
                     if reached < 0.9 * rate:
                         self.capped.add(name)
                         self.notes.append(
-                            f"{kind.title} on {self.kind}: {reached:,.0f} events a second is all that"
-                            f" the broker and the sender gave when asked for {rate:,.0f}."
+                            f"{kind.title} on {self.kind}: {reached:,.0f} events per second was the most that"
+                            f" the broker and the sender could deliver when {rate:,.0f} were requested."
                         )
                         break
                 rate = rate * 1.4 if bad is None else (good * bad) ** 0.5 if good else bad / 2
@@ -214,13 +217,13 @@ class Bench:
         return good or None
 
     def probe(self, subject, stream, rate):
-        """(events a second that went out, what went wrong). To keep up is to be done soon after the last event."""
+        """Returns (events sent per second, problem). A subject keeps up if it finishes soon after the last event."""
         events = int(rate * self.effort.step) // BATCH * BATCH
         grace = 0.3 + 0.1 * self.effort.step
         try:
             *_, sending, lag = subject.feed(stream, events, rate, patience=grace + 3)
             if lag > grace:
-                return 0, f"done {lag:.1f} s after the last event only"
+                return 0, f"finished only {lag:.1f} s after the last event"
             counted = subject.all_counted(5)
             if counted != subject.sent:
                 return 0, f"{subject.sent - counted:,} of {events:,} events lost; its log: {subject.last_words()}"
@@ -246,28 +249,28 @@ class Bench:
 
 def main():
     parser = argparse.ArgumentParser(prog="benches/end_to_end/run.sh", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one round of everything, in 3 minutes instead of 15")
-    parser.add_argument("--broker", choices=KINDS, help="this one only")
-    parser.add_argument("--only", default=",".join(SUBJECTS), help=f"some of {','.join(SUBJECTS)}")
-    parser.add_argument("--profile", choices=PROFILES, help="this stream only: 20 workers, or 1,000")
-    parser.add_argument("--rounds", type=int, help="for the medians of CPU")
-    parser.add_argument("--no-rates", action="store_true", help="leave out the highest rates and the bursts")
-    parser.add_argument("--write", action="store_true", help="write benches/RESULTS.md, too")
+    parser.add_argument("--quick", action="store_true", help="one round of everything: 3 minutes instead of 15")
+    parser.add_argument("--broker", choices=KINDS, help="run only this broker")
+    parser.add_argument("--only", default=",".join(SUBJECTS), help=f"a subset of {','.join(SUBJECTS)}")
+    parser.add_argument("--profile", choices=PROFILES, help="run only this stream: 20 workers, or 1,000")
+    parser.add_argument("--rounds", type=int, help="rounds for the CPU medians")
+    parser.add_argument("--no-rates", action="store_true", help="skip the highest rates and the bursts")
+    parser.add_argument("--write", action="store_true", help="also write benches/RESULTS.md")
     options = parser.parse_args()
     signal.alarm(LONGEST)
     names, effort = options.only.split(","), Effort(options.quick, options.rounds)
     if unknown := set(names) - set(SUBJECTS):
-        parser.error(f"--only: no {', '.join(unknown)}")
+        parser.error(f"--only: unknown: {', '.join(unknown)}")
     tables, notes = [], []
     head = report.head("End to end") + report.method(effort.rounds)
     for kind in [options.broker] if options.broker else KINDS:
         bench = Bench(kind, effort)
         for key in [options.profile] if options.profile else PROFILES:
             if options.quick and key == "large" and kind == "rabbitmq" and not options.profile:
-                continue  # much as on Redis
+                continue  # similar to Redis
             profile = PROFILES[key]
             say(f"{kind}: {profile.title}")
-            # celery-exporter takes a minute of its own, for figures like Flower's.
+            # celery-exporter would take another minute, with figures like Flower's.
             few = options.quick and key == "large"
             results = bench.steady(profile, [name for name in names if not few or name != "celery-exporter"])
             well = [name for name in names if "counted" in results.get(name, {})]

@@ -1,4 +1,4 @@
-"""Starts celery-exporter, whose wheel has no command."""
+"""Starts celery-exporter, because its wheel has no command."""
 
 from src.cli import cli
 

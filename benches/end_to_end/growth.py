@@ -1,4 +1,4 @@
-"""How the exporter's CPU, memory and scrapes grow with workers, label pairs and tasks, as a table and a plot."""
+"""Measures how CPU, memory and scrapes grow with workers, label sets and tasks, as a table and a plot."""
 
 import argparse
 import signal
@@ -14,25 +14,25 @@ from bench import FILLING, LONGEST, MANY, say
 from stream import BATCH, Profile, Stream, heartbeats
 from subjects import KINDS, Brokers, Ours, median
 
-#: What is not varied: no bound but that of the tasks is reached.
+#: Limits that are not varied. Only the limit on tasks is reached.
 BOUNDS = {"max_workers": 6_000, "max_tasks": 10_000}
 PAIRS = 5_000
-#: Of one part of a longer stream.
+#: Events in one part of a longer stream.
 EVENTS = 480_000
-#: For the median of CPU.
+#: Rounds for the CPU median.
 ROUNDS = 9
 
 
 def measure(broker, profile, tasks=None):
-    """One exporter that holds so much: its memory once it does, and its CPU from there on."""
+    """Fills one exporter to the given size, then measures its memory and CPU."""
     state = BOUNDS | ({"max_tasks": tasks} if tasks else {})
-    subject = Ours(broker, {"state": state, "metrics": {"max_label_pairs": 200_000}})
+    subject = Ours(broker, {"state": state, "metrics": {"max_label_sets": 200_000}})
     protocol = KINDS["redis"][0]
     needed = max(profile.first_round, 4 * state["max_tasks"])
     try:
         subject.start()
         subject.sender.write(heartbeats(profile, protocol))
-        # Tasks that come again while they are held are no new tasks: a stream for each part of a million.
+        # A task that repeats while it is held is not a new task, so a million tasks need several streams.
         for first in range(0, needed, EVENTS):
             stream = Stream(profile, protocol, min(EVENTS, needed - first) + 4 * BATCH, first // 4)
             subject.feed(stream, BATCH * stream.messages, FILLING)
@@ -55,14 +55,14 @@ def measure(broker, profile, tasks=None):
 
 def main():
     parser = argparse.ArgumentParser(prog="benches/end_to_end/growth.sh", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="without the largest")
-    parser.add_argument("--write", action="store_true", help="write benches/RESULTS.md and growth.svg, too")
+    parser.add_argument("--quick", action="store_true", help="skip the largest values")
+    parser.add_argument("--write", action="store_true", help="also write benches/RESULTS.md and growth.svg")
     options = parser.parse_args()
     signal.alarm(LONGEST)
     cases = {
-        f"workers (with {PAIRS:,} pairs)": [(n, Profile(n, PAIRS // n), None) for n in (10, 100, 1_000, 5_000)],
-        "label pairs (of 100 workers)": [(n, Profile(100, n // 100), None) for n in (100, 1_000, 10_000, 100_000)],
-        "tasks held (1,000 pairs)": [(n, Profile(20, 50), n) for n in (1_000, 10_000, 100_000, 1_000_000)],
+        f"workers (with {PAIRS:,} label sets)": [(n, Profile(n, PAIRS // n), None) for n in (10, 100, 1_000, 5_000)],
+        "label sets (of 100 workers)": [(n, Profile(100, n // 100), None) for n in (100, 1_000, 10_000, 100_000)],
+        "tasks held (1,000 label sets)": [(n, Profile(20, 50), n) for n in (1_000, 10_000, 100_000, 1_000_000)],
     }
     head, found = report.head("Growth"), {}
     with Brokers("redis", 0) as brokers:
@@ -70,7 +70,7 @@ def main():
             found[title] = []
             for number, profile, tasks in points[: -1 if options.quick else None]:
                 values = measure(brokers.new(), profile, tasks)
-                say(f"{title} {number:,}: {values['cpu']:.2f} µs an event, {values['memory']:.1f} MiB")
+                say(f"{title} {number:,}: {values['cpu']:.2f} µs per event, {values['memory']:.1f} MiB")
                 found[title].append((number, values))
     text = head + table(found)
     print(text)
@@ -83,13 +83,13 @@ def table(found):
     keys = "plain ms", "plain CPU ms", "plain KiB", "gzip ms", "gzip CPU ms", "gzip KiB"
     lines = []
     for title, points in found.items():
-        lines += [report.row([title, "CPU an event, µs", "memory, MiB", "series", *(f"scrape {key}" for key in keys)])]
+        lines += [report.row([title, "CPU per event, µs", "memory, MiB", "series", *(f"scrape {key}" for key in keys)])]
         lines += [report.row(["---:"] * (len(keys) + 4))]
         for number, values in points:
             cells = [f"{number:,}", f"{values['cpu']:.2f}", f"{values['memory']:.1f}", f"{values['series']:,}"]
             lines.append(report.row([*cells, *(f"{values[key]:,.1f}" for key in keys)]))
         lines.append("")
-    return f"""CPU: all events waiting on Redis. {BOUNDS["max_tasks"]:,} tasks are held where tasks do not vary.
+    return f"""CPU: full backlog on Redis. Unless tasks vary, {BOUNDS["max_tasks"]:,} tasks are held.
 
 ![growth](growth.svg)
 
@@ -97,10 +97,10 @@ def table(found):
 
 
 def draw(found):
-    """A column for each thing that grows: CPU above, memory below; and the scrapes, by series."""
+    """One column per varied quantity, with CPU above memory, and one for scrapes by number of series."""
     panels = []
     for column, (title, points) in enumerate(found.items()):
-        for line, key, unit in (0, "cpu", "CPU an event, µs"), (1, "memory", "memory, MiB"):
+        for line, key, unit in (0, "cpu", "CPU per event, µs"), (1, "memory", "memory, MiB"):
             panels.append((column, line, title, unit, {"": [(number, values[key]) for number, values in points]}))
     scraped = sorted((values["series"], values) for values in dict([*found.values()][1]).values())
     for line, key, unit in (0, "ms", "scrape, ms"), (1, "KiB", "scrape, KiB"):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How the exporter's cost grows, as a table and a plot: benches/end_to_end/growth.sh --help
+# Measures how the exporter's cost grows, as a table and a plot: benches/end_to_end/growth.sh --help
 set -euo pipefail
 command="benches/end_to_end/growth.sh${*:+ $*}"
 . "$(dirname "${BASH_SOURCE[0]}")/prepare.sh"

@@ -1,13 +1,13 @@
-"""Small charts with logarithmic axes, as SVG."""
+"""Draws small charts with logarithmic axes as SVG."""
 
 import math
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 300, 220, 52, 14, 26, 40
-COLOURS = "#1565c0", "#e65100"
+COLORS = "#1565c0", "#e65100"
 
 
 def svg(panels):
-    """`panels`: (column, row, title of the x axis, of the y axis, {name: [(x, y)]})."""
+    """`panels`: (column, row, x-axis title, y-axis title, {name: [(x, y)]})."""
     columns, rows = (1 + max(panel[place] for panel in panels) for place in (0, 1))
     drawn = "\n".join(
         f'<g transform="translate({column * WIDTH} {row * HEIGHT})">{chart(*rest)}</g>' for column, row, *rest in panels
@@ -29,16 +29,16 @@ def chart(x_title, y_title, curves):
         parts += [line(x(tick), TOP, x(tick), HEIGHT - BOTTOM), text(x(tick), HEIGHT - BOTTOM + 14, short(tick))]
     for tick in y_ticks:
         parts += [line(LEFT, y(tick), WIDTH - RIGHT, y(tick)), text(LEFT - 5, y(tick) + 4, short(tick), "end")]
-    for (name, curve), colour in zip(curves.items(), COLOURS):
+    for (name, curve), color in zip(curves.items(), COLORS):
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in curve)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3" fill="{colour}"/>' for a, b in curve]
-        parts.append(text(LEFT + 8, TOP + 14 * (1 + [*curves].index(name)), name, "start", colour=colour))
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3" fill="{color}"/>' for a, b in curve]
+        parts.append(text(LEFT + 8, TOP + 14 * (1 + [*curves].index(name)), name, "start", color=color))
     return "".join(parts)
 
 
 def axis(values, start, end):
-    """(value to place, the values to mark): whole powers of ten."""
+    """Returns (function from value to position, tick values). The range covers whole powers of ten."""
     low, high = math.floor(math.log10(min(values)) + 1e-9), math.ceil(math.log10(max(values)) - 1e-9)
     high = max(high, low + 1)
     return (
@@ -54,8 +54,8 @@ def short(value):
     return f"{value:g}"
 
 
-def text(x, y, words, anchor="middle", weight="normal", colour="#333"):
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" fill="{colour}">{words}</text>'
+def text(x, y, words, anchor="middle", weight="normal", color="#333"):
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" fill="{color}">{words}</text>'
 
 
 def line(x1, y1, x2, y2):

@@ -1,4 +1,4 @@
-"""Results as Markdown."""
+"""Renders the results as Markdown."""
 
 import os
 import platform
@@ -12,11 +12,13 @@ from support.exporter import BINARY
 from subjects import SUBJECTS, median
 
 RATIOS = [("flower", "ours"), ("celery-exporter", "ours"), ("ours", "bare")]
-#: (measure, key, unit or format, whether a ratio says anything)
+#: Names in the headings of the ratios.
+SHORT = {"ours": "exporter", "bare": "baseline"}
+#: (measure, key, format, whether a ratio is meaningful)
 ROWS = [
-    ("CPU an event, 5,000 a second, µs", "trickle", "{:.2f}", True),
-    ("CPU an event, all waiting, µs", "backlog", "{:.2f}", True),
-    ("CPU when idle, ms a second", "idle", lambda value: f"{1000 * value:.2f}", False),
+    ("CPU per event, 5,000 events/s, µs", "trickle", "{:.2f}", True),
+    ("CPU per event, full backlog, µs", "backlog", "{:.2f}", True),
+    ("CPU when idle, ms/s", "idle", lambda value: f"{1000 * value:.2f}", False),
     ("highest rate without loss, events/s", "rate", "{:,.0f}", True),
     ("counted of a burst of 80,000", "burst", "{:.1%}", False),
     ("start to first scrape, ms", "start", lambda value: f"{1000 * value:.0f}", True),
@@ -24,9 +26,9 @@ ROWS = [
     ("… after these events, MiB", "memory after", "{:.1f}", True),
     ("… peak, with a backlog, MiB", "memory peak", "{:.1f}", True),
     ("… peak, with scrapes, MiB", "memory scraped", "{:.1f}", True),
-    ("tasks held when it holds all it may", "crowd", "{:,.0f}", False),
+    ("tasks held at the default limit", "crowd", "{:,.0f}", False),
     ("… memory, MiB", "crowded memory", "{:.1f}", True),
-    ("… CPU an event, all waiting, µs", "crowded", "{:.2f}", True),
+    ("… CPU per event, full backlog, µs", "crowded", "{:.2f}", True),
     *(
         row
         for kind in ("plain", "gzip")
@@ -42,7 +44,8 @@ ROWS = [
 def table(title, results):
     names = [*results]
     ratios = [pair for pair in RATIOS if set(pair) <= set(names)]
-    titles = [SUBJECTS[name].title for name in names] + [" ÷ ".join(pair) for pair in ratios]
+    titles = [SUBJECTS[name].title for name in names]
+    titles += [" ÷ ".join(SHORT.get(name, name) for name in pair) for pair in ratios]
     lines = [f"## {title}\n", row(["", *titles]), row(["---", *["---:"] * len(titles)])]
     counted = [
         f"{result['counted'][0]:,} of {result['sent'][0]:,}" if "sent" in result else "–" for result in results.values()
@@ -59,7 +62,7 @@ def table(title, results):
 
 
 def cell(values, write):
-    """The median, and the range where there is one to tell; or what went wrong."""
+    """The median, and the range if the values differ; or the error."""
     if isinstance(values, str):
         return values
     values = [value for value in values or () if value is not None]
@@ -98,7 +101,7 @@ def head(title):
     return f"""# {title}
 
 - {time.strftime("%Y-%m-%d %H:%M %Z")}, `{os.environ.get("COMMAND", "")}`
-- {cpu}, {os.cpu_count()} cores, {memory:.0f} GiB; load {os.getloadavg()[0]:.1f} before
+- {cpu}, {os.cpu_count()} cores, {memory:.0f} GiB; load {os.getloadavg()[0]:.1f} before the run
 - {system}, Linux {platform.release()}; Redis {redis}, RabbitMQ {rabbitmq}, Python {platform.python_version()}
 - {exporter}, {Path(BINARY).stat().st_size / 1e6:.1f} MB
 
@@ -106,14 +109,14 @@ def head(title):
 
 
 def method(rounds):
-    return f"""CPU: user and system time of all threads of the process, less what it takes when idle.
-Medians, and in brackets the range; {rounds} round(s).
-Events come in batches of six: sent, received, started and succeeded of every task.
+    return f"""CPU: user and system time of all threads of the process, minus its idle usage.
+Medians, with the range in brackets; {rounds} round(s).
+Events arrive in batches of six: sent, received, started and succeeded for every task.
 """
 
 
 def save(text):
-    """Into benches/RESULTS.md, in the place of the section of that title."""
+    """Writes benches/RESULTS.md, replacing the section with the same title."""
     path = Path(__file__).resolve().parents[1] / "RESULTS.md"
     title, old = text.split("\n", 1)[0], path.read_text() if path.exists() else ""
     sections = [section for section in re.split(r"^(?=# )", old, flags=re.M) if section]
@@ -130,14 +133,17 @@ def tail(notes):
     return f"""## Notes
 
 {lines}
-- CPU, all waiting: the process is stopped by a signal, its broker is sent some ten thousand events, and it goes on.
-- The highest rate is kept up for some seconds: every event counted, and all done within 0.3 s and a tenth of that
-  time. Who failed before was started anew.
-- Celery's event state, in Flower and celery-exporter, keeps the last events in a list, four for each task that it may
-  hold, and from then on takes the oldest from the list's beginning: a longer run costs Flower more an event.
-- Flower has no gzip. Its queue on RabbitMQ, like celery-exporter's, drops what has waited for 5 s. When Redis cuts it
-  off for lagging 32 MB behind, it connects again, and what came meanwhile is lost; celery-exporter ends.
-- celery-exporter asks all workers for their queues in every scrape, and waits a second for each of two answers. Its
-  event state holds 10,000 tasks. It names a worker by what follows the @, makes every counter for every pair, and has
-  no gzip.
+- CPU, full backlog: the process is stopped by a signal, the broker receives tens of thousands of events, and the
+  process continues.
+- The highest rate is sustained for several seconds: every event is counted, and processing ends within 0.3 s plus a
+  tenth of that time. A subject that failed is restarted first.
+- Celery's event state, in Flower and celery-exporter, keeps the latest events in a list, four for each task that it
+  may hold. Once the list is full, it removes the oldest event from the front, so a longer run costs Flower more per
+  event.
+- Flower does not support gzip. Its queue on RabbitMQ, like that of celery-exporter, drops messages after 5 s. When
+  Redis disconnects it for lagging 32 MB behind, Flower reconnects and loses the events in between; celery-exporter
+  exits.
+- celery-exporter asks all workers for their queues in every scrape, and waits a second for each of two replies. Its
+  event state holds 10,000 tasks. It names a worker by the part after the @, creates every counter for every label
+  set, and does not support gzip.
 """

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The exporter beside Flower, celery-exporter and a bare loop, on Redis and RabbitMQ: benches/end_to_end/run.sh --help
+# Compares the exporter with Flower, celery-exporter and a baseline consumer, on Redis and RabbitMQ:
+# benches/end_to_end/run.sh --help
 set -euo pipefail
 command="benches/end_to_end/run.sh${*:+ $*}"
 . "$(dirname "${BASH_SOURCE[0]}")/prepare.sh"

@@ -1,4 +1,7 @@
-"""Writes a stream to a broker at a rate, or as fast as the broker takes it. Far cheaper than what is measured."""
+"""Writes a stream to a broker at a given rate, or as fast as the broker accepts it.
+
+The cost of sending is far below the measured costs.
+"""
 
 import socket
 import time
@@ -7,20 +10,20 @@ import amqp
 
 from stream import BATCH, AmqpProtocol, RedisProtocol, heartbeat, worker
 
-#: No write waits for longer.
+#: Socket timeout in seconds.
 DEADLINE = 60
-#: Bytes of one write when there is no rate to keep.
+#: Maximum bytes per write.
 SLICE = 1 << 20
 
 
 class Sender:
-    """Goes round and round a stream, each from its beginning; `position` is the next message."""
+    """Sends a stream in a loop, and a new stream from its start. `position` is the next message."""
 
     def __init__(self):
         self.stream, self.position = None, 0
 
     def send(self, stream, events, rate=None):
-        """Sends so many events and waits until the broker has dealt with them. Returns the seconds it took."""
+        """Sends this many events and waits until the broker has processed them. Returns the elapsed seconds."""
         if stream is not self.stream:
             self.stream, self.position = stream, 0
         view, ends, messages = memoryview(stream.data), stream.ends, events // BATCH
@@ -57,11 +60,11 @@ class RedisSender(Sender):
         self.client = broker.client()
 
     def heard(self):
-        """Whether anyone listens."""
+        """Whether there is a subscriber."""
         return self.client.pubsub_numpat()
 
     def wait(self):
-        """Commands are dealt with in order."""
+        """Waits for a reply: Redis processes commands in order."""
         self.socket.sendall(b"CLIENT REPLY ON\r\n")
         answer = b""
         while not answer.endswith(b"\r\n"):
@@ -94,7 +97,7 @@ class AmqpSender(Sender):
         return not returned
 
     def wait(self):
-        """What comes after on the same channel is answered after. By then all is in the queues."""
+        """Waits for a reply: RabbitMQ processes a channel in order, so by then all messages are in the queues."""
         self.channel.exchange_declare("celeryev", "topic", passive=True)
 
     def close(self):

@@ -1,9 +1,9 @@
-"""The stream that every exporter is fed: encoded once, down to the bytes that go on the wire.
+"""The stream that every exporter receives, encoded once into the bytes on the wire.
 
-Tasks go round the workers, and each worker's round the names. A worker has two tasks prefetched: one batch of its
-events tells that two tasks were received, the two before them started, and the two before those succeeded. Six sent
-events make a batch of a client. Ids are unique, and clocks rise, until a stream of 480,000 events begins again: more
-tasks than any exporter holds by default.
+Tasks rotate over the workers, and the tasks of each worker rotate over the task names. A worker has two prefetched
+tasks: one batch of its events reports two tasks as received, the previous two as started, and the two before those as
+succeeded. A client's batch has six sent events. Ids are unique and clocks increase until the stream of 480,000 events
+repeats. It has more tasks than any exporter holds by default.
 """
 
 import base64
@@ -37,21 +37,21 @@ def worker(number):
 
 
 class Profile:
-    """So many workers, with so many task names each."""
+    """A number of workers, and a number of task names for each."""
 
     def __init__(self, workers, names):
         self.workers, self.names = workers, names
         self.pairs = workers * names
-        self.title = f"{workers:,} workers, {names} task names each: {self.pairs:,} pairs"
+        self.title = f"{workers:,} workers, {names} task names each: {self.pairs:,} label sets"
 
     def task(self, number):
-        """The worker and the name of a task: two of different names at each visit. So many tasks make all pairs."""
+        """The worker and the name of a task. Each visit to a worker has two different names."""
         visit, worker_number = divmod(number // 2, self.workers)
         return worker_number, f"shop.orders.tasks.task_{(2 * visit + number % 2) % self.names}"
 
     @property
     def first_round(self):
-        """Events until all pairs have come, and all of their series."""
+        """Number of events until all label sets exist."""
         return 4 * (self.pairs + 4 * self.workers)
 
 
@@ -65,13 +65,13 @@ def heartbeat(hostname):
 
 
 def heartbeats(profile, protocol):
-    """One of each worker, as of now: whoever has heard no heartbeat for long takes a worker for dead."""
+    """One current heartbeat from each worker, because exporters mark workers without heartbeats as offline."""
     names = [worker(number) for number in range(profile.workers)]
     return b"".join(protocol("worker.heartbeat", name, heartbeat(name), 0) for name in names)
 
 
 class Stream:
-    """Messages of six events in one buffer; message n is `data[ends[n - 1]:ends[n]]`."""
+    """Messages of six events each, in one buffer. Message n is `data[ends[n - 1]:ends[n]]`."""
 
     def __init__(self, profile, protocol, events=480_000, first_task=0):
         self.profile, self.protocol = profile, protocol
@@ -95,7 +95,7 @@ class Stream:
         return self.now + 0.0002 * (self.clock - 4 * self.first)
 
     def add_tasks(self, first):
-        """Six tasks: a client's batch, and one of each of three workers."""
+        """Adds six tasks: one batch from a client, and one batch from each of three workers."""
         client = CLIENTS[first // BATCH % len(CLIENTS)]
         tasks = []
         for number in range(first, first + BATCH):
@@ -122,7 +122,7 @@ class Stream:
         for uuid, *_ in started or ():
             events.append(SUCCEEDED % (host, pid, self.tick(), uuid, self.random.expovariate(2), self.at()))
         self.prefetched[number] = pair, received
-        while len(events) < BATCH:  # a first visit, when nothing is prefetched yet: the worker sends tasks itself
+        while len(events) < BATCH:  # first visits, with nothing prefetched yet: the worker sends tasks itself
             uuid, _, name, task = pair[len(events) % 2]
             events.append(SENT % (host, pid, self.tick(), uuid, name, task, uuid, self.at()))
         self.add(host, events)
@@ -184,7 +184,7 @@ def frame(kind, payload):
 
 
 def check():
-    """That every event is the JSON it is meant to be."""
+    """Checks that every message is valid JSON with six events."""
     stream = Stream(Profile(20, 50), lambda key, host, body, tag: body, 6000)
     start = 0
     for end in stream.ends:
@@ -198,4 +198,4 @@ if __name__ == "__main__":
         began = time.perf_counter()
         stream = Stream(Profile(20, 50), protocol)
         events = BATCH * stream.messages
-        print(events, len(stream.data) / events, "bytes an event,", (time.perf_counter() - began) / events * 1e6, "us")
+        print(events, len(stream.data) / events, "bytes per event,", (time.perf_counter() - began) / events * 1e6, "us")

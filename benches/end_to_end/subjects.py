@@ -1,4 +1,4 @@
-"""The four that are compared: how each is started, and what can be seen of it from outside."""
+"""The four subjects of the comparison: how to start each one, and how to measure it from outside."""
 
 import contextlib
 import glob
@@ -20,21 +20,21 @@ from senders import KINDS
 
 HERE = ROOT / "benches/end_to_end"
 BARE = ROOT / "target/bench-bare/release/bare"
-#: How long nothing may be done until all is taken to be done: windows of so many seconds, with less work than so much.
+#: A subject has settled after a window of WINDOW seconds with less than QUIET seconds of CPU and waiting time.
 WINDOW, QUIET = 0.1, 0.006
 
 
 class Failed(Exception):
-    """What an exporter did wrong, in words for the reader of the table."""
+    """An exporter's failure, as shown in the results."""
 
 
 class Subject:
-    """One exporter on a broker of its own, with a sender beside it."""
+    """One exporter with its own broker and sender."""
 
     name = title = counter = ""
-    #: Decodes some million events in a minute.
+    #: Whether it decodes more than a million events per minute.
     fast = False
-    #: Tasks that it holds by default.
+    #: Maximum number of tasks that it holds by default.
     holds = 100_000
 
     def __init__(self, broker, settings=None):
@@ -44,7 +44,7 @@ class Subject:
         self.sent, self.process = 0, None
 
     def start(self):
-        """Returns the seconds from start to the first answered scrape; then waits until it listens to the broker."""
+        """Returns the seconds from start to the first successful scrape, after waiting for the subscription."""
         began = time.perf_counter()
         self.process = self.launch()
         while True:
@@ -53,10 +53,10 @@ class Subject:
                 self.get("/metrics")
                 break
             if time.perf_counter() - began > 30:
-                raise Failed(f"does not answer within 30 s\n{self.last_words()}")
+                raise Failed(f"no response within 30 s\n{self.last_words()}")
             time.sleep(0.002)
         took = time.perf_counter() - began
-        wait_until(self.heard, 30, lambda: f"{self.title} listens\n{self.process.log()}")
+        wait_until(self.heard, 30, lambda: f"{self.title} subscribes\n{self.process.log()}")
         self.settle(15)
         return took
 
@@ -72,26 +72,26 @@ class Subject:
 
     def alive(self):
         if not self.process.running:
-            raise Failed(f"has ended with exit code {self.process.popen.returncode}: {self.last_words()}")
+            raise Failed(f"exited with code {self.process.popen.returncode}: {self.last_words()}")
 
     def last_words(self):
         lines = self.process.log().strip().splitlines()
         return lines[-1].strip()[:300] if lines else "no output"
 
-    # What it uses
+    # Resource usage
 
     def cpu(self):
-        """Seconds of user and system time of all its threads, by the process's own CPU clock."""
+        """User and system time of all threads in seconds, from the process's own CPU clock."""
         self.alive()
         try:
             return time.clock_gettime_ns(~self.process.pid << 3 | 2) / 1e9
         except OSError:
-            self.process.wait(5)  # it has ended this moment
+            self.process.wait(5)  # it has just exited
             self.alive()
             raise
 
     def busy(self):
-        """The same, and the time its threads have waited for a CPU."""
+        """CPU time plus the time that its threads waited for a CPU."""
         waited = 0
         for path in glob.glob(f"/proc/{self.process.pid}/task/*/schedstat"):
             with contextlib.suppress(OSError):
@@ -99,7 +99,7 @@ class Subject:
         return self.cpu() + waited / 1e9
 
     def settle(self, deadline):
-        """Waits until it does nothing any more. Returns when that began, or None when it did not."""
+        """Waits until it is idle. Returns when that started, or None if the deadline passed first."""
         end = time.perf_counter() + deadline
         while time.perf_counter() < end:
             began, before = time.perf_counter(), self.busy()
@@ -109,11 +109,11 @@ class Subject:
         return None
 
     def memory(self):
-        """(RSS, its peak) in MiB."""
+        """Returns (RSS, peak RSS) in MiB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return tuple(int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) / 1024 for key in ("VmRSS", "VmHWM"))
 
-    # What it tells
+    # Output
 
     def get(self, path, headers=None):
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
@@ -122,7 +122,7 @@ class Subject:
             return answer.read(), answer.headers
 
     def scrape(self, headers=None):
-        """(seconds, seconds of CPU, bytes, whether compressed, the body) of one scrape."""
+        """Returns (seconds, CPU seconds, bytes, whether compressed, body) of one scrape."""
         cpu, began = self.cpu(), time.perf_counter()
         try:
             length = exchange(self.port, "/metrics", headers or {})
@@ -132,19 +132,21 @@ class Subject:
             body = answer.read()
         except (OSError, http.client.HTTPException) as error:
             self.alive()
-            raise Failed(f"does not answer a scrape: {error!r}") from error
+            raise Failed(f"failed to scrape: {error!r}") from error
         return took, used, len(body), answer.headers.get("Content-Encoding") == "gzip", body
 
     def counted(self, body=None):
-        """The number of task events it has counted, by this scrape or a new one."""
+        """The number of task events it has counted, from this scrape body or from a new scrape."""
         lines = (body or self.scrape()[4]).decode().splitlines()
         return int(sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(self.counter)))
 
-    # What is done to it
+    # Load
 
     def feed(self, stream, events, rate=None, halted=False, patience=60):
-        """Sends events and waits until they are dealt with. `halted`: it is stopped while they are sent, and finds them
-        all waiting. Returns seconds: of CPU, in all, to send, and from there until it was done."""
+        """Sends events and waits until they are processed. Returns seconds: CPU, total, sending, and the rest.
+
+        With `halted`, the process is stopped while they are sent, so that all are waiting when it continues.
+        """
         if halted:
             self.process.send(signal.SIGSTOP)
         try:
@@ -159,7 +161,7 @@ class Subject:
         return self.cpu() - cpu, time.perf_counter() - began, sending, settled - began - sending
 
     def all_counted(self, patience=10):
-        """How many events it has counted once it counts no more; right at once where that is all that were sent."""
+        """The number of events counted, once it stops rising. Returns immediately if all events have been counted."""
         end, last = time.perf_counter() + patience, -1
         while True:
             counted = self.counted()
@@ -170,12 +172,12 @@ class Subject:
             self.settle(patience)
 
 
-#: What a scrape is read into, from one to the next: so its time is the server's, not that of a client's memory.
+#: Buffer reused by all scrapes, so that the measured time does not include memory allocation in the client.
 RECEIVED = bytearray(1 << 20)
 
 
 def exchange(port, path, headers):
-    """Asks, and reads all of the answer. Returns its length."""
+    """Sends a request and reads the whole response. Returns its length."""
     lines = [f"GET {path} HTTP/1.1", "Host: 127.0.0.1", "Connection: close", *map(": ".join, headers.items())]
     filled = 0
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
@@ -191,7 +193,7 @@ def exchange(port, path, headers):
 
 
 class Received:
-    """What was received, as a socket."""
+    """A received response, in the form of a socket."""
 
     def __init__(self, length):
         self.length = length
@@ -227,7 +229,7 @@ class CeleryExporter(Subject):
 
 
 class Bare(Subject):
-    name, title, counter, fast, holds = "bare", "bare loop", "bare_events_total", True, 0
+    name, title, counter, fast, holds = "bare", "baseline consumer", "bare_events_total", True, 0
     options = []
 
     def launch(self):
@@ -235,7 +237,7 @@ class Bare(Subject):
 
 
 class Discard(Bare):
-    """Throws everything away unread: what the server can publish."""
+    """Discards everything unread, to measure how much the server can publish."""
 
     options = ["--discard"]
 
@@ -245,7 +247,7 @@ SUBJECTS = {kind.name: kind for kind in (Ours, Flower, CeleryExporter, Bare)}
 
 
 class Brokers(contextlib.ExitStack):
-    """A broker for each: servers of Redis, virtual hosts of RabbitMQ."""
+    """A separate broker for each subject: a Redis server or a RabbitMQ virtual host."""
 
     def __init__(self, kind, count):
         super().__init__()

@@ -1,7 +1,9 @@
-//! The stream that all benchmarks use: what Celery 5 sends of tasks that are sent, received, started and succeed, in batches
-//! of six, as they come from one process, in the words of Python's `json`.
+//! The event stream of all benchmarks: tasks that are sent, received, started and succeed, as Celery 5 reports them.
+//! It generates the messages deterministically, in memory and without I/O.
+//!
+//! A message is a batch of up to six events of one process, in the formatting of Python's `json`.
 
-#![allow(dead_code, reason = "each benchmark has its own copy of this module and uses some of it")]
+#![allow(dead_code, reason = "each benchmark compiles this module and uses a part of it")]
 
 use std::time::Duration;
 
@@ -9,29 +11,29 @@ use base64_simd::STANDARD;
 use flower_exporter::celery::{envelope, event};
 use flower_exporter::state::{Limits, State};
 
-/// Events of a message.
+/// Events per message.
 pub const BATCH: usize = 6;
-/// Events of a task.
-const LIFE: usize = 4;
+/// Events per task.
+const EVENTS_PER_TASK: usize = 4;
 
-/// Clients that send the tasks, of any cluster: few, as they have label pairs of their own.
+/// Clients that send the tasks. There are few, because each has label sets of its own.
 const CLIENTS: usize = 4;
 
-/// A cluster's size.
+/// The size of a Celery deployment.
 #[derive(Clone, Copy, Debug)]
-pub struct Cluster {
+pub struct Deployment {
     pub workers: usize,
     pub names: usize,
 }
 
-/// Twenty workers that run fifty kinds of tasks: 1,000 label pairs.
-pub const USUAL: Cluster = Cluster { workers: 20, names: 50 };
+/// Twenty workers and fifty task names: 1,000 label sets.
+pub const TYPICAL: Deployment = Deployment { workers: 20, names: 50 };
 
-impl Cluster {
-    /// The bodies of the messages of tasks `first..first + tasks`, each a list of events from one hostname.
+impl Deployment {
+    /// The message bodies for tasks `first..first + tasks`. A body is a list of events from one hostname.
     pub fn bodies(self, first: usize, tasks: usize) -> Vec<Vec<u8>> {
         let mut batches: Vec<(String, Vec<String>)> = Vec::new();
-        for (hostname, event) in (first..first + tasks).flat_map(|task| self.life(task)) {
+        for (hostname, event) in (first..first + tasks).flat_map(|task| self.events(task)) {
             let mut open = batches.iter_mut().rev().take(4 * self.workers);
             match open.find(|(host, batch)| batch.len() < BATCH && *host == hostname) {
                 Some((_, batch)) => batch.push(event),
@@ -41,38 +43,53 @@ impl Cluster {
         batches.iter().map(|(_, batch)| format!("[{}]", batch.join(", ")).into_bytes()).collect()
     }
 
-    /// The events of a task, each with its sender.
-    fn life(self, task: usize) -> [(String, String); LIFE] {
+    /// The events of a task, each with its hostname.
+    fn events(self, task: usize) -> [(String, String); EVENTS_PER_TASK] {
         let (worker, name) = (task % self.workers, task / self.workers % self.names);
         let client = format!("gen{}@web-{}", 1000 + worker % CLIENTS, worker % CLIENTS);
         let worker = format!("celery@worker-{worker:04}.example.com");
-        // Neither in order nor alike at their ends, as random ids.
+        // Like random ids, these are not in order and share no prefix or suffix.
         let uuid = uuid::Builder::from_random_bytes(
             ((task as u128 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15_F39C_C060_5CED_C835)).to_be_bytes(),
         );
         let uuid = uuid.into_uuid();
-        let event = |kind: &str, hostname: &str, clock: usize, later: f64, fields: &str| {
-            let time = 1_750_000_000.123_456 + task as f64 * 0.000_731 + later;
-            let clock = LIFE * task + clock;
+        let event = |kind: &str, hostname: &str, clock: usize, delay: f64, fields: &str| {
+            let time = 1_750_000_000.123_456 + task as f64 * 0.000_731 + delay;
+            let clock = EVENTS_PER_TASK * task + clock;
             let event = format!(
-                r#"{{"hostname": "{hostname}", "utcoffset": 0, "pid": 4242, "clock": {clock}, "uuid": "{uuid}", {fields}"timestamp": {time}, "type": "{kind}"}}"#
+                concat!(
+                    r#"{{"hostname": "{hostname}", "utcoffset": 0, "pid": 4242, "clock": {clock}, "uuid": "{uuid}", "#,
+                    r#"{fields}"timestamp": {time}, "type": "{kind}"}}"#
+                ),
+                hostname = hostname,
+                clock = clock,
+                uuid = uuid,
+                fields = fields,
+                time = time,
+                kind = kind
             );
             (hostname.to_owned(), event)
         };
-        let about = format!(
-            r#""name": "project.application.tasks.number_{name}", "args": "(17, 'someone@example.com')", "kwargs": "{{'retry': True}}", "root_id": "{uuid}", "parent_id": null, "retries": 0, "eta": null, "expires": null, "#
+        let description = format!(
+            concat!(
+                r#""name": "project.application.tasks.number_{name}", "args": "(17, 'someone@example.com')", "#,
+                r#""kwargs": "{{'retry': True}}", "root_id": "{uuid}", "parent_id": null, "retries": 0, "eta": null, "#,
+                r#""expires": null, "#
+            ),
+            name = name,
+            uuid = uuid
         );
-        let sent = format!(r#"{about}"queue": "celery", "exchange": "", "routing_key": "celery", "#);
+        let sent = format!(r#"{description}"queue": "celery", "exchange": "", "routing_key": "celery", "#);
         [
             event("task-sent", &client, 0, 0.0, &sent),
-            event("task-received", &worker, 1, 0.002, &about),
+            event("task-received", &worker, 1, 0.002, &description),
             event("task-started", &worker, 2, 0.013, ""),
             event("task-succeeded", &worker, 3, 0.055, r#""result": "42", "runtime": 0.0421375, "#),
         ]
     }
 }
 
-/// kombu's envelope around a body, as it comes over Redis.
+/// A body in kombu's envelope, as received from Redis.
 pub fn enveloped(body: &[u8]) -> Vec<u8> {
     let body = STANDARD.encode_to_string(body);
     format!(
@@ -87,10 +104,10 @@ pub fn enveloped(body: &[u8]) -> Vec<u8> {
     .into_bytes()
 }
 
-/// A state with the default bounds.
+/// A state with the default limits.
 pub fn state() -> State {
     let buckets = vec![0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
-    State::new(&Limits { max_workers: 5_000, max_tasks: 100_000, max_label_pairs: 100_000, buckets })
+    State::new(&Limits { max_workers: 5_000, max_tasks: 100_000, max_label_sets: 100_000, buckets })
 }
 
 /// Decodes enveloped messages and counts their events.

@@ -1,7 +1,7 @@
 #!/bin/sh
-# The rules and alerts of ../prometheus as PrometheusRules of the Prometheus operator, on standard output:
+# Prints the rules and alerts of ../prometheus as PrometheusRule objects for the Prometheus operator:
 #   deploy/kubernetes/prometheus-rules.sh | kubectl apply -n monitoring -f -
-# kube-prometheus-stack takes only those with the label `release`, unless told otherwise:
+# By default, kube-prometheus-stack selects only rules labeled with its release name:
 #   deploy/kubernetes/prometheus-rules.sh release=kube-prometheus-stack | kubectl apply -n monitoring -f -
 set -eu
 cd "$(dirname "$0")/../prometheus"
@@ -11,7 +11,7 @@ case $label in
     *) echo "prometheus-rules.sh: $label: expected a label as in release=kube-prometheus-stack" >&2; exit 2 ;;
 esac
 for file in flower.rules.yml flower.alerts.yml flower-self.alerts.yml; do
-    [ -r "$file" ] || { echo "prometheus-rules.sh: no $file in $PWD" >&2; exit 2; }
+    [ -r "$file" ] || { echo "prometheus-rules.sh: $file not found in $PWD" >&2; exit 2; }
 done
 for file in flower.rules.yml flower.alerts.yml flower-self.alerts.yml; do
     cat <<END

@@ -1,8 +1,8 @@
-"""Reads /metrics once and shows the six series.
+"""Reads /metrics once and shows the six metrics.
 
     show.py URL         a compact view, redrawn in place on a terminal
-    show.py URL --once  the samples as they are served, without the buckets;
-                        exit code 1 and the names alone while any is missing
+    show.py URL --once  the samples as served, without the buckets; if a metric
+                        is missing, prints its name and exits with code 1
 """
 
 import re
@@ -27,7 +27,7 @@ LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 def compact(samples):
-    """One line a series and task (or worker): a value, or several by event type."""
+    """One line per metric and task (or worker): one value, or one per event type."""
     for name in SERIES:
         lines = defaultdict(list)
         for sample, labels, value in samples:
@@ -42,20 +42,20 @@ def compact(samples):
 
 
 def main(url, once):
-    for end in (signal.SIGINT, signal.SIGPIPE):  # end as other commands do, without a traceback
+    for end in (signal.SIGINT, signal.SIGPIPE):  # exit without a traceback
         signal.signal(end, signal.SIG_DFL)
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             found = [(line, SAMPLE.fullmatch(line)) for line in response.read().decode().splitlines()]
     except OSError as error:
-        sys.exit(f"{url} does not answer: {error}")
+        sys.exit(f"failed to read {url}: {error}")
     samples = [(m[1], dict(LABEL.findall(m[2])), m[3]) for _, m in found if m]
     if once:
         if missing := [name for name in SERIES if all(name != sample[0] for sample in samples)]:
             sys.exit("missing: " + " ".join(missing))
         print(*(line for line, m in found if m and m[1] in [*SERIES, RUNTIME_SUM]), sep="\n")
         return
-    view = [f"{url}   {time.strftime('%X')}   Ctrl-C ends", "", *compact(samples), ""]
+    view = [f"{url}   {time.strftime('%X')}   Ctrl-C to stop", "", *compact(samples), ""]
     if sys.stdout.isatty():
         columns, rows = shutil.get_terminal_size()
         view = ["\033[H\033[J" + view[0], *(line[:columns] for line in view[1 : rows - 1])]

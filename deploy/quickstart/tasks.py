@@ -1,4 +1,4 @@
-"""The sample Celery application. Nothing in it knows of the exporter.
+"""A sample Celery application. It contains nothing specific to the exporter.
 
     celery -A tasks worker --concurrency 2
 """
@@ -29,6 +29,6 @@ def fail():
 
 @app.task(bind=True, autoretry_for=(ConnectionError,), max_retries=3, default_retry_delay=1)
 def flaky(self):
-    """Fails at the first attempt, succeeds at the second."""
+    """Fails on the first attempt and succeeds on the second."""
     if self.request.retries == 0:
         raise ConnectionError("try again")

@@ -1,4 +1,4 @@
-"""Sends a varied trickle of tasks, until it is stopped."""
+"""Sends a varied stream of tasks until it is stopped."""
 
 import itertools
 import time
@@ -12,7 +12,7 @@ SENDERS = [
     lambda: flaky.delay(),
     lambda: fail.delay(),
     lambda: add.apply_async((4, 5), countdown=5),  # has an eta
-    lambda: group(slow.s(1.0) for _ in range(4)).delay(),  # more than two processes can start at once
+    lambda: group(slow.s(1.0) for _ in range(4)).delay(),  # more tasks than two processes can start at once
     lambda: add.delay(6, 7),
     lambda: slow.delay(0.2),
 ]

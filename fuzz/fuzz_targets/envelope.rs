@@ -1,4 +1,4 @@
 #![no_main]
-#![doc = "See src/envelope.rs."]
+#![doc = "The envelope target: see src/envelope.rs."]
 
 libfuzzer_sys::fuzz_target!(|payload: &[u8]| flower_exporter_fuzz::envelope::run(payload));

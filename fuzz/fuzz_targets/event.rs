@@ -1,4 +1,4 @@
 #![no_main]
-#![doc = "See src/event.rs."]
+#![doc = "The event target: see src/event.rs."]
 
 libfuzzer_sys::fuzz_target!(|script: &[u8]| flower_exporter_fuzz::event::run(script));

@@ -1,4 +1,4 @@
 #![no_main]
-#![doc = "See src/http_head.rs."]
+#![doc = "The http_head target: see src/http_head.rs."]
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| flower_exporter_fuzz::http_head::run(input));

@@ -1,4 +1,4 @@
 #![no_main]
-#![doc = "See src/resp.rs."]
+#![doc = "The resp target: see src/resp.rs."]
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| flower_exporter_fuzz::resp::run(input));

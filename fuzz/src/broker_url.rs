@@ -1,36 +1,36 @@
-//! Broker URLs: what is printed parses to the same, and neither it nor an error shows a password.
+//! Broker URLs: a printed URL parses to the same value, and neither it nor an error contains a password.
 
-use flower_exporter::settings::url::Transport;
-use flower_exporter::settings::{BrokerUrl, BrokerUrls, Secret};
 use super::{assert_no_secret, plant};
+use flower_exporter::config::broker_url::Transport;
+use flower_exporter::config::{BrokerUrl, BrokerUrls, Secret};
 
 const MASK: &str = "***";
 
-/// One input.
+/// Runs one input.
 ///
 /// # Panics
-/// On a finding.
+/// Panics on a finding.
 pub fn run(text: &str) {
     let urls: BrokerUrls = match plant(text).parse() {
         Ok(urls) => urls,
         Err(error) => {
-            let error: flower_exporter::settings::url::Error = error;
-            assert!(!error.to_string().contains(char::is_control), "more than a line: {error}");
+            let error: flower_exporter::config::broker_url::UrlError = error;
+            assert!(!error.to_string().contains(char::is_control), "error has more than one line: {error}");
             assert_no_secret(&format!("{error} {error:?}"));
             return;
         }
     };
     assert_no_secret(&format!("{urls} {urls:?}"));
-    let again: BrokerUrls = urls.to_string().parse().expect("what is printed can be read");
-    assert_eq!(again.len(), urls.len());
-    for (url, again) in urls.iter().zip(again.iter()) {
+    let reparsed: BrokerUrls = urls.to_string().parse().expect("a printed URL parses");
+    assert_eq!(reparsed.len(), urls.len());
+    for (url, reparsed) in urls.iter().zip(reparsed.iter()) {
         assert_eq!(url.to_string(), format!("{url:?}"));
-        assert_eq!(*again, with_password(url, MASK));
-        assert_eq!(url.to_string(), with_password(url, "another").to_string(), "it depends on the password");
+        assert_eq!(*reparsed, with_password(url, MASK));
+        assert_eq!(url.to_string(), with_password(url, "other").to_string(), "the printed URL depends on the password");
     }
 }
 
-/// The same URL with another password, where it has one. Redis takes a user without one for a password, too.
+/// Replaces the password of a URL, if it has one. For Redis, a username without a password is the password.
 fn with_password(url: &BrokerUrl, password: &str) -> BrokerUrl {
     let mut url = url.clone();
     match (&mut url.username, &mut url.password) {

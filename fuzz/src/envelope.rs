@@ -1,25 +1,25 @@
-//! kombu's envelope: the body is what a plain reading of the JSON finds, whatever the buffer held before.
+//! kombu's envelope: the body equals what a plain JSON parse finds, independently of the previous buffer content.
 
 use std::borrow::Cow;
 
-use flower_exporter::celery::envelope::{self, Refusal};
-use flower_exporter::celery::{Reject, event};
+use flower_exporter::celery::envelope::{self, DecodeFailure};
+use flower_exporter::celery::{DecodeError, event};
 use serde_json::{Map, Value};
 
-/// One input.
+/// Runs one input.
 ///
 /// # Panics
-/// On a finding.
+/// Panics on a finding.
 pub fn run(payload: &[u8]) {
     let (mut empty, mut used) = (Vec::new(), vec![b'x'; 100]);
     let opened = envelope::open(payload, &mut empty);
-    assert_eq!(opened, envelope::open(payload, &mut used), "it depends on what came before");
-    if let Err(Refusal { name: Some(name), .. }) = &opened {
+    assert_eq!(opened, envelope::open(payload, &mut used), "the result depends on the buffer content");
+    if let Err(DecodeFailure { value: Some(name), .. }) = &opened {
         assert!(name.len() < 300);
     }
-    let opened = opened.map_err(|refusal| refusal.reason);
-    // A key that is there twice may be refused for its first value already.
-    if opened != Err(Reject::Envelope)
+    let opened = opened.map_err(|failure| failure.reason);
+    // With a duplicate key, the envelope may be rejected for the first value, which a plain parse ignores.
+    if opened != Err(DecodeError::Envelope)
         && let Ok(tree) = serde_json::from_slice(payload)
     {
         assert_eq!(opened, body_of(&tree));
@@ -32,31 +32,33 @@ pub fn run(payload: &[u8]) {
     }
 }
 
-fn body_of(tree: &Value) -> Result<Cow<'_, [u8]>, Reject> {
-    let envelope = tree.as_object().ok_or(Reject::Envelope)?;
+fn body_of(tree: &Value) -> Result<Cow<'_, [u8]>, DecodeError> {
+    let envelope = tree.as_object().ok_or(DecodeError::Envelope)?;
     let text = |name: &str| envelope.get(name).and_then(Value::as_str);
     let (headers, properties) = (object(envelope, "headers")?, object(envelope, "properties")?);
     if !matches!(text("content-type"), None | Some("application/json" | "json")) {
-        return Err(Reject::ContentType);
+        return Err(DecodeError::ContentType);
     }
     if headers.and_then(|headers| headers.get("compression")).is_some_and(|compression| !compression.is_null()) {
-        return Err(Reject::Compression);
+        return Err(DecodeError::Compression);
     }
-    let body = text("body").ok_or(Reject::Envelope)?;
+    let body = text("body").ok_or(DecodeError::Envelope)?;
     match properties.and_then(|properties| properties.get("body_encoding")) {
-        Some(Value::String(encoding)) if encoding == "base64" => base64(body).map(Cow::Owned).ok_or(Reject::Base64),
+        Some(Value::String(encoding)) if encoding == "base64" => {
+            base64(body).map(Cow::Owned).ok_or(DecodeError::Base64)
+        }
         _ => Ok(Cow::Borrowed(body.as_bytes())),
     }
 }
 
-fn object<'a>(envelope: &'a Map<String, Value>, name: &str) -> Result<Option<&'a Map<String, Value>>, Reject> {
+fn object<'a>(envelope: &'a Map<String, Value>, name: &str) -> Result<Option<&'a Map<String, Value>>, DecodeError> {
     match envelope.get(name) {
         None | Some(Value::Null) => Ok(None),
-        Some(inner) => inner.as_object().map(Some).ok_or(Reject::Envelope),
+        Some(inner) => inner.as_object().map(Some).ok_or(DecodeError::Envelope),
     }
 }
 
-/// RFC 4648, padded, without bits that stand for nothing.
+/// RFC 4648 with padding. Trailing bits must be zero.
 fn base64(text: &str) -> Option<Vec<u8>> {
     const LETTERS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let digits = text.strip_suffix("==").or_else(|| text.strip_suffix('=')).unwrap_or(text);

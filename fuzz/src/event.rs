@@ -1,68 +1,69 @@
-//! Events, and the state that they move: nothing panics, gauges are never negative, everything stays bounded.
+//! Events and the state they update: nothing panics, gauges are never negative, and everything is bounded.
 //!
-//! Each line of an input is a message's body; `~` before it leaves its worker out, as `events.hostnames` does. A line
-//! `+60` lets a minute pass, `gap` loses events.
+//! Each line of an input is a message body. A body after `~` comes from a worker that `events.hostnames` leaves out. A
+//! line `+60` advances the time by a minute, and `gap` records missing events.
 
 use std::time::Duration;
 
-use flower_exporter::celery::{Event, Reject, event};
-use flower_exporter::metrics::text::Format;
-use flower_exporter::state::{Limits, State, Timeouts};
 use super::{exposition, samples};
+use flower_exporter::celery::{DecodeError, Event, event};
+use flower_exporter::metrics::encode::Format;
+use flower_exporter::state::{Limits, State, Timeouts};
 
 const WORKERS: usize = 3;
 const TASKS: usize = 4;
-const PAIRS: usize = 6;
+const LABEL_SETS: usize = 6;
 
-/// One input.
+/// Runs one input.
 ///
 /// # Panics
-/// On a finding.
+/// Panics on a finding.
 pub fn run(script: &[u8]) {
-    let mut cluster = Cluster::new();
+    let mut fixture = Fixture::new();
     for line in script.split(|byte| *byte == b'\n') {
         match line {
-            b"gap" => cluster.state.gap(),
-            [b'+', seconds @ ..] => cluster.pass(seconds),
-            [b'~', body @ ..] => decode(body, |event| cluster.state.learn_name(event)),
-            body => decode(body, |event| cluster.apply(event)),
+            b"gap" => fixture.state.record_gap(),
+            [b'+', seconds @ ..] => fixture.advance(seconds),
+            [b'~', body @ ..] => decode(body, |event| fixture.state.learn_metadata(event)),
+            body => decode(body, |event| fixture.apply(event)),
         }
     }
-    cluster.check();
+    fixture.assert_valid();
 }
 
-/// Reads a body with the quick reader and without, which agree on every event to the last bit.
-fn decode(body: &[u8], mut each: impl FnMut(&Event)) {
-    let (mut plain, mut observed) = (Vec::new(), Vec::new());
-    event::decode(body, false, |event| plain.push(summary(&event)));
-    event::decode_by_serde(body, true, |event| {
-        observed.push(summary(&event));
+/// Decodes a body with the fast path and without it. Both must agree on every bit of every event.
+fn decode(body: &[u8], mut on_event: impl FnMut(&Event)) {
+    let (mut fast, mut slow) = (Vec::new(), Vec::new());
+    event::decode(body, false, |event| fast.push(summary(&event)));
+    event::decode_slow_path(body, true, |event| {
+        slow.push(summary(&event));
         if let Ok(event) = event {
             assert_eq!(event.text("hostname").as_deref(), Some(&*event.hostname));
             let _ = (event.args(), event.exception(), event.field("x"));
-            each(&event);
+            on_event(&event);
         }
     });
-    assert_eq!(plain, observed);
+    assert_eq!(fast, slow);
 }
 
-/// Every field; `-0.0` is not `0.0` here.
-fn summary(event: &Result<Event<'_>, Reject>) -> Result<String, Reject> {
+/// All fields as text, in which `-0.0` differs from `0.0`.
+fn summary(event: &Result<Event<'_>, DecodeError>) -> Result<String, DecodeError> {
     event.as_ref().map_err(|reason| *reason).map(|event| {
         let text = format!("{event:?}");
         text.split_once(", raw: ").expect("the last field").0.to_owned()
     })
 }
 
-struct Cluster {
+struct Fixture {
     state: State,
     now: Duration,
     task_events: f64,
 }
 
-impl Cluster {
+impl Fixture {
     fn new() -> Self {
-        let limits = Limits { max_workers: WORKERS, max_tasks: TASKS, max_label_pairs: PAIRS, buckets: vec![0.5, 1.0] };
+        let limits =
+            Limits { max_workers: WORKERS, max_tasks: TASKS, max_label_sets: LABEL_SETS, buckets: vec![0.5, 1.0] };
         Self { state: State::new(&limits), now: Duration::ZERO, task_events: 0.0 }
     }
 
@@ -71,20 +72,20 @@ impl Cluster {
         self.state.apply(event, self.now);
         assert!(self.state.worker_count() <= WORKERS);
         assert!(self.state.task_count() <= TASKS);
-        // Each worker, and the one beyond the bound, may have a pair under task `(other)`.
-        assert!(self.state.series().pair_count() <= PAIRS + WORKERS + 1);
-        assert!(self.state.name_count() <= PAIRS + TASKS + 1);
+        // Each worker, and worker `(other)`, may have one more label set, for task `(other)`.
+        assert!(self.state.series().label_set_count() <= LABEL_SETS + WORKERS + 1);
+        assert!(self.state.name_count() <= LABEL_SETS + TASKS + 1);
     }
 
-    fn pass(&mut self, seconds: &[u8]) {
+    fn advance(&mut self, seconds: &[u8]) {
         let seconds: Option<u16> = str::from_utf8(seconds).ok().and_then(|seconds| seconds.parse().ok());
         self.now += Duration::from_secs(seconds.unwrap_or_default().into());
         let seconds = |seconds| Some(Duration::from_secs(seconds));
         let timeouts = Timeouts { worker_timeout: seconds(60), purge_offline_workers: seconds(600) };
-        self.state.sweep(&timeouts, self.now);
+        self.state.expire(&timeouts, self.now);
     }
 
-    fn check(&self) {
+    fn assert_valid(&self) {
         let text = exposition(&self.state, Format::Text);
         let samples = samples(&text);
         assert!(samples.values().all(|value| *value >= 0.0), "{text}");
@@ -99,6 +100,6 @@ impl Cluster {
         for task in self.state.tasks(0, TASKS + 1) {
             assert_eq!(self.state.find_task(&task.uuid).map(|found| found.state), Some(task.state));
         }
-        assert!(self.state.mute_workers(self.now).len() <= self.state.workers(self.now).len());
+        assert!(self.state.workers_without_task_events(self.now).len() <= self.state.workers(self.now).len());
     }
 }

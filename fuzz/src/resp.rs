@@ -1,6 +1,7 @@
-//! What a Redis server sends: messages, or an error; the same ones in whatever pieces it comes, in bounded memory.
+//! Bytes from a Redis server: messages or an error, the same ones however the bytes are split, in bounded memory.
 //!
-//! Of an input, the first byte says how the server behaves (see `Server`), the second one how large the pieces are.
+//! The first byte of an input sets the behavior of the server: bit 0 confirms the subscription first, and bit 1 repeats
+//! the tail of the input. The second byte sets the size of the pieces and the length of the tail.
 
 use std::alloc::System;
 use std::io;
@@ -9,9 +10,10 @@ use std::sync::LazyLock;
 use std::task::{Context, Poll};
 
 use cap::Cap;
-use flower_exporter::broker::{Message, Subscription, Wire};
-use flower_exporter::celery::Reject;
-use flower_exporter::settings::Settings;
+use flower_exporter::broker::EventReceiver;
+use flower_exporter::celery::DecodeError;
+use flower_exporter::config::Config;
+use flower_exporter::inbox::{Encoding, Message};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::runtime::{Builder, Runtime};
 
@@ -19,119 +21,120 @@ use tokio::runtime::{Builder, Runtime};
 static ALLOCATOR: Cap<System> = Cap::new(System, usize::MAX);
 
 const MAX_MESSAGE: usize = 1024;
-/// What a subscription may need with messages of that size, whatever the server sends.
-const ROOM: usize = 768 << 10;
-/// Bytes of an endless server.
-const ENDLESS: usize = 512 << 10;
+/// Memory limit of a subscription with messages of at most that size, in bytes.
+const MEMORY_LIMIT: usize = 768 << 10;
+/// Bytes that a server sends if it repeats its tail.
+const ENDLESS_LEN: usize = 512 << 10;
 const CONFIRMED: &[u8] = b"*3\r\n$10\r\npsubscribe\r\n$13\r\n/0.celeryev/*\r\n:1\r\n";
-/// Bytes that are kept of a message that is too large.
-const SAMPLE: usize = 64;
+/// Bytes that are kept of a message that exceeds the limit.
+const SAMPLE_LEN: usize = 64;
 
-/// One input.
+/// Runs one input.
 ///
 /// # Panics
-/// On a finding.
+/// Panics on a finding.
 pub fn run(input: &[u8]) {
-    if let [behaviour, piece, bytes @ ..] = input {
-        let mut sent = if behaviour & 1 == 0 { Vec::new() } else { CONFIRMED.to_vec() };
+    if let [behavior, piece, bytes @ ..] = input {
+        let mut sent = if behavior & 1 == 0 { Vec::new() } else { CONFIRMED.to_vec() };
         sent.extend_from_slice(bytes);
         let tail = usize::from(*piece).min(bytes.len());
-        if behaviour & 2 != 0 && tail > 0 {
-            endless(&sent, &bytes[bytes.len() - tail..]);
+        if behavior & 2 != 0 && tail > 0 {
+            assert_bounded_memory(&sent, &bytes[bytes.len() - tail..]);
         } else {
-            // A long input in the smallest of pieces takes too long.
-            alike(&sent, (usize::from(*piece) + 1).max(sent.len() / 256));
+            // A long input in tiny pieces takes too long.
+            assert_independent_of_pieces(&sent, (usize::from(*piece) + 1).max(sent.len() / 256));
         }
     }
 }
 
-/// In pieces or at once: the same messages, and the same end.
-fn alike(sent: &[u8], piece: usize) {
-    let (whole, whole_end) = read(Server::new(sent, &[], usize::MAX));
+/// Asserts that the messages and the final error are the same in pieces and at once.
+fn assert_independent_of_pieces(sent: &[u8], piece: usize) {
+    let (full, full_end) = read(Server::new(sent, &[], usize::MAX));
     let (pieces, pieces_end) = read(Server::new(sent, &[], piece));
-    let large = |messages: &[Heard]| messages.iter().filter(|heard| heard.too_large).count();
-    // In pieces, any text that is too large counts as a message of its own, also where no message is.
-    if large(&whole) == large(&pieces) {
-        assert_eq!(whole, pieces);
-        assert_eq!(whole_end, pieces_end);
+    let large = |messages: &[Received]| messages.iter().filter(|received| received.too_large).count();
+    // In pieces, every string that is too large is reported as a message, even where no message is expected.
+    if large(&full) == large(&pieces) {
+        assert_eq!(full, pieces);
+        assert_eq!(full_end, pieces_end);
     }
 }
 
-/// What goes on and on takes no more memory: what takes more aborts.
-fn endless(sent: &[u8], tail: &[u8]) {
+/// Asserts that an endless stream needs bounded memory. The allocator aborts the process above the limit.
+fn assert_bounded_memory(sent: &[u8], tail: &[u8]) {
     let server = Server::new(sent, tail, usize::MAX);
-    let limit = |bytes| ALLOCATOR.set_limit(bytes).expect("less is allocated");
-    limit(ALLOCATOR.allocated() + ROOM);
+    let limit = |bytes| ALLOCATOR.set_limit(bytes).expect("the limit is above the current allocation");
+    limit(ALLOCATOR.allocated() + MEMORY_LIMIT);
     receive(server, |_| ());
     limit(usize::MAX);
 }
 
 #[derive(Debug, PartialEq)]
-struct Heard {
+struct Received {
     bytes: Vec<u8>,
     too_large: bool,
 }
 
-impl Heard {
-    fn of(message: &Message) -> Self {
-        let too_large = matches!(&message.wire, Wire::Refused(refusal) if refusal.reason == Reject::TooLarge);
-        let kept = if too_large { SAMPLE.min(message.bytes.len()) } else { message.bytes.len() };
+impl Received {
+    fn new(message: &Message) -> Self {
+        let too_large =
+            matches!(&message.encoding, Encoding::Undecodable(failure) if failure.reason == DecodeError::TooLarge);
+        let kept = if too_large { SAMPLE_LEN.min(message.bytes.len()) } else { message.bytes.len() };
         Self { bytes: message.bytes[..kept].to_vec(), too_large }
     }
 }
 
-fn read(server: Server) -> (Vec<Heard>, String) {
-    let mut heard = Vec::new();
-    let end = receive(server, |message| heard.push(Heard::of(message)));
-    (heard, end)
+fn read(server: Server) -> (Vec<Received>, String) {
+    let mut received = Vec::new();
+    let end = receive(server, |message| received.push(Received::new(message)));
+    (received, end)
 }
 
-/// Hands out all messages until the end, and returns what that was.
-fn receive(server: Server, mut each: impl FnMut(&Message)) -> String {
+/// Passes all messages to `on_message` until the connection ends, and returns the error.
+fn receive(server: Server, mut on_message: impl FnMut(&Message)) -> String {
     thread_local! {
         static RUNTIME: Runtime = Builder::new_current_thread().enable_time().build().expect("a runtime");
     }
-    let listening = async {
-        let mut subscription = Subscription::redis_over(server, &SETTINGS).await?;
+    let subscription = async {
+        let mut receiver = EventReceiver::redis_from_stream(server, &CONFIG).await?;
         loop {
-            subscription.next().await?.messages.iter().for_each(&mut each);
+            receiver.next().await?.messages.iter().for_each(&mut on_message);
         }
     };
     RUNTIME.with(|runtime| {
-        let end: Result<(), flower_exporter::broker::Error> = runtime.block_on(listening);
+        let end: Result<(), flower_exporter::broker::BrokerError> = runtime.block_on(subscription);
         end.map_or_else(|error| error.to_string(), |()| String::new())
     })
 }
 
-static SETTINGS: LazyLock<Settings> = LazyLock::new(|| {
-    let mut settings = Settings::default();
-    settings.events.max_message = MAX_MESSAGE;
-    settings
+static CONFIG: LazyLock<Config> = LazyLock::new(|| {
+    let mut config = Config::default();
+    config.events.message_max_bytes = MAX_MESSAGE;
+    config
 });
 
-/// The server's end of the connection, which says what it says and does not listen.
+/// The server's end of the connection. It sends fixed bytes and ignores what it receives.
 struct Server {
     bytes: Vec<u8>,
-    at: usize,
+    position: usize,
     piece: usize,
 }
 
 impl Server {
-    /// It sends `bytes`, then `tail` again and again if that is not empty, and hangs up.
+    /// Sends `bytes`, repeats `tail` up to [`ENDLESS_LEN`] bytes, and closes the connection.
     fn new(bytes: &[u8], tail: &[u8], piece: usize) -> Self {
         let mut bytes = bytes.to_vec();
         if !tail.is_empty() {
-            bytes.extend(tail.repeat(ENDLESS / tail.len()));
+            bytes.extend(tail.repeat(ENDLESS_LEN / tail.len()));
         }
-        Self { bytes, at: 0, piece }
+        Self { bytes, position: 0, piece }
     }
 }
 
 impl AsyncRead for Server {
     fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let end = self.bytes.len().min(self.at + self.piece.min(buffer.remaining()));
-        buffer.put_slice(&self.bytes[self.at..end]);
-        self.at = end;
+        let end = self.bytes.len().min(self.position + self.piece.min(buffer.remaining()));
+        buffer.put_slice(&self.bytes[self.position..end]);
+        self.position = end;
         Poll::Ready(Ok(()))
     }
 }

@@ -1,22 +1,22 @@
-//! The broadcasts that make workers talk (`celery.app.control`, `kombu.pidbox`).
+//! Control broadcasts to the workers (`celery.app.control`, `kombu.pidbox`).
 //!
-//! Sent without `reply_to`, so that no reply keys pile up on the broker. The envelope is to the letter what kombu
-//! itself writes: without `properties` or `delivery_tag`, every Celery 5.7 worker drops its connection and every 4.4
-//! worker exits.
+//! A broadcast has no `reply_to`, so that no reply keys accumulate on the broker. The envelope has exactly the fields
+//! that kombu itself writes. Without `properties` or `delivery_tag`, every Celery 5.7 worker drops its connection and
+//! every 4.4 worker exits.
 
 use serde_json::json;
 
 /// A control command for all workers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Broadcast {
-    /// Send task events, as if started with `-E`.
+    /// Send task events from now on, as if started with `-E`.
     EnableEvents,
     /// Send one `worker-heartbeat` now.
     Heartbeat,
 }
 
 impl Broadcast {
-    /// The command's name on the wire.
+    /// The command's `method` on the wire.
     #[must_use]
     pub const fn method(self) -> &'static str {
         match self {
@@ -25,14 +25,15 @@ impl Broadcast {
         }
     }
 
-    /// The message's body: JSON in UTF-8.
+    /// The message body: JSON in UTF-8.
     #[must_use]
     pub fn body(self) -> String {
         let method = self.method();
         format!(r#"{{"method": "{method}", "arguments": {{}}, "destination": null, "pattern": null, "matcher": null}}"#)
     }
 
-    /// The whole message for Redis, published to `exchange`, for example `celery.pidbox`. `delivery_tag` is a fresh UUID.
+    /// The complete message for Redis, published to `exchange`, for example `celery.pidbox`. `delivery_tag` is a new
+    /// UUID for every message.
     #[must_use]
     pub fn envelope(self, exchange: &str, delivery_tag: &str) -> String {
         json!({
@@ -57,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn golden_envelope() {
+    fn envelope_matches_kombu_field_for_field() {
         assert_eq!(
             Broadcast::EnableEvents.envelope("celery.pidbox", "b1a0cd7e-4d8a-4e0e-9ae3-6d2b1c1c9b55"),
             concat!(
@@ -71,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn golden_bodies() {
+    fn body_matches_pidbox() {
         assert_eq!(
             Broadcast::Heartbeat.body(),
             r#"{"method": "heartbeat", "arguments": {}, "destination": null, "pattern": null, "matcher": null}"#

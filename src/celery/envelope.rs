@@ -1,4 +1,4 @@
-//! kombu's envelope: the JSON object around every message on Redis (`kombu.transport.virtual`).
+//! The kombu envelope: the JSON object around every message on Redis (`kombu.transport.virtual`).
 
 use std::borrow::Cow;
 use std::fmt;
@@ -6,33 +6,37 @@ use std::fmt;
 use base64_simd::{Out, STANDARD};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 
-use super::json::{Key, Members, Scalar, Values};
-use super::scan::{self, Scanner};
-use super::{Reject, cut};
+use super::json::fast_json::{self, Scanner};
+use super::json::{Key, Scalar, SerdeReader, ValueReader};
+use super::{DecodeError, truncate_label};
 
-/// Opens an envelope and returns the message's body, the JSON of its events.
+/// Opens an envelope and returns the message body, the JSON text of its events.
 ///
-/// `content-type` alone chooses the decoder; a message without one is taken for JSON. `buffer` is reused from call to
-/// call for bodies in base64.
+/// Only `content-type` decides how the body is decoded. A message without one is decoded as JSON. `buffer` holds
+/// decoded base64 bodies. It grows as needed, and callers reuse it to avoid allocations.
 ///
 /// # Errors
-/// [`Reject::Envelope`], [`Reject::ContentType`], [`Reject::Compression`] or [`Reject::Base64`].
-pub fn open<'a>(payload: &'a [u8], buffer: &'a mut Vec<u8>) -> Result<Cow<'a, [u8]>, Refusal> {
-    if let Some(length) = open_usual(payload, buffer)? {
+/// Returns an error if the message is invalid: [`DecodeError::Envelope`], [`DecodeError::ContentType`],
+/// [`DecodeError::Compression`] or [`DecodeError::Base64`].
+pub fn open<'a>(payload: &'a [u8], buffer: &'a mut Vec<u8>) -> Result<Cow<'a, [u8]>, DecodeFailure> {
+    if let Some(length) = open_fast_path(payload, buffer)? {
         return Ok(Cow::Borrowed(&buffer[..length]));
     }
-    let envelope: Envelope = serde_json::from_slice(payload).map_err(|_| Reject::Envelope)?;
+    let envelope: Envelope = serde_json::from_slice(payload).map_err(|_| DecodeError::Envelope)?;
     check_content(envelope.content_type.as_deref(), envelope.compression.as_deref())?;
-    match envelope.body.ok_or(Reject::Envelope)? {
+    match envelope.body.ok_or(DecodeError::Envelope)? {
         body if envelope.base64 => Ok(decode_base64(body.as_bytes(), buffer).map(Cow::Borrowed)?),
         Cow::Borrowed(body) => Ok(Cow::Borrowed(body.as_bytes())),
         Cow::Owned(body) => Ok(Cow::Owned(body.into_bytes())),
     }
 }
 
-/// Opens an envelope as kombu writes it: a body in base64 first, which need not be read as JSON since base64 has neither
-/// quotes nor escapes. Returns how much of `buffer` the body takes, or `None` for any other envelope.
-fn open_usual(payload: &[u8], buffer: &mut Vec<u8>) -> Result<Option<usize>, Refusal> {
+/// Opens an envelope that has kombu's own layout: the first member is a body in base64. That body need not be parsed as
+/// JSON, because base64 contains neither quotes nor escapes.
+///
+/// Returns the length of the body in `buffer`, in bytes, or `None` if the envelope has another
+/// layout or invalid base64.
+fn open_fast_path(payload: &[u8], buffer: &mut Vec<u8>) -> Result<Option<usize>, DecodeFailure> {
     let Some((body, Envelope { has_body: false, base64: true, content_type, compression, .. })) = scan(payload) else {
         return Ok(None);
     };
@@ -40,17 +44,17 @@ fn open_usual(payload: &[u8], buffer: &mut Vec<u8>) -> Result<Option<usize>, Ref
     Ok(decode_base64(body, buffer).ok().map(<[u8]>::len))
 }
 
-/// The text of the body, and what the rest of the envelope says.
+/// Splits the envelope into the body's text and the remaining members. Returns `None` if it has another layout.
 fn scan(payload: &[u8]) -> Option<(&[u8], Envelope<'_>)> {
     let text = payload.strip_prefix(br#"{"body": ""#)?;
     let (body, rest) = text.split_at(memchr::memchr(b'"', text)?);
-    let rest = scan::plain(&rest[1..])?;
+    let rest = fast_json::printable_ascii(&rest[1..])?;
     let (mut scanner, mut envelope) = (Scanner::new(rest), Envelope::default());
-    scanner.more_members(|key, values| envelope.read(key, values)).ok()?;
+    scanner.remaining_members(|key, values| envelope.read_member(key, values)).ok()?;
     (scanner.position() == rest.len()).then_some((body, envelope))
 }
 
-/// What tells this message from all others; `None` where it has no tag.
+/// The delivery tag: a UUID that identifies the message. `None` if the envelope has no tag.
 #[must_use]
 pub fn delivery_tag(payload: &[u8]) -> Option<String> {
     #[derive(serde::Deserialize)]
@@ -64,41 +68,42 @@ pub fn delivery_tag(payload: &[u8]) -> Option<String> {
     serde_json::from_slice(payload).ok().map(|tagged: Tagged| tagged.properties.delivery_tag)
 }
 
-/// Whether a message's properties allow to read its body: JSON, not compressed. The same rule on both brokers.
+/// Checks that a message's properties declare an uncompressed JSON body. The same rule applies to both brokers.
 ///
 /// # Errors
-/// [`Reject::ContentType`] or [`Reject::Compression`].
-pub fn check_content(content_type: Option<&str>, compression: Option<&str>) -> Result<(), Refusal> {
+/// Returns an error if the body has another content type ([`DecodeError::ContentType`]) or is compressed
+/// ([`DecodeError::Compression`]).
+pub fn check_content(content_type: Option<&str>, compression: Option<&str>) -> Result<(), DecodeFailure> {
     if let Some(name) = content_type.filter(|name| !matches!(*name, "application/json" | "json")) {
-        return Err(Refusal { reason: Reject::ContentType, name: Some(cut(name).into()) });
+        return Err(DecodeFailure { reason: DecodeError::ContentType, value: Some(truncate_label(name).into()) });
     }
     if let Some(name) = compression {
-        return Err(Refusal { reason: Reject::Compression, name: Some(cut(name).into()) });
+        return Err(DecodeFailure { reason: DecodeError::Compression, value: Some(truncate_label(name).into()) });
     }
     Ok(())
 }
 
-/// Why a message is refused, and by which name where its properties name something.
+/// Why a message is invalid, with the property value that makes it so.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refusal {
-    /// What it is counted under.
-    pub reason: Reject,
-    /// The content type or compression that is not read here, bounded.
-    pub name: Option<Box<str>>,
+pub struct DecodeFailure {
+    /// The reason that it is counted under.
+    pub reason: DecodeError,
+    /// The unsupported content type or compression, truncated like a label. `None` for other reasons.
+    pub value: Option<Box<str>>,
 }
 
-impl From<Reject> for Refusal {
-    fn from(reason: Reject) -> Self {
-        Self { reason, name: None }
+impl From<DecodeError> for DecodeFailure {
+    fn from(reason: DecodeError) -> Self {
+        Self { reason, value: None }
     }
 }
 
-fn decode_base64<'a>(text: &[u8], buffer: &'a mut Vec<u8>) -> Result<&'a [u8], Reject> {
+fn decode_base64<'a>(text: &[u8], buffer: &'a mut Vec<u8>) -> Result<&'a [u8], DecodeError> {
     let length = STANDARD.estimated_decoded_length(text.len());
     if buffer.len() < length {
         buffer.resize(length, 0);
     }
-    let decoded = STANDARD.decode(text, Out::from_slice(&mut buffer[..length])).map_err(|_| Reject::Base64)?;
+    let decoded = STANDARD.decode(text, Out::from_slice(&mut buffer[..length])).map_err(|_| DecodeError::Base64)?;
     Ok(decoded)
 }
 
@@ -112,17 +117,17 @@ struct Envelope<'a> {
 }
 
 impl<'a> Envelope<'a> {
-    fn read<V: Values<'a>>(&mut self, key: &[u8], values: &mut V) -> Result<(), V::Error> {
+    fn read_member<V: ValueReader<'a>>(&mut self, key: &[u8], values: &mut V) -> Result<(), V::Error> {
         match key {
             b"body" => {
                 self.has_body = true;
-                self.body = values.scalar()?.text();
+                self.body = values.scalar()?.into_text();
             }
-            b"content-type" => self.content_type = values.scalar()?.text(),
+            b"content-type" => self.content_type = values.scalar()?.into_text(),
             b"headers" => {
                 self.compression = match values.member("compression")? {
                     None | Some(Scalar::Null) => None,
-                    Some(name) => Some(name.text().unwrap_or_default()),
+                    Some(name) => Some(name.into_text().unwrap_or_default()),
                 };
             }
             b"properties" => {
@@ -143,13 +148,13 @@ impl<'de> Deserialize<'de> for Envelope<'de> {
             type Value = Envelope<'de>;
 
             fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
-                formatter.write_str("kombu's envelope")
+                formatter.write_str("a kombu envelope")
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let mut envelope = Envelope::default();
                 while let Some(Key(key)) = map.next_key()? {
-                    envelope.read(key.as_bytes(), &mut Members(&mut map))?;
+                    envelope.read_member(key.as_bytes(), &mut SerdeReader(&mut map))?;
                 }
                 Ok(envelope)
             }
@@ -163,14 +168,14 @@ impl<'de> Deserialize<'de> for Envelope<'de> {
 mod tests {
     use super::*;
 
-    fn body_of(payload: &str) -> Result<String, Reject> {
+    fn body_of(payload: &str) -> Result<String, DecodeError> {
         let mut buffer = vec![b'x'; 3];
-        let body = open(payload.as_bytes(), &mut buffer).map_err(|refusal| refusal.reason)?;
+        let body = open(payload.as_bytes(), &mut buffer).map_err(|failure| failure.reason)?;
         Ok(String::from_utf8_lossy(&body).into_owned())
     }
 
     #[test]
-    fn bodies_in_base64_and_as_text_with_keys_in_any_order() {
+    fn base64_and_text_bodies_open_with_keys_in_any_order() {
         let base64 = r#"{"properties": {"delivery_tag": "x", "body_encoding": "base64", "delivery_info": {}},
             "headers": {"hostname": "w"}, "content-encoding": "utf-8", "content-type": "application/json",
             "body": "eyJhIjogMX0="}"#;
@@ -181,36 +186,36 @@ mod tests {
     }
 
     #[test]
-    fn the_usual_order_is_read_as_any_other() {
-        let usual = |body: &str, more: &str| {
+    fn fast_path_agrees_with_serde() {
+        let open_body_first = |body: &str, more: &str| {
             body_of(&format!(r#"{{"body": "{body}", "properties": {{"body_encoding": "base64"}}{more}}}"#))
         };
-        assert_eq!(usual("eyJhIjogMX0=", "").as_deref(), Ok(r#"{"a": 1}"#));
-        assert_eq!(usual("eyJhIjogMX0=", r#", "body": "e30=""#).as_deref(), Ok("{}"), "the last one wins");
-        assert_eq!(usual(r"e30\u003d", "").as_deref(), Ok("{}"), "escaped, for no reason");
+        assert_eq!(open_body_first("eyJhIjogMX0=", "").as_deref(), Ok(r#"{"a": 1}"#));
+        assert_eq!(open_body_first("eyJhIjogMX0=", r#", "body": "e30=""#).as_deref(), Ok("{}"), "the last body wins");
+        assert_eq!(open_body_first(r"e30\u003d", "").as_deref(), Ok("{}"), "an escape falls back to serde");
         for (body, more, reason) in [
-            ("eyJhIjogMX0=", r#", "body": null"#, Reject::Envelope),
-            ("eyJhIjogMX0=", ",", Reject::Envelope),
-            ("eyJhIjogMX0", "", Reject::Base64),
-            (r#"e30=\""#, "", Reject::Base64),
-            ("e30=", r#", "content-type": "text/plain""#, Reject::ContentType),
-            ("e30=", r#", "headers": {"compression": "zstd"}"#, Reject::Compression),
+            ("eyJhIjogMX0=", r#", "body": null"#, DecodeError::Envelope),
+            ("eyJhIjogMX0=", ",", DecodeError::Envelope),
+            ("eyJhIjogMX0", "", DecodeError::Base64),
+            (r#"e30=\""#, "", DecodeError::Base64),
+            ("e30=", r#", "content-type": "text/plain""#, DecodeError::ContentType),
+            ("e30=", r#", "headers": {"compression": "zstd"}"#, DecodeError::Compression),
         ] {
-            assert_eq!(usual(body, more), Err(reason), "{body} {more}");
+            assert_eq!(open_body_first(body, more), Err(reason), "{body} {more}");
         }
     }
 
     #[test]
-    fn what_cannot_be_read_is_named() {
+    fn invalid_messages_have_a_reason() {
         for (payload, reason) in [
-            ("", Reject::Envelope),
-            ("[]", Reject::Envelope),
-            ("{}", Reject::Envelope),
-            (r#"{"body": 5}"#, Reject::Envelope),
-            (r#"{"body": "{}", "properties": 5}"#, Reject::Envelope),
-            (r#"{"body": "{}", "content-type": "application/x-python-serialize"}"#, Reject::ContentType),
-            (r#"{"body": "{}", "headers": {"compression": "application/x-gzip"}}"#, Reject::Compression),
-            (r#"{"body": "{}", "properties": {"body_encoding": "base64"}}"#, Reject::Base64),
+            ("", DecodeError::Envelope),
+            ("[]", DecodeError::Envelope),
+            ("{}", DecodeError::Envelope),
+            (r#"{"body": 5}"#, DecodeError::Envelope),
+            (r#"{"body": "{}", "properties": 5}"#, DecodeError::Envelope),
+            (r#"{"body": "{}", "content-type": "application/x-python-serialize"}"#, DecodeError::ContentType),
+            (r#"{"body": "{}", "headers": {"compression": "application/x-gzip"}}"#, DecodeError::Compression),
+            (r#"{"body": "{}", "properties": {"body_encoding": "base64"}}"#, DecodeError::Base64),
         ] {
             assert_eq!(body_of(payload), Err(reason), "{payload}");
         }

@@ -1,50 +1,50 @@
-//! What Celery puts on the wire, as pure functions: no I/O, no clock.
+//! Celery's wire format: kombu envelopes, events and control broadcasts.
+//! Every function is pure: no I/O, no clock, no logging, no shared state.
 //!
-//! [`envelope`] opens the JSON object that kombu wraps around a message on Redis, [`event`] reads the events in a
-//! message body, [`control`] writes the broadcasts that workers obey. Everything that does not fit becomes a
-//! [`Reject`], the reason it is counted under.
+//! [`envelope`] opens the JSON object that kombu wraps around a message on Redis. [`event`] decodes the events in a
+//! message body. [`control`] encodes the broadcasts that workers execute. A message or event that cannot be decoded is
+//! invalid, and [`DecodeError`] is the reason.
 
 pub mod control;
 pub mod envelope;
 pub mod event;
 mod json;
-mod name;
-mod scan;
+mod truncate;
 
 pub use control::Broadcast;
 pub use event::{Event, EventKind};
-pub use name::cut;
+pub use truncate::truncate_label;
 
-/// Why a message, or one event of a batch, was not counted. The names are the `reason` label of
-/// `flower_exporter_rejected_total`.
+/// Why a message, or one event of a batch, is invalid. [`as_str`](Self::as_str) is the `reason` label of
+/// `flower_exporter_invalid_messages_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Reject {
-    /// The message is larger than `events.max_message`.
+pub enum DecodeError {
+    /// The message is larger than `events.message_max_bytes`.
     TooLarge,
     /// On Redis: not the JSON object that kombu wraps around every message.
     Envelope,
-    /// The body is not JSON by its `content-type`: pickle, yaml and msgpack are refused by name.
+    /// The `content-type` is not JSON but, for example, pickle, YAML or msgpack.
     ContentType,
-    /// A `compression` header: Celery never sets it on events.
+    /// The message has a `compression` header, which Celery never sets on events.
     Compression,
-    /// The body claims to be base64 and is not.
+    /// The body is declared as base64 but is not.
     Base64,
     /// The body, or one element of a batch, is not JSON.
     Json,
-    /// JSON, but neither an object nor a list of objects.
+    /// The body is JSON, but neither an object nor a list of objects.
     NotAnEvent,
-    /// No `type`, or one that is not text.
+    /// The event has no `type`, or one that is not a string.
     NoType,
-    /// No `hostname`, or one that is not text.
+    /// The event has no `hostname`, or one that is not a string.
     NoHostname,
-    /// No numeric `timestamp`; only `worker-…` events may lack it.
+    /// The event has no numeric `timestamp`. Only `worker-…` events may lack it.
     NoTimestamp,
-    /// A `task-…` event without a `uuid`.
+    /// The event is a `task-…` event without a `uuid`.
     NoUuid,
 }
 
-impl Reject {
-    /// Every reason, in the order of [`Reject::index`].
+impl DecodeError {
+    /// Every reason, in the order of [`DecodeError::index`].
     pub const ALL: [Self; 11] = [
         Self::TooLarge,
         Self::Envelope,
@@ -59,7 +59,7 @@ impl Reject {
         Self::NoUuid,
     ];
 
-    /// The position in [`Reject::ALL`].
+    /// The position in [`DecodeError::ALL`].
     #[must_use]
     pub const fn index(self) -> usize {
         self as usize

@@ -1,89 +1,95 @@
-//! `/metrics` and `/healthz`, and nothing else. Never touches the broker.
+//! The HTTP server for `/metrics` and `/healthz`.
+//! It runs on the caller's tokio runtime, must not block, and uses neither the broker nor the state directly: a scrape
+//! requests a snapshot from the ingest thread.
 
 mod body;
-mod connection;
 mod negotiate;
+mod server;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use hyper::header::{ACCEPT, ACCEPT_ENCODING, ALLOW, CONTENT_ENCODING, CONTENT_TYPE, HeaderValue, VARY};
+use hyper::header::{ACCEPT, ACCEPT_ENCODING, ALLOW, CONTENT_ENCODING, CONTENT_TYPE, HeaderName, HeaderValue, VARY};
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{Mutex, watch};
 
-use crate::ingest::Asker;
+use crate::config::Config;
+use crate::ingest::IngestHandle;
 use crate::metrics::Snapshot;
-use crate::metrics::text::Exposition;
-use crate::settings::Settings;
-use crate::telemetry::{BrokerStatus, Health, Telemetry};
+use crate::metrics::encode::Exposition;
+use crate::observability::{BrokerStatus, Health, SelfMetrics};
 
-use body::Payload;
+use body::ResponseBody;
 
-pub use connection::serve;
+pub use server::serve;
 #[doc(hidden)]
-pub use connection::serve_one;
+pub use server::serve_one;
 
-/// How long scrapes share a copy of the numbers that is still being sent.
-const SHARED_FOR: Duration = Duration::from_secs(1);
+/// How long other scrapes share a snapshot that is still being sent.
+const SNAPSHOT_SHARE_WINDOW: Duration = Duration::from_secs(1);
 
-/// Connections that may wait to be accepted.
+/// The maximum number of connections that have not been accepted yet.
 const LISTEN_BACKLOG: u32 = 1024;
 
-/// What the endpoints answer from.
+/// The routes and their data sources.
 pub struct Endpoints {
-    asker: Asker,
-    settings: watch::Receiver<Arc<Settings>>,
-    telemetry: Arc<Telemetry>,
+    ingest: IngestHandle,
+    config: watch::Receiver<Arc<Config>>,
+    self_metrics: Arc<SelfMetrics>,
     health: Arc<Health>,
-    last: Mutex<Option<(Instant, Weak<Snapshot>)>>,
+    /// The most recent snapshot and when it was taken.
+    latest: Mutex<Option<(Instant, Weak<Snapshot>)>>,
 }
 
 impl Endpoints {
-    /// Over the ingest loop, the settings in force, the exporter's own metrics and the facts behind `/healthz`.
+    /// Routes that read from the ingest loop, the current configuration, the exporter's own metrics and its health.
     #[must_use]
     pub fn new(
-        asker: Asker,
-        settings: watch::Receiver<Arc<Settings>>,
-        telemetry: Arc<Telemetry>,
+        ingest: IngestHandle,
+        config: watch::Receiver<Arc<Config>>,
+        self_metrics: Arc<SelfMetrics>,
         health: Arc<Health>,
     ) -> Self {
-        Self { asker, settings, telemetry, health, last: Mutex::new(None) }
+        Self { ingest, config, self_metrics, health, latest: Mutex::new(None) }
     }
 
-    async fn respond<B>(&self, request: Request<B>) -> Result<Response<Payload>, Infallible> {
+    async fn respond<B>(&self, request: Request<B>) -> Result<Response<ResponseBody>, Infallible> {
         let path = request.uri().path();
         if !matches!(path, "/metrics" | "/healthz") {
-            return Ok(text(StatusCode::NOT_FOUND, "Not found: there are /metrics and /healthz.\n"));
+            return Ok(text(StatusCode::NOT_FOUND, "Not found: see /metrics and /healthz.\n"));
         }
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
-            let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "Only GET and HEAD.\n");
+            let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "Method not allowed: use GET or HEAD.\n");
             response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
             return Ok(response);
         }
         if path == "/healthz" {
-            let ready = request
+            let check_ready = request
                 .uri()
                 .query()
                 .is_some_and(|query| query.split('&').any(|pair| pair.split('=').next() == Some("ready")));
-            return Ok(self.healthz(ready));
+            return Ok(self.healthz(check_ready));
         }
         Ok(self.metrics(request.method(), request.headers()).await)
     }
 
-    async fn metrics(&self, method: &Method, headers: &HeaderMap) -> Response<Payload> {
+    async fn metrics(&self, method: &Method, headers: &HeaderMap) -> Response<ResponseBody> {
+        let timer = self.self_metrics.scrape_duration.start_timer();
         let format = negotiate::format(&joined(headers, &ACCEPT));
         let gzip = negotiate::accepts_gzip(&joined(headers, &ACCEPT_ENCODING));
         let mut response = if method == Method::HEAD {
-            Response::new(Payload::empty())
+            timer.stop_and_discard();
+            Response::new(ResponseBody::empty())
         } else {
             let Some(snapshot) = self.snapshot().await else {
                 return text(StatusCode::SERVICE_UNAVAILABLE, "The exporter is stopping.\n");
             };
-            let own = if self.settings.borrow().metrics.self_metrics { self.telemetry.gather() } else { Vec::new() };
-            Response::new(Payload::exposition(Exposition::new(snapshot, format, &own), gzip))
+            let is_enabled = self.config.borrow().metrics.self_metrics;
+            let self_metrics = if is_enabled { self.self_metrics.gather() } else { Vec::new() };
+            Response::new(ResponseBody::exposition(Exposition::new(snapshot, format, &self_metrics), gzip, timer))
         };
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(format.content_type()));
@@ -94,26 +100,26 @@ impl Endpoints {
         response
     }
 
-    /// A copy of the numbers. Scrapes that come while another is being sent share its copy for a second, so that slow
-    /// readers do not hold one each.
+    /// A snapshot of the metrics. A scrape that begins while another is being sent shares its snapshot for up to a
+    /// second, so that slow clients do not hold one snapshot each.
     async fn snapshot(&self) -> Option<Arc<Snapshot>> {
-        let mut last = self.last.lock().await;
-        if let Some((taken, snapshot)) = &*last
-            && taken.elapsed() < SHARED_FOR
+        let mut latest = self.latest.lock().await;
+        if let Some((taken_at, snapshot)) = &*latest
+            && taken_at.elapsed() < SNAPSHOT_SHARE_WINDOW
             && let Some(snapshot) = snapshot.upgrade()
         {
             return Some(snapshot);
         }
-        let snapshot = self.asker.snapshot().await?;
-        *last = Some((Instant::now(), Arc::downgrade(&snapshot)));
+        let snapshot = self.ingest.snapshot().await?;
+        *latest = Some((Instant::now(), Arc::downgrade(&snapshot)));
         Some(snapshot)
     }
 
-    fn healthz(&self, ready: bool) -> Response<Payload> {
+    fn healthz(&self, check_ready: bool) -> Response<ResponseBody> {
         let broker = self.health.broker();
         let (code, status) = if !self.health.is_alive() {
-            (StatusCode::SERVICE_UNAVAILABLE, "stuck")
-        } else if ready && broker != BrokerStatus::Connected {
+            (StatusCode::SERVICE_UNAVAILABLE, "unhealthy")
+        } else if check_ready && broker != BrokerStatus::Connected {
             (StatusCode::SERVICE_UNAVAILABLE, "not ready")
         } else {
             (StatusCode::OK, "ok")
@@ -130,23 +136,23 @@ impl Endpoints {
     }
 }
 
-fn text(code: StatusCode, body: impl Into<bytes::Bytes>) -> Response<Payload> {
-    let mut response = Response::new(Payload::full(body.into()));
+fn text(code: StatusCode, body: impl Into<bytes::Bytes>) -> Response<ResponseBody> {
+    let mut response = Response::new(ResponseBody::full(body.into()));
     *response.status_mut() = code;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     response
 }
 
-/// All values of a header that may be there several times.
-fn joined(headers: &HeaderMap, name: &hyper::header::HeaderName) -> String {
+/// All values of a header that may occur more than once, separated by commas.
+fn joined(headers: &HeaderMap, name: &HeaderName) -> String {
     let values: Vec<&str> = headers.get_all(name).iter().filter_map(|value| value.to_str().ok()).collect();
     values.join(",")
 }
 
-/// Binds the socket. A taken port is an error at once, before anything else is started.
+/// Binds a listening socket.
 ///
 /// # Errors
-/// The system's, for the address.
+/// Returns an error if the address is in use, does not belong to this host or requires a privilege.
 pub fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     socket.set_reuseaddr(true)?;

@@ -1,50 +1,46 @@
-//! What the client prefers, by `Accept` and `Accept-Encoding` (RFC 9110, 12.5).
+//! Content negotiation by `Accept` and `Accept-Encoding` (RFC 9110, section 12.5).
 
-use crate::metrics::text::Format;
+use crate::metrics::encode::Format;
 
-/// `OpenMetrics` where it is preferred, the text format otherwise: also for clients that accept neither.
+/// `OpenMetrics` if the client prefers it, otherwise the text format, even if the client accepts neither.
 pub(super) fn format(accept: &str) -> Format {
     let (mut text, mut open_metrics) = (Preference::NONE, Preference::NONE);
-    for (place, item) in items(accept).enumerate() {
-        let preference = |specific| Preference { q: item.q, specific, earlier: usize::MAX - place };
+    for (position, item) in items(accept).enumerate() {
+        let preference = |specific| Preference { q: item.q, specific, earliness: usize::MAX - position };
         match item.name.as_str() {
             "application/openmetrics-text" if item.parameter("version").is_none_or(|version| version == "1.0.0") => {
-                open_metrics = open_metrics.or(preference(true));
+                open_metrics = open_metrics.max(preference(true));
             }
-            "text/plain" => text = text.or(preference(true)),
-            "text/*" | "*/*" => text = text.or(preference(false)),
+            "text/plain" => text = text.max(preference(true)),
+            "text/*" | "*/*" => text = text.max(preference(false)),
             _ => {}
         }
     }
     if open_metrics.q > 0 && open_metrics > text { Format::OpenMetrics } else { Format::Text }
 }
 
-/// Whether gzip may be used.
+/// Whether the client accepts gzip.
 pub(super) fn accepts_gzip(accept_encoding: &str) -> bool {
     let q = |name: &str| items(accept_encoding).find(|item| item.name == name).map(|item| item.q);
     q("gzip").or_else(|| q("x-gzip")).or_else(|| q("*")).is_some_and(|q| q > 0)
 }
 
-/// Compared by weight, then a specific name over a wildcard, then the earlier one.
+/// Ordered by weight. With equal weights, a specific name is preferred to a wildcard, and then the earlier item.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Preference {
     q: u16,
     specific: bool,
-    earlier: usize,
+    earliness: usize,
 }
 
 impl Preference {
-    const NONE: Self = Self { q: 0, specific: false, earlier: 0 };
-
-    fn or(self, other: Self) -> Self {
-        self.max(other)
-    }
+    const NONE: Self = Self { q: 0, specific: false, earliness: 0 };
 }
 
 struct Item {
     name: String,
     parameters: Vec<(String, String)>,
-    /// Thousandths.
+    /// The weight in thousandths, from 0 to 1000.
     q: u16,
 }
 
@@ -74,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn open_metrics_only_where_it_is_preferred() {
+    fn open_metrics_is_used_only_if_preferred() {
         for (accept, expected) in [
             ("", Format::Text),
             ("*/*", Format::Text),
@@ -98,8 +94,8 @@ mod tests {
     }
 
     #[test]
-    fn gzip_only_where_it_is_accepted() {
-        for (accepted, expected) in [
+    fn gzip_is_used_only_if_accepted() {
+        for (accept_encoding, expected) in [
             ("", false),
             ("identity", false),
             ("gzip", true),
@@ -109,7 +105,7 @@ mod tests {
             ("br, *;q=0.5", true),
             ("gzip;q=nonsense", false),
         ] {
-            assert_eq!(accepts_gzip(accepted), expected, "{accepted}");
+            assert_eq!(accepts_gzip(accept_encoding), expected, "{accept_encoding}");
         }
     }
 }

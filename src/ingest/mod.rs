@@ -1,344 +1,360 @@
-//! The hot loop: it alone owns the state. It decodes messages in place, applies each event, and between batches hands
-//! out copies of its numbers, never for longer than a millisecond at a time.
+//! The ingest loop: the sole owner of the state. It decodes messages in place and applies each event.
+//!
+//! Runs on a separate thread and waits only for its inbox. Between two batches it answers queries, for a millisecond
+//! at a time, and submits saves. It does no I/O.
 
-mod ask;
-mod attention;
-mod recent;
-mod saving;
+mod checkpoint;
+mod clock;
+mod handle;
+mod redelivery;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{mpsc, watch};
 
-use attention::{Attention, TICK};
+use checkpoint::SaveScheduler;
+use clock::{ListeningClock, TICK};
+use redelivery::RedeliveryFilter;
 
-use recent::Recent;
-use saving::Saving;
+pub use handle::{IngestHandle, Query};
+pub use redelivery::redelivery_window;
 
-pub use ask::{Asker, Query, Reply};
-pub use recent::recent_messages;
-
-use crate::broker::{Batch, Message, Wire};
-use crate::celery::envelope::Refusal;
+use crate::celery::envelope::DecodeFailure;
 use crate::celery::{Event, envelope, event};
-use crate::metrics::{Copying, Snapshot};
-use crate::quiet::Quiet;
-use crate::session::{Ack, Arrival};
-use crate::settings::Settings;
+use crate::config::Config;
+use crate::inbox::{Ack, Batch, Encoding, IngestMessage, Message, ReplyFn};
+use crate::metrics::{Snapshot, SnapshotBuilder};
+use crate::observability::{GapCause, Health, LogThrottle, SelfMetrics};
 use crate::state::{State, Timeouts};
-use crate::store::{Handle, Restored};
-use crate::telemetry::{Health, Telemetry};
+use crate::store::{Restored, StoreHandle};
 
-/// Called with every event, on the ingest thread, after the state has taken it. It must not block: the loop waits for
-/// it. When it panics that is logged and counted, and it is called again for the next event.
+/// Called with every event, on the ingest thread, after the state has applied it. It must not block, because the loop
+/// waits for it. A panic is logged and counted, and the observer is called again for the next event.
 pub type Observer = Box<dyn FnMut(&Event<'_>) + Send>;
 
-/// How long copying may hold up events at a time.
-pub const SLICE: Duration = Duration::from_millis(1);
-/// Bytes of the buffer that are kept from message to message.
-const KEPT: usize = 1 << 20;
-/// Nothing heard for this long after connecting is worth a warning.
-const QUIET_START: Duration = Duration::from_secs(60);
+/// The longest time that one step of a snapshot delays events.
+pub const COPY_BUDGET: Duration = Duration::from_millis(1);
+/// Bytes of the base64 buffer that are kept from message to message.
+const MAX_RETAINED_BUFFER: usize = 1 << 20;
+/// A warning is logged if no message arrives for this long after connecting.
+const NO_EVENTS_WARNING_DELAY: Duration = Duration::from_secs(60);
+/// The most workers that warnings name at a time.
+const MAX_WARNED_WORKERS: usize = 10;
+/// How many bytes of an invalid message are logged.
+const PAYLOAD_PREFIX_LEN: usize = 64;
 
-/// What the loop works with.
+/// The ingest loop's inputs and outputs.
 pub struct Ingest {
-    /// From the session.
-    pub arrivals: Receiver<Arrival>,
-    /// From HTTP and the embedding program.
-    pub queries: Receiver<Query>,
-    /// To the session.
-    pub acks: mpsc::UnboundedSender<Ack>,
-    /// The settings in force; live ones may change.
-    pub settings: watch::Receiver<Arc<Settings>>,
-    /// The embedding program's ears.
+    /// The receiving side of the inbox.
+    pub inbox_rx: Receiver<IngestMessage>,
+    /// Queries from HTTP and the embedding program.
+    pub queries_rx: Receiver<Query>,
+    /// Acknowledgments to the session.
+    pub acks_tx: mpsc::UnboundedSender<Ack>,
+    /// The current configuration.
+    pub config: watch::Receiver<Arc<Config>>,
+    /// The embedding program's observers.
     pub observers: Vec<Observer>,
-    /// The exporter's own counters.
-    pub telemetry: Arc<Telemetry>,
-    /// For `/healthz`.
+    /// The exporter's own metrics.
+    pub self_metrics: Arc<SelfMetrics>,
+    /// The state behind `/healthz`.
     pub health: Arc<Health>,
 }
 
 impl Ingest {
-    /// Runs until [`Arrival::Stop`], from the state that was `restored`, saving it to `store` if there is one.
-    pub fn run(self, restored: Restored, store: Option<Handle>) {
-        let settings = Arc::clone(&self.settings.borrow());
-        let mut work = Work::new(self, &settings, restored, store);
-        while work.turn() {}
-        work.saving.hand_over(&mut work.state, &mut work.recent, work.source.as_ref());
+    /// Runs until [`IngestMessage::Stop`], beginning with the state that was restored. With a store, the state is
+    /// saved.
+    pub fn run(self, restored: Restored, store: Option<StoreHandle>) {
+        let config = Arc::clone(&self.config.borrow());
+        let mut ingest = IngestLoop::new(self, &config, restored, store);
+        while ingest.run_once() {}
+        ingest.checkpoint.submit(&mut ingest.state, &mut ingest.redelivery_filter, ingest.resume_token.as_ref());
     }
 }
 
-struct Work {
-    io: Ingest,
+struct IngestLoop {
+    context: Ingest,
     state: State,
-    saving: Saving,
-    /// The queue that the last messages came from.
-    source: Option<Arc<str>>,
-    settings: Arc<Settings>,
-    attention: Attention,
+    checkpoint: SaveScheduler,
+    /// Identifies the contents of the queue that the last messages came from.
+    resume_token: Option<Arc<str>>,
+    /// Whether the state was restored and no session has connected since.
+    is_restored: bool,
+    config: Arc<Config>,
+    clock: ListeningClock,
     session: u64,
     connected_at: Option<Duration>,
-    heard_since_connect: bool,
-    copying: Option<(Copying, Vec<Reply<Arc<Snapshot>>>)>,
+    received_since_connect: bool,
+    snapshot: Option<(SnapshotBuilder, Vec<ReplyFn<Arc<Snapshot>>>)>,
     base64: Vec<u8>,
-    recent: Recent,
-    quiet: Quiet,
+    redelivery_filter: RedeliveryFilter,
+    log_throttle: LogThrottle,
 }
 
-impl Work {
-    fn new(io: Ingest, settings: &Arc<Settings>, restored: Restored, store: Option<Handle>) -> Self {
-        let Restored { state, recent: hashes, source } = restored;
-        let mut recent = Recent::new(settings);
+impl IngestLoop {
+    fn new(context: Ingest, config: &Arc<Config>, restored: Restored, store: Option<StoreHandle>) -> Self {
+        let Restored { state, message_hashes, resume_token, is_new } = restored;
+        let mut redelivery_filter = RedeliveryFilter::new(config);
         if store.is_some() {
-            recent.restore(hashes);
+            redelivery_filter.restore(message_hashes);
         }
         Self {
-            settings: Arc::clone(settings),
-            saving: Saving::new(store, io.acks.clone(), settings),
-            io,
+            config: Arc::clone(config),
+            checkpoint: SaveScheduler::new(store, context.acks_tx.clone(), config),
+            context,
             state,
-            source,
-            attention: Attention::new(),
+            resume_token,
+            is_restored: !is_new,
+            clock: ListeningClock::new(),
             session: 0,
             connected_at: None,
-            heard_since_connect: false,
-            copying: None,
+            received_since_connect: false,
+            snapshot: None,
             base64: Vec::new(),
-            recent,
-            quiet: Quiet::default(),
+            redelivery_filter,
+            log_throttle: LogThrottle::default(),
         }
     }
 
-    /// One round: what has arrived, a slice of what was asked, the clock. Whether to go on.
-    fn turn(&mut self) -> bool {
-        let arrival = match self.io.arrivals.try_recv() {
+    /// One round: a message, a step of a snapshot, a save if one is due, the clock. Returns whether to continue.
+    fn run_once(&mut self) -> bool {
+        let message = match self.context.inbox_rx.try_recv() {
             Err(TryRecvError::Empty) => self.wait(),
-            Ok(arrival) => Ok(arrival),
+            Ok(message) => Ok(message),
             Err(TryRecvError::Disconnected) => Err(RecvTimeoutError::Disconnected),
         };
-        match arrival {
-            Ok(Arrival::Stop) | Err(RecvTimeoutError::Disconnected) => return false,
-            Ok(arrival) => self.take(arrival),
+        match message {
+            Ok(IngestMessage::Stop) | Err(RecvTimeoutError::Disconnected) => return false,
+            Ok(message) => self.handle(message),
             Err(RecvTimeoutError::Timeout) => {}
         }
-        self.saving.proceed(&mut self.state, &mut self.recent, self.source.as_ref());
-        self.io.telemetry.save_age.set(self.saving.age(&self.state).as_secs_f64());
-        self.answer();
-        if self.attention.last_tick.elapsed() >= TICK {
+        self.checkpoint.poll(&mut self.state, &mut self.redelivery_filter, self.resume_token.as_ref());
+        self.context.self_metrics.oldest_unsaved_change.set(self.checkpoint.overdue(&self.state).as_secs_f64());
+        self.answer_queries();
+        if self.clock.last_tick.elapsed() >= TICK {
             self.tick();
         }
-        self.io.health.turned();
+        self.context.health.ingest_tick();
         true
     }
 
-    /// The queue is empty: everything that came in has been taken.
-    fn wait(&mut self) -> Result<Arrival, RecvTimeoutError> {
-        self.attention.caught_up = true;
-        let patience = if self.copying.is_some() {
+    /// Waits for a message, the next tick or a due save. The inbox is empty: every message so far was processed.
+    fn wait(&mut self) -> Result<IngestMessage, RecvTimeoutError> {
+        self.clock.drained = true;
+        let timeout = if self.snapshot.is_some() {
             Duration::ZERO
         } else {
-            let tick = TICK.saturating_sub(self.attention.last_tick.elapsed());
-            self.saving.due(&self.state).map_or(tick, |due| due.min(tick))
+            let tick = TICK.saturating_sub(self.clock.last_tick.elapsed());
+            self.checkpoint.due_in(&self.state).map_or(tick, |due_in| due_in.min(tick))
         };
-        self.io.arrivals.recv_timeout(patience)
+        self.context.inbox_rx.recv_timeout(timeout)
     }
 
-    fn take(&mut self, arrival: Arrival) {
-        match arrival {
-            Arrival::Connected { session, source } => {
-                let continues = source.is_some() && self.source == source;
-                if !continues && session > 1 {
-                    tracing::info!("events sent in the meantime are missing");
-                }
-                self.source = source;
-                self.session = session;
-                self.attention.listening = true;
-                self.attention.behind = false;
-                self.attention.pulse = Instant::now();
-                self.connected_at = Some(self.attention.elapsed);
-                self.heard_since_connect = false;
-                if !continues {
-                    self.state.gap();
-                }
-            }
-            Arrival::Disconnected => {
-                self.attention.listening = false;
+    fn handle(&mut self, message: IngestMessage) {
+        match message {
+            IngestMessage::Connected { session, resume_token } => self.connected(session, resume_token),
+            IngestMessage::Disconnected => {
+                self.clock.is_listening = false;
                 self.connected_at = None;
             }
-            Arrival::Behind(behind) => self.attention.behind = behind,
-            Arrival::Pulse(at) => self.attention.pulse = at,
-            Arrival::Dropped => self.state.gap(),
-            Arrival::Batch(batch, room) => {
-                self.heard_since_connect = true;
-                self.attention.pulse = self.attention.pulse.max(batch.arrived);
-                self.batch(&batch);
-                drop(room);
+            IngestMessage::BrokerBacklog(backlogged) => self.clock.broker_backlogged = backlogged,
+            IngestMessage::BrokerAlive(at) => self.clock.broker_last_seen = at,
+            IngestMessage::Gap => self.record_gap(GapCause::BufferFull),
+            IngestMessage::Batch(batch, permit) => {
+                self.received_since_connect = true;
+                self.clock.broker_last_seen = self.clock.broker_last_seen.max(batch.arrived);
+                self.process_batch(&batch);
+                drop(permit);
             }
-            Arrival::Nudge | Arrival::Stop => {}
+            IngestMessage::Wake | IngestMessage::Stop => {}
         }
     }
 
-    fn batch(&mut self, batch: &Batch) {
+    fn connected(&mut self, session: u64, resume_token: Option<Arc<str>>) {
+        let is_restored = std::mem::take(&mut self.is_restored);
+        let is_continuous = resume_token.is_some() && self.resume_token == resume_token;
+        let is_named_queue = self.config.broker.amqp.queue.is_some();
+        let cause = match (&resume_token, session > 1) {
+            _ if is_continuous => None,
+            (None, _) if is_named_queue && (session > 1 || is_restored) => Some(GapCause::ContinuityUnknown),
+            (Some(_), _) if is_named_queue && (session > 1 || is_restored) => Some(GapCause::QueueRecreated),
+            (_, true) => Some(GapCause::Disconnected),
+            (_, false) => is_restored.then_some(GapCause::Restart),
+        };
+        if let Some(cause) = cause {
+            if session > 1 {
+                tracing::info!(cause = cause.as_str(), "events were missed while disconnected");
+            }
+            self.record_gap(cause);
+        } else if !is_continuous {
+            self.state.record_gap();
+        }
+        self.resume_token = resume_token;
+        self.session = session;
+        self.clock.is_listening = true;
+        self.clock.broker_backlogged = false;
+        self.clock.broker_last_seen = Instant::now();
+        self.connected_at = Some(self.clock.elapsed);
+        self.received_since_connect = false;
+    }
+
+    fn record_gap(&mut self, cause: GapCause) {
+        self.context.self_metrics.record_gap(cause);
+        self.state.record_gap();
+    }
+
+    fn process_batch(&mut self, batch: &Batch) {
         for message in &batch.messages {
-            self.message(message);
+            self.process_message(message);
         }
-        let ack = batch.ack.map(|token| Ack { session: self.session, token });
-        self.saving.took(batch.messages.len(), ack);
-        #[allow(clippy::cast_possible_wrap, reason = "bounded by max_backlog")]
-        self.io.telemetry.backlog_bytes.sub(batch.bytes as i64);
-        self.io.health.processed();
+        let ack = batch.ack.map(|tag| Ack { session: self.session, tag });
+        self.checkpoint.record(batch.messages.len(), ack);
     }
 
-    fn message(&mut self, message: &Message) {
-        if self.recent.is_again(message) {
-            self.io.telemetry.redelivered.inc();
+    fn process_message(&mut self, message: &Message) {
+        if self.redelivery_filter.is_duplicate(message) {
+            self.context.self_metrics.duplicates.inc();
             return;
         }
         let mut base64 = std::mem::take(&mut self.base64);
-        let body = match &message.wire {
-            Wire::Envelope => envelope::open(&message.bytes, &mut base64),
-            Wire::Body => Ok(message.bytes.as_ref().into()),
-            Wire::Refused(refusal) => Err(refusal.clone()),
+        let body = match &message.encoding {
+            Encoding::KombuEnvelope => envelope::open(&message.bytes, &mut base64),
+            Encoding::RawBody => Ok(message.bytes.as_ref().into()),
+            Encoding::Undecodable(failure) => Err(failure.clone()),
         };
         match body {
-            Ok(body) => self.events(&body),
-            Err(refusal) => self.reject(&refusal, &message.bytes),
+            Ok(body) => self.process_events(&body),
+            Err(failure) => self.skip_invalid(&failure, &message.bytes),
         }
-        // One huge message must not cost its size for ever.
-        self.base64 = if base64.len() > KEPT { Vec::new() } else { base64 };
+        // One huge message must not keep a huge buffer allocated.
+        self.base64 = if base64.len() > MAX_RETAINED_BUFFER { Vec::new() } else { base64 };
     }
 
-    fn events(&mut self, body: &[u8]) {
+    fn process_events(&mut self, body: &[u8]) {
         let mut count = 0;
         let mut last = None;
-        let now = self.attention.hearing();
-        let settings = Arc::clone(&self.settings);
-        event::decode(body, !self.io.observers.is_empty(), |event| {
-            count += 1;
-            match event {
-                Ok(event) => {
-                    last = event.timestamp.or(last);
-                    if settings.events.hostnames.as_ref().is_none_or(|names| names.matches(&event.hostname)) {
-                        self.state.apply(&event, now);
-                    } else {
-                        self.state.learn_name(&event);
-                    }
-                    self.observe(&event);
+        let now = self.clock.event_time();
+        let config = Arc::clone(&self.config);
+        event::decode(body, !self.context.observers.is_empty(), |event| match event {
+            Ok(event) => {
+                count += 1;
+                last = event.timestamp.or(last);
+                if config.events.hostnames.as_ref().is_none_or(|names| names.matches(&event.hostname)) {
+                    self.state.apply(&event, now);
+                } else {
+                    self.state.learn_metadata(&event);
                 }
-                Err(reason) => self.reject(&reason.into(), body),
+                self.observe(&event);
             }
+            Err(reason) => self.skip_invalid(&reason.into(), body),
         });
-        self.io.telemetry.events.inc_by(count);
+        self.context.self_metrics.decoded_events.inc_by(count);
         if let Some(timestamp) = last {
-            self.io.health.heard_event();
-            self.io.telemetry.event_lag.set(unix_now() - timestamp);
+            self.context.health.record_event();
+            self.context.self_metrics.event_lag.set(unix_now() - timestamp);
         }
     }
 
     fn observe(&mut self, event: &Event) {
-        for observer in &mut self.io.observers {
+        for observer in &mut self.context.observers {
             if catch_unwind(AssertUnwindSafe(|| observer(event))).is_err() {
-                self.io.telemetry.observer_panics.inc();
-                if let Some(kept_back) = self.quiet.speak("panic") {
-                    tracing::error!(kept_back, event = &*event.name_of_type, "the observer panicked");
+                self.context.self_metrics.observer_panics.inc();
+                if let Some(suppressed) = self.log_throttle.check("panic") {
+                    tracing::error!(suppressed, event = &*event.event_type, "observer panicked");
                 }
             }
         }
     }
 
-    fn reject(&mut self, refusal: &Refusal, bytes: &[u8]) {
-        self.io.telemetry.rejected(refusal.reason).inc();
-        if let Some(kept_back) = self.quiet.speak(refusal.reason.as_str()) {
-            let beginning = bytes[..bytes.len().min(64)].escape_ascii();
-            let (reason, name) = (refusal.reason.as_str(), refusal.name.as_deref());
-            tracing::warn!(reason, name, %beginning, kept_back, "a message or event is skipped");
+    fn skip_invalid(&mut self, failure: &DecodeFailure, bytes: &[u8]) {
+        self.context.self_metrics.invalid(failure.reason).inc();
+        if let Some(suppressed) = self.log_throttle.check(failure.reason.as_str()) {
+            let payload_prefix = bytes[..bytes.len().min(PAYLOAD_PREFIX_LEN)].escape_ascii();
+            let (reason, value) = (failure.reason.as_str(), failure.value.as_deref());
+            tracing::warn!(reason, value, %payload_prefix, suppressed, "skipped invalid message");
         }
     }
 
-    /// Answers what was asked, and goes on copying for at most [`SLICE`].
-    fn answer(&mut self) {
-        while let Ok(query) = self.io.queries.try_recv() {
+    /// Answers queries, and copies for at most [`COPY_BUDGET`].
+    fn answer_queries(&mut self) {
+        while let Ok(query) = self.context.queries_rx.try_recv() {
             match query {
                 Query::Snapshot(reply) => {
                     let (_, replies) =
-                        self.copying.get_or_insert_with(|| (Copying::start(self.state.series()), Vec::new()));
+                        self.snapshot.get_or_insert_with(|| (SnapshotBuilder::new(self.state.series()), Vec::new()));
                     replies.push(reply);
                 }
-                Query::Workers(reply) => reply(self.state.workers(self.attention.hearing())),
+                Query::Workers(reply) => reply(self.state.workers(self.clock.event_time())),
                 Query::Task(uuid, reply) => reply(self.state.find_task(&uuid)),
                 Query::Tasks { start, count, reply } => reply(self.state.tasks(start, count)),
-                Query::Save(reply) => self.saving.ask(reply),
+                Query::Save(reply) => self.checkpoint.request(reply),
             }
         }
-        self.copy();
+        self.copy_snapshot();
     }
 
-    fn copy(&mut self) {
-        let Some((mut copying, replies)) = self.copying.take() else { return };
+    fn copy_snapshot(&mut self) {
+        let Some((mut builder, replies)) = self.snapshot.take() else { return };
         let series = self.state.series();
-        if !copying.proceed_for(series, SLICE) {
-            self.copying = Some((copying, replies));
+        if !builder.step_for(series, COPY_BUDGET) {
+            self.snapshot = Some((builder, replies));
             return;
         }
-        let snapshot = Arc::new(copying.finish(series));
+        let snapshot = Arc::new(builder.finish(series));
         for reply in replies {
             reply(Arc::clone(&snapshot));
         }
     }
 
     fn tick(&mut self) {
-        self.attention.tick(Instant::now());
-        if self.io.settings.has_changed().unwrap_or(false) {
-            self.settings = Arc::clone(&self.io.settings.borrow_and_update());
+        let paused = self.clock.tick(Instant::now());
+        self.context.self_metrics.worker_clock_paused_seconds.inc_by(paused.as_secs_f64());
+        if self.context.config.has_changed().unwrap_or(false) {
+            self.config = Arc::clone(&self.context.config.borrow_and_update());
         }
-        self.state.sweep(&timeouts(&self.settings), self.attention.elapsed);
-        self.warn();
-        #[allow(clippy::cast_possible_wrap, reason = "bounded by the settings")]
+        self.state.expire(&timeouts(&self.config), self.clock.elapsed);
+        self.update_warnings();
+        #[allow(clippy::cast_possible_wrap, reason = "bounded by the configuration")]
         {
-            self.io.telemetry.tasks.set(self.state.task_count() as i64);
-            self.io.telemetry.workers.set(self.state.worker_count() as i64);
-            self.io.telemetry.label_pairs.set(self.state.series().pair_count() as i64);
+            self.context.self_metrics.tracked_tasks.set(self.state.task_count() as i64);
+            self.context.self_metrics.tracked_workers.set(self.state.worker_count() as i64);
+            self.context.self_metrics.tracked_label_sets.set(self.state.series().label_set_count() as i64);
         }
     }
 
-    /// What the operator should know, in `/healthz` as long as it lasts and in the log when it begins.
-    fn warn(&mut self) {
-        let mut warnings: Vec<String> = self
-            .state
-            .mute_workers(self.attention.elapsed)
-            .into_iter()
-            .take(10)
-            .map(|hostname| {
-                let hostname = hostname.escape_debug();
-                format!(
-                    "{hostname} processes tasks but sends no task events: start it with -E, set worker_send_task_events, or \
-                     leave events.enable_events on and let it read its control queue"
-                )
-            })
-            .collect();
-        let quiet = self.connected_at.is_some_and(|since| self.attention.elapsed.saturating_sub(since) >= QUIET_START);
-        if quiet && !self.heard_since_connect {
+    /// Lasting conditions are in `/healthz` while they last, and in the log when they begin.
+    fn update_warnings(&self) {
+        let silent = self.state.workers_without_task_events(self.clock.elapsed);
+        let mut warnings: Vec<String> =
+            silent.iter().take(MAX_WARNED_WORKERS).map(|hostname| no_task_events_warning(hostname)).collect();
+        let is_overdue =
+            self.connected_at.is_some_and(|at| self.clock.elapsed.saturating_sub(at) >= NO_EVENTS_WARNING_DELAY);
+        if is_overdue && !self.received_since_connect {
             warnings.push(
-                "nothing heard since connecting: check that workers run on this broker, database or virtual host, that \
-                 events.exchange and broker.redis.* match Celery's settings, and that events.enable_events is on or \
+                "no messages received since connecting: check that workers run on this broker, database or virtual host, \
+                 that events.exchange and broker.redis.* match Celery's settings, and that events.enable_events is on or \
                  the workers run with -E"
                     .to_owned(),
             );
         }
-        self.io.health.set_warnings(warnings);
+        self.context.health.set_warnings(warnings);
     }
 }
 
-fn timeouts(settings: &Settings) -> Timeouts {
-    Timeouts {
-        worker_timeout: settings.state.worker_timeout,
-        purge_offline_workers: settings.state.purge_offline_workers,
-    }
+fn no_task_events_warning(hostname: &str) -> String {
+    format!(
+        "worker {} processes tasks but sends no task events; start it with -E or enable remote control",
+        hostname.escape_debug()
+    )
+}
+
+fn timeouts(config: &Config) -> Timeouts {
+    Timeouts { worker_timeout: config.state.worker_timeout, purge_offline_workers: config.state.purge_offline_workers }
 }
 
 fn unix_now() -> f64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }

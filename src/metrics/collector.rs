@@ -1,4 +1,4 @@
-//! The six families for a Registry of the prometheus crate, for programs that embed the exporter.
+//! A `Collector` of the prometheus crate for the six families, for programs that embed the exporter.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -7,24 +7,25 @@ use prometheus::core::{Collector, Desc};
 use prometheus::proto;
 
 use super::Snapshot;
-use super::family::{Family, Kind};
-use super::snapshot::{PairSample, WorkerSample};
+use super::family::{Family, MetricType};
+use super::snapshot::{TaskSample, WorkerSample};
 
-/// Collects the six families by way of a function that takes a [`Snapshot`].
+/// Collects the six families from a [`Snapshot`] per gathering.
 pub struct FlowerCollector {
-    take: Box<dyn Fn() -> Option<Arc<Snapshot>> + Send + Sync>,
+    take_snapshot: Box<dyn Fn() -> Option<Arc<Snapshot>> + Send + Sync>,
     descs: Vec<Desc>,
 }
 
 impl FlowerCollector {
-    /// `take` is called at each gathering; `None` (the exporter has stopped) shows no series.
+    /// Creates a collector that calls `take_snapshot` at each gathering. `None` (the exporter has stopped or did not
+    /// answer in time) results in no series.
     #[must_use]
-    pub fn new(take: impl Fn() -> Option<Arc<Snapshot>> + Send + Sync + 'static) -> Self {
+    pub fn new(take_snapshot: impl Fn() -> Option<Arc<Snapshot>> + Send + Sync + 'static) -> Self {
         let desc = |family: &Family| {
             let labels = family.labels().iter().map(|label| (*label).to_owned()).collect();
             Desc::new(family.name().to_owned(), family.help().to_owned(), labels, HashMap::new()).ok()
         };
-        Self { take: Box::new(take), descs: Family::ALL.iter().filter_map(desc).collect() }
+        Self { take_snapshot: Box::new(take_snapshot), descs: Family::ALL.iter().filter_map(desc).collect() }
     }
 }
 
@@ -34,7 +35,7 @@ impl Collector for FlowerCollector {
     }
 
     fn collect(&self) -> Vec<proto::MetricFamily> {
-        let Some(snapshot) = (self.take)() else { return Vec::new() };
+        let Some(snapshot) = (self.take_snapshot)() else { return Vec::new() };
         let families = Family::ALL.into_iter().map(|family| snapshot.family(family));
         families.filter(|family| !family.get_metric().is_empty()).collect()
     }
@@ -44,19 +45,19 @@ impl Snapshot {
     fn family(&self, family: Family) -> proto::MetricFamily {
         let metrics = match family {
             Family::Events => self.event_metrics(),
-            Family::Runtime => self.pair_metrics(|pair| pair.runtime.map(|place| self.runtime_metric(place))),
-            Family::PrefetchTime => self.pair_metrics(|pair| pair.prefetch_time.map(gauge)),
-            Family::Prefetched => self.pair_metrics(|pair| pair.prefetched.map(f64::from).map(gauge)),
+            Family::Runtime => self.task_metrics(|sample| sample.runtime.map(|index| self.runtime_metric(index))),
+            Family::PrefetchTime => self.task_metrics(|sample| sample.prefetch_time.map(gauge)),
+            Family::Prefetched => self.task_metrics(|sample| sample.prefetched.map(f64::from).map(gauge)),
             Family::Online => self.worker_metrics(|worker| worker.online.map(u8::from).map(f64::from)),
             Family::Executing => self.worker_metrics(|worker| worker.executing),
         };
         let mut gathered = proto::MetricFamily::default();
         gathered.set_name(family.name().to_owned());
         gathered.set_help(family.help().to_owned());
-        gathered.set_field_type(match family.kind() {
-            Kind::Counter => proto::MetricType::COUNTER,
-            Kind::Gauge => proto::MetricType::GAUGE,
-            Kind::Histogram => proto::MetricType::HISTOGRAM,
+        gathered.set_field_type(match family.metric_type() {
+            MetricType::Counter => proto::MetricType::COUNTER,
+            MetricType::Gauge => proto::MetricType::GAUGE,
+            MetricType::Histogram => proto::MetricType::HISTOGRAM,
         });
         gathered.set_metric(metrics);
         gathered
@@ -64,13 +65,13 @@ impl Snapshot {
 
     fn event_metrics(&self) -> Vec<proto::Metric> {
         let mut metrics = Vec::with_capacity(self.events.len());
-        for (index, pair) in self.pairs.iter().enumerate() {
-            let (task, worker) = pair.label.split_at(pair.split as usize);
-            for (id, count) in self.events_of(index) {
+        for (index, sample) in self.task_series.iter().enumerate() {
+            let (task, worker) = sample.label.split_at(sample.split as usize);
+            for (id, count) in self.task_events(index) {
                 let mut counter = proto::Counter::default();
                 counter.set_value(*count as f64);
                 let mut metric = proto::Metric::default();
-                metric.set_label(labels(&format!("{task},{}{worker}", self.types[usize::from(*id)])));
+                metric.set_label(labels(&format!("{task},{}{worker}", self.event_types[usize::from(*id)])));
                 metric.set_counter(counter);
                 metrics.push(metric);
             }
@@ -78,13 +79,13 @@ impl Snapshot {
         metrics
     }
 
-    fn pair_metrics(&self, value: impl Fn(&PairSample) -> Option<proto::Metric>) -> Vec<proto::Metric> {
-        let metric = |pair: &PairSample| {
-            let mut metric = value(pair)?;
-            metric.set_label(labels(&pair.label));
+    fn task_metrics(&self, value: impl Fn(&TaskSample) -> Option<proto::Metric>) -> Vec<proto::Metric> {
+        let metric = |sample: &TaskSample| {
+            let mut metric = value(sample)?;
+            metric.set_label(labels(&sample.label));
             Some(metric)
         };
-        self.pairs.iter().filter_map(metric).collect()
+        self.task_series.iter().filter_map(metric).collect()
     }
 
     fn worker_metrics(&self, value: impl Fn(&WorkerSample) -> Option<f64>) -> Vec<proto::Metric> {
@@ -96,8 +97,8 @@ impl Snapshot {
         self.workers.iter().filter_map(metric).collect()
     }
 
-    fn runtime_metric(&self, place: u32) -> proto::Metric {
-        let (counts, sum) = self.histogram(place);
+    fn runtime_metric(&self, index: u32) -> proto::Metric {
+        let (counts, sum) = self.histogram(index);
         let mut total = 0;
         let mut buckets = Vec::with_capacity(self.bounds.len());
         for (count, bound) in counts.iter().zip(self.bounds.iter()) {
@@ -125,7 +126,7 @@ fn gauge(value: f64) -> proto::Metric {
     metric
 }
 
-/// The label pairs of an escaped label text.
+/// Parses an escaped label text (`name="value",…`) into labels.
 fn labels(text: &str) -> Vec<proto::LabelPair> {
     let mut pairs = Vec::with_capacity(3);
     let mut rest = text;

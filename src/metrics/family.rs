@@ -1,16 +1,16 @@
-//! Names, help texts and types of the six families: Flower 2.2.0's, to the letter (`flower/events.py`).
+//! Names, help texts and types of the six families, identical to those of Flower 2.2.0 (`flower/events.py`).
 
 /// A Prometheus metric type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "Prometheus' own names")]
-pub enum Kind {
+#[allow(missing_docs, reason = "Prometheus's names")]
+pub enum MetricType {
     Counter,
     Gauge,
     Histogram,
 }
 
-impl Kind {
-    /// As written after `# TYPE name`.
+impl MetricType {
+    /// The text after `# TYPE name`.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -39,11 +39,11 @@ pub enum Family {
 }
 
 impl Family {
-    /// The six, in the order they are served.
+    /// All families, in the order of the exposition.
     pub const ALL: [Self; 6] =
         [Self::Events, Self::Runtime, Self::PrefetchTime, Self::Prefetched, Self::Online, Self::Executing];
 
-    /// The name in the text format; a counter's ends in `_total`.
+    /// The name in the text format. The name of a counter ends in `_total`.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -69,17 +69,17 @@ impl Family {
         }
     }
 
-    /// The type.
+    /// The metric type.
     #[must_use]
-    pub const fn kind(self) -> Kind {
+    pub const fn metric_type(self) -> MetricType {
         match self {
-            Self::Events => Kind::Counter,
-            Self::Runtime => Kind::Histogram,
-            _ => Kind::Gauge,
+            Self::Events => MetricType::Counter,
+            Self::Runtime => MetricType::Histogram,
+            _ => MetricType::Gauge,
         }
     }
 
-    /// The label names, in the order they are written.
+    /// The label names, in the order of the exposition.
     #[must_use]
     pub const fn labels(self) -> &'static [&'static str] {
         match self {

@@ -1,4 +1,4 @@
-//! One histogram: counts by bucket, not cumulated, the last one being `+Inf`.
+//! A histogram with non-cumulative counts per bucket. The last bucket is `+Inf`.
 
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Histogram {
@@ -7,7 +7,7 @@ pub(super) struct Histogram {
 }
 
 impl Histogram {
-    /// `bounds` are the upper bounds without `+Inf`, ascending.
+    /// Creates an empty histogram. `bounds` are the upper bounds, ascending, without `+Inf`.
     pub(super) fn new(bounds: &[f64]) -> Self {
         Self { counts: vec![0; bounds.len() + 1].into(), sum: 0.0 }
     }

@@ -1,24 +1,27 @@
-//! The six families: their series, copies of their numbers, and the text that Prometheus reads.
+//! Flower's six metric families: their series, a snapshot of them per scrape, and the exposition formats.
+//! The ingest loop alone owns the [`Series`]. Nothing here blocks, does I/O or knows the meaning of an event.
 //!
-//! [`Series`] is what the ingest loop moves; it is keyed by the real label tuples. A scrape gets a [`Snapshot`], a copy
-//! of the numbers taken in slices, and writes it with [`text::Exposition`] somewhere else, so that neither the
-//! series nor a lock on them is held while megabytes are formatted.
+//! A scrape copies the values into a [`Snapshot`], in short steps between events. Another thread then encodes the
+//! snapshot with [`encode::Exposition`], so neither the series nor a lock on them is held while megabytes are
+//! formatted.
 
 mod collector;
+mod dirty;
+pub mod encode;
 mod family;
 mod histogram;
-mod label;
-mod saved;
+mod label_escaping;
+mod persist;
 mod series;
 mod snapshot;
-pub mod text;
 
 #[cfg(test)]
 mod tests;
 
 pub use collector::FlowerCollector;
-pub use family::{Family, Kind};
-pub use label::OTHER;
-pub use saved::{SavedGauges, SavedPair};
-pub use series::{MAX_TYPES, PairId, Series, TaskLabel, WorkerRow};
-pub use snapshot::{Copying, Snapshot};
+pub(crate) use dirty::DirtySet;
+pub use family::{Family, MetricType};
+pub use label_escaping::OTHER;
+pub use persist::{SavedGauges, SavedTaskSeries};
+pub use series::{MAX_EVENT_TYPES, Series, SeriesKey, TaskName, WorkerKey};
+pub use snapshot::{Snapshot, SnapshotBuilder};

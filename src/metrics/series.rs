@@ -1,7 +1,8 @@
-//! The series of the six families, as the ingest loop moves them.
+//! The series of the six families, keyed by label set.
 //!
-//! Families with the labels worker and task share one row a pair, those with worker alone one row a worker. A row is
-//! found by interned ids, so the key is the real label tuple; its label text is escaped once, when it is made.
+//! The families with the labels worker and task share one [`TaskSeries`] per label set. The families with the label
+//! worker alone share one [`WorkerSeries`]. A label set is found by the ids of its interned names, so that no two label
+//! sets collide, and its text is escaped once, when it is created.
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -10,43 +11,44 @@ use foldhash::fast::RandomState;
 use hashbrown::HashMap;
 use slab::Slab;
 
+use super::DirtySet;
 use super::histogram::Histogram;
-use super::label::{self, OTHER};
-use crate::celery::{EventKind, cut};
-use crate::marks::Marks;
+use super::label_escaping::{OTHER, append_escaped};
+use crate::celery::{EventKind, truncate_label};
 
-/// Distinct event types before `(other)`.
-pub const MAX_TYPES: usize = 64;
+/// Maximum number of distinct event types. Further ones are counted under type `(other)`.
+pub const MAX_EVENT_TYPES: usize = 64;
 
-/// The row of a worker.
+/// Identifies a worker's series. Valid until the worker is removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct WorkerRow(pub(super) u32);
+pub struct WorkerKey(pub(super) u32);
 
-/// The row of a (worker, task) pair. Valid as long as its worker's row is.
+/// Identifies the series of a (worker, task) label set. Valid until the worker is removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PairId(NonZeroU32);
+pub struct SeriesKey(NonZeroU32);
 
-impl PairId {
-    /// By its place in the slab. One more is stored, so that an `Option` of it takes no more room: tasks have two.
-    fn of(place: usize) -> Self {
-        Self(NonZeroU32::MIN.saturating_add(small(place)))
+impl SeriesKey {
+    /// The key of a slab index. It stores the index plus one, so that an `Option` of a key, of which every task has
+    /// two, takes no more space.
+    fn from_index(index: usize) -> Self {
+        Self(NonZeroU32::MIN.saturating_add(to_u32(index)))
     }
 
-    pub(super) fn place(self) -> usize {
-        self.number() as usize
+    pub(super) fn index(self) -> usize {
+        self.to_u32() as usize
     }
 
-    /// What it is called where the state is saved.
+    /// The key of its saved record.
     #[must_use]
-    pub fn number(self) -> u32 {
+    pub fn to_u32(self) -> u32 {
         self.0.get() - 1
     }
 }
 
-/// A task name as the state's table knows it, together with its text.
+/// An interned task name with its text.
 #[derive(Clone, Copy, Debug)]
-pub struct TaskLabel<'a> {
-    /// The same id for the same text, as long as a pair holds it.
+pub struct TaskName<'a> {
+    /// Identifies the text while at least one label set retains the name.
     pub id: u32,
     /// The text, not escaped.
     pub text: &'a str,
@@ -56,132 +58,133 @@ pub struct TaskLabel<'a> {
 #[derive(Debug)]
 pub struct Series {
     pub(super) bounds: Arc<[f64]>,
-    pub(super) types: Types,
-    pub(super) workers: Slab<Worker>,
-    pub(super) pairs: Slab<Pair>,
-    pub(super) index: HashMap<(WorkerRow, u32), PairId, RandomState>,
-    max_pairs: usize,
-    capped: bool,
-    /// How many rows have ever been made.
-    pub(super) made: u64,
-    /// Pairs that changed since the last save.
-    pub(super) marks: Marks,
+    pub(super) event_types: EventTypes,
+    pub(super) workers: Slab<WorkerSeries>,
+    pub(super) tasks: Slab<TaskSeries>,
+    pub(super) index: HashMap<(WorkerKey, u32), SeriesKey, RandomState>,
+    max_label_sets: usize,
+    limit_warned: bool,
+    /// Incremented for every worker and label set that is added. A snapshot leaves out those added after its start.
+    pub(super) generation: u64,
+    /// Label sets that changed since the last save.
+    pub(super) dirty: DirtySet,
 }
 
 #[derive(Debug)]
-pub(super) struct Worker {
-    /// Its number among the rows ever made.
-    pub(super) number: u64,
+pub(super) struct WorkerSeries {
+    /// [`Series::generation`] when it was added.
+    pub(super) generation: u64,
     pub(super) label: Arc<str>,
     pub(super) online: Option<bool>,
     pub(super) executing: Option<f64>,
-    text: Arc<str>,
-    pairs: Vec<PairId>,
-    /// The pair under task `(other)`, kept out of the index, which knows names of tasks only.
-    pub(super) other: Option<PairId>,
+    hostname: Arc<str>,
+    task_series: Vec<SeriesKey>,
+    /// The series of task `(other)`. They are not in the index, whose keys are interned names.
+    pub(super) other: Option<SeriesKey>,
 }
 
 #[derive(Debug)]
-pub(super) struct Pair {
-    /// Its number among the rows ever made.
-    pub(super) number: u64,
-    pub(super) worker: WorkerRow,
-    /// `task="…",worker="…"`; `split` is where the comma stands.
+pub(super) struct TaskSeries {
+    /// [`Series::generation`] when it was added.
+    pub(super) generation: u64,
+    pub(super) worker: WorkerKey,
+    /// `task="…",worker="…"`; `split` is the byte index of the comma.
     pub(super) label: Arc<str>,
     pub(super) split: u32,
+    /// Event type id, count.
     pub(super) events: Vec<(u8, u64)>,
     pub(super) runtime: Option<Box<Histogram>>,
     pub(super) prefetch_time: Option<f64>,
     pub(super) prefetched: Option<u32>,
-    /// Its task's name, by the id the state's table knows it by; none for task `(other)`.
+    /// The id of the task name; `None` for task `(other)`.
     pub(super) task: Option<u32>,
 }
 
 impl Series {
-    /// `bounds`: the runtime histogram's upper bounds in seconds, ascending, without `+Inf`. Past `max_pairs` pairs, new
-    /// ones are recorded under the task `(other)` of their worker.
+    /// Creates an empty table. `bounds` are the runtime histogram's upper bounds in seconds, ascending, without `+Inf`.
+    /// After `max_label_sets` label sets, new ones are counted under task `(other)` of their worker.
     #[must_use]
-    pub fn new(bounds: &[f64], max_pairs: usize) -> Self {
+    pub fn new(bounds: &[f64], max_label_sets: usize) -> Self {
         Self {
             bounds: bounds.into(),
-            types: Types::default(),
+            event_types: EventTypes::default(),
             workers: Slab::new(),
-            pairs: Slab::new(),
+            tasks: Slab::new(),
             index: HashMap::default(),
-            max_pairs,
-            capped: false,
-            made: 0,
-            marks: Marks::default(),
+            max_label_sets,
+            limit_warned: false,
+            generation: 0,
+            dirty: DirtySet::default(),
         }
     }
 
-    /// How many (worker, task) pairs there are.
+    /// Number of (worker, task) label sets.
     #[must_use]
-    pub fn pair_count(&self) -> usize {
-        self.pairs.len()
+    pub fn label_set_count(&self) -> usize {
+        self.tasks.len()
     }
 
-    /// A row for a worker whose hostname is `text`, without any series yet.
-    pub fn add_worker(&mut self, text: &str) -> WorkerRow {
-        let mut label = String::with_capacity(text.len() + 10);
-        label::append(&mut label, "worker", text);
-        self.made += 1;
-        let worker = Worker {
-            number: self.made,
+    /// Adds a worker, without any series.
+    pub fn add_worker(&mut self, hostname: &str) -> WorkerKey {
+        let mut label = String::with_capacity(hostname.len() + 10);
+        append_escaped(&mut label, "worker", hostname);
+        self.generation += 1;
+        let worker = WorkerSeries {
+            generation: self.generation,
             label: label.into(),
-            text: text.into(),
+            hostname: hostname.into(),
             online: None,
             executing: None,
-            pairs: Vec::new(),
+            task_series: Vec::new(),
             other: None,
         };
-        WorkerRow(small(self.workers.insert(worker)))
+        WorkerKey(to_u32(self.workers.insert(worker)))
     }
 
-    /// Removes the worker's series from all six families. `released` is told each task name its pairs held.
-    pub fn remove_worker(&mut self, row: WorkerRow, mut released: impl FnMut(u32)) {
-        for id in self.workers.remove(row.0 as usize).pairs {
-            self.marks.mark(id.number());
-            if let Some(task) = self.pairs.remove(id.place()).task {
-                self.index.remove(&(row, task));
-                released(task);
+    /// Removes the worker's series from all six families. `release` is called with each task name that they retained.
+    pub fn remove_worker(&mut self, worker: WorkerKey, mut release: impl FnMut(u32)) {
+        for key in self.workers.remove(worker.0 as usize).task_series {
+            self.dirty.mark(key.to_u32());
+            if let Some(task) = self.tasks.remove(key.index()).task {
+                self.index.remove(&(worker, task));
+                release(task);
             }
         }
     }
 
-    /// The row of a pair, if it has one of its own.
+    /// The key of a label set, if it is present.
     #[inline]
     #[must_use]
-    pub fn find_pair(&self, row: WorkerRow, task: u32) -> Option<PairId> {
-        self.index.get(&(row, task)).copied()
+    pub fn find_task_series(&self, worker: WorkerKey, task: u32) -> Option<SeriesKey> {
+        self.index.get(&(worker, task)).copied()
     }
 
-    /// A row for a pair that [`Series::find_pair`] does not know, and whether it holds the task's name: beyond the bound
-    /// it is the worker's row under task `(other)`.
-    pub fn add_pair(&mut self, row: WorkerRow, task: TaskLabel) -> (PairId, bool) {
-        if self.pairs.len() < self.max_pairs && task.text != OTHER {
-            let pair = self.make_pair(row, task.text, Some(task.id));
-            self.index.insert((row, task.id), pair);
-            return (pair, true);
+    /// Adds a label set that [`Series::find_task_series`] does not find. Returns its key, and whether it retains the
+    /// task name. At the limit, the key is that of the worker's task `(other)`, which retains no name.
+    pub fn add_task_series(&mut self, worker: WorkerKey, task: TaskName) -> (SeriesKey, bool) {
+        if self.tasks.len() < self.max_label_sets && task.text != OTHER {
+            let key = self.create_task_series(worker, task.text, Some(task.id));
+            self.index.insert((worker, task.id), key);
+            return (key, true);
         }
         if task.text != OTHER {
-            self.warn_capped();
+            self.warn_limit();
         }
-        let pair = self.workers[row.0 as usize].other.unwrap_or_else(|| self.make_pair(row, OTHER, None));
-        (pair, false)
+        let other = self.workers[worker.0 as usize].other;
+        (other.unwrap_or_else(|| self.create_task_series(worker, OTHER, None)), false)
     }
 
-    pub(super) fn make_pair(&mut self, row: WorkerRow, text: &str, task: Option<u32>) -> PairId {
-        self.made += 1;
-        let worker = &mut self.workers[row.0 as usize];
-        let mut label = String::with_capacity(text.len() + worker.text.len() + 20);
-        label::append(&mut label, "task", text);
-        let split = small(label.len());
+    pub(super) fn create_task_series(&mut self, worker_key: WorkerKey, text: &str, task: Option<u32>) -> SeriesKey {
+        self.generation += 1;
+        let worker = &mut self.workers[worker_key.0 as usize];
+        let mut label = String::with_capacity(text.len() + worker.hostname.len() + 20);
+        append_escaped(&mut label, "task", text);
+        let split = to_u32(label.len());
         label.push(',');
-        label::append(&mut label, "worker", &worker.text);
-        let id = PairId::of(self.pairs.insert(Pair {
-            number: self.made,
-            worker: row,
+        append_escaped(&mut label, "worker", &worker.hostname);
+        let key = SeriesKey::from_index(self.tasks.insert(TaskSeries {
+            generation: self.generation,
+            worker: worker_key,
             label: label.into(),
             split,
             events: Vec::new(),
@@ -190,34 +193,34 @@ impl Series {
             prefetched: None,
             task,
         }));
-        self.marks.mark(id.number());
-        worker.pairs.push(id);
+        self.dirty.mark(key.to_u32());
+        worker.task_series.push(key);
         if task.is_none() {
-            worker.other = Some(id);
+            worker.other = Some(key);
         }
-        id
+        key
     }
 
-    fn warn_capped(&mut self) {
-        if !std::mem::replace(&mut self.capped, true) {
+    fn warn_limit(&mut self) {
+        if !std::mem::replace(&mut self.limit_warned, true) {
             tracing::warn!(
-                max_label_pairs = self.max_pairs,
-                "the (worker, task) pairs reached metrics.max_label_pairs: new ones are recorded under task {OTHER}"
+                max_label_sets = self.max_label_sets,
+                "metrics.max_label_sets reached; new label sets are counted under task {OTHER}"
             );
         }
     }
 
     #[inline]
-    fn pair_mut(&mut self, pair: PairId) -> &mut Pair {
-        self.marks.mark(pair.number());
-        &mut self.pairs[pair.place()]
+    fn task_series_mut(&mut self, key: SeriesKey) -> &mut TaskSeries {
+        self.dirty.mark(key.to_u32());
+        &mut self.tasks[key.index()]
     }
 
     /// Counts one event.
     #[inline]
-    pub fn count_event(&mut self, pair: PairId, kind: EventKind, name_of_type: &str) {
-        let id = self.types.id(kind, name_of_type);
-        let events = &mut self.pair_mut(pair).events;
+    pub fn count_event(&mut self, key: SeriesKey, kind: EventKind, event_type: &str) {
+        let id = self.event_types.id(kind, event_type);
+        let events = &mut self.task_series_mut(key).events;
         match events.iter_mut().find(|(known, _)| *known == id) {
             Some((_, count)) => *count += 1,
             None => events.push((id, 1)),
@@ -225,129 +228,131 @@ impl Series {
     }
 
     /// Observes a task's runtime in seconds.
-    pub fn observe_runtime(&mut self, pair: PairId, seconds: f64) {
-        self.marks.mark(pair.number());
-        let histogram = &mut self.pairs[pair.place()].runtime;
+    pub fn observe_runtime(&mut self, key: SeriesKey, seconds: f64) {
+        self.dirty.mark(key.to_u32());
+        let histogram = &mut self.tasks[key.index()].runtime;
         histogram.get_or_insert_with(|| Box::new(Histogram::new(&self.bounds))).observe(&self.bounds, seconds);
     }
 
     /// Sets the prefetch time in seconds.
-    pub fn set_prefetch_time(&mut self, pair: PairId, seconds: f64) {
-        self.pair_mut(pair).prefetch_time = Some(seconds);
+    pub fn set_prefetch_time(&mut self, key: SeriesKey, seconds: f64) {
+        self.task_series_mut(key).prefetch_time = Some(seconds);
     }
 
-    /// Makes the prefetch-time series appear, at 0, unless it is there.
-    pub fn touch_prefetch_time(&mut self, pair: PairId) {
-        self.pair_mut(pair).prefetch_time.get_or_insert(0.0);
+    /// Creates the prefetch-time series at 0, unless it exists.
+    pub fn ensure_prefetch_time(&mut self, key: SeriesKey) {
+        self.task_series_mut(key).prefetch_time.get_or_insert(0.0);
     }
 
-    /// Makes the prefetched-tasks series appear, at 0, unless it is there.
-    pub fn touch_prefetched(&mut self, pair: PairId) {
-        self.pair_mut(pair).prefetched.get_or_insert(0);
+    /// Creates the prefetched-tasks series at 0, unless it exists.
+    pub fn ensure_prefetched(&mut self, key: SeriesKey) {
+        self.task_series_mut(key).prefetched.get_or_insert(0);
     }
 
-    /// One more prefetched task.
-    pub fn add_prefetched(&mut self, pair: PairId) {
-        *self.pair_mut(pair).prefetched.get_or_insert(0) += 1;
+    /// Adds one prefetched task.
+    pub fn add_prefetched(&mut self, key: SeriesKey) {
+        *self.task_series_mut(key).prefetched.get_or_insert(0) += 1;
     }
 
-    /// One prefetched task less; only for one that was added and not emptied since.
-    pub fn remove_prefetched(&mut self, pair: PairId) {
-        if let Some(count) = &mut self.pair_mut(pair).prefetched {
+    /// Subtracts one prefetched task. Call it only for a task that was added and not reset since.
+    pub fn remove_prefetched(&mut self, key: SeriesKey) {
+        if let Some(count) = &mut self.task_series_mut(key).prefetched {
             *count = count.saturating_sub(1);
         }
     }
 
-    /// Sets the worker's prefetched-tasks gauges to 0, as far as they exist.
-    pub fn empty_prefetched(&mut self, row: WorkerRow) {
-        for pair in &self.workers[row.0 as usize].pairs {
-            if let Some(count @ 1..) = &mut self.pairs[pair.place()].prefetched {
+    /// Sets the existing prefetched-tasks gauges of the worker to 0.
+    pub fn reset_prefetched(&mut self, worker: WorkerKey) {
+        for key in &self.workers[worker.0 as usize].task_series {
+            if let Some(count @ 1..) = &mut self.tasks[key.index()].prefetched {
                 *count = 0;
-                self.marks.mark(pair.number());
+                self.dirty.mark(key.to_u32());
             }
         }
     }
 
-    /// Sets the worker's prefetch-time gauges to 0, as far as they exist.
-    pub fn zero_prefetch_times(&mut self, row: WorkerRow) {
-        for pair in &self.workers[row.0 as usize].pairs {
-            if let Some(seconds) = self.pairs[pair.place()].prefetch_time.as_mut().filter(|seconds| **seconds != 0.0) {
-                *seconds = 0.0;
-                self.marks.mark(pair.number());
+    /// Sets the existing prefetch-time gauges of the worker to 0.
+    pub fn reset_prefetch_times(&mut self, worker: WorkerKey) {
+        for key in &self.workers[worker.0 as usize].task_series {
+            let prefetch_time = &mut self.tasks[key.index()].prefetch_time;
+            if prefetch_time.is_some_and(|seconds| seconds != 0.0) {
+                *prefetch_time = Some(0.0);
+                self.dirty.mark(key.to_u32());
             }
         }
     }
 
     /// Sets the worker's online status.
-    pub fn set_online(&mut self, row: WorkerRow, online: bool) {
-        self.workers[row.0 as usize].online = Some(online);
+    pub fn set_online(&mut self, worker: WorkerKey, online: bool) {
+        self.workers[worker.0 as usize].online = Some(online);
     }
 
     /// Sets the number of tasks the worker executes.
-    pub fn set_executing(&mut self, row: WorkerRow, tasks: f64) {
-        self.workers[row.0 as usize].executing = Some(tasks);
+    pub fn set_executing(&mut self, worker: WorkerKey, tasks: f64) {
+        self.workers[worker.0 as usize].executing = Some(tasks);
     }
 
-    /// The worker says goodbye: offline, with what it still executes, where that series exists.
-    pub fn say_goodbye(&mut self, row: WorkerRow, executing: Option<f64>) {
-        let worker = &mut self.workers[row.0 as usize];
+    /// Marks the worker offline after its shutdown. Updates the number of tasks it executes, if that series exists.
+    pub fn set_worker_offline(&mut self, worker: WorkerKey, executing: Option<f64>) {
+        let worker = &mut self.workers[worker.0 as usize];
         worker.online = Some(false);
         if let (Some(gauge), Some(tasks)) = (&mut worker.executing, executing) {
             *gauge = tasks;
         }
     }
 
-    /// The worker is not heard any more: its gauges go to 0, as far as they exist.
-    pub fn lose_worker(&mut self, row: WorkerRow) {
-        let worker = &mut self.workers[row.0 as usize];
+    /// Sets the existing gauges of a worker that has timed out to 0.
+    pub fn set_worker_timed_out(&mut self, worker_key: WorkerKey) {
+        let worker = &mut self.workers[worker_key.0 as usize];
         worker.online = worker.online.map(|_| false);
         worker.executing = worker.executing.map(|_| 0.0);
-        self.empty_prefetched(row);
-        self.zero_prefetch_times(row);
+        self.reset_prefetched(worker_key);
+        self.reset_prefetch_times(worker_key);
     }
 }
 
-/// The event types seen, by small ids.
+/// The event types seen, each with an id of one byte.
 #[derive(Debug, Default)]
-pub(super) struct Types {
+pub(super) struct EventTypes {
     /// `type="…"`, by id.
     pub(super) labels: Vec<Arc<str>>,
     pub(super) ids: HashMap<Box<str>, u8, RandomState>,
-    known: [Option<u8>; EventKind::TaskCustom as usize],
+    /// The ids of the built-in types, so that their names need no lookup.
+    built_in: [Option<u8>; EventKind::TaskCustom as usize],
 }
 
-impl Types {
+impl EventTypes {
     #[inline]
     fn id(&mut self, kind: EventKind, name: &str) -> u8 {
-        match self.known.get(kind as usize) {
+        match self.built_in.get(kind as usize) {
             Some(Some(id)) => *id,
-            _ => self.find(kind, name),
+            _ => self.find_or_add(kind, name),
         }
     }
 
-    fn find(&mut self, kind: EventKind, name: &str) -> u8 {
-        let name = cut(name);
+    fn find_or_add(&mut self, kind: EventKind, name: &str) -> u8 {
+        let name = truncate_label(name);
         let id = match self.ids.get(&*name) {
             Some(id) => *id,
-            None if self.labels.len() < MAX_TYPES => self.add(&name),
+            None if self.labels.len() < MAX_EVENT_TYPES => self.add(&name),
             None => self.other(),
         };
-        if let Some(known) = self.known.get_mut(kind as usize) {
-            *known = Some(id);
+        if let Some(built_in) = self.built_in.get_mut(kind as usize) {
+            *built_in = Some(id);
         }
         id
     }
 
     fn other(&mut self) -> u8 {
         self.ids.get(OTHER).copied().unwrap_or_else(|| {
-            tracing::warn!("more than {MAX_TYPES} event types: new ones are recorded under type {OTHER}");
+            tracing::warn!("more than {MAX_EVENT_TYPES} event types; new ones are counted under type {OTHER}");
             self.add(OTHER)
         })
     }
 
     pub(super) fn add(&mut self, name: &str) -> u8 {
         let mut label = String::new();
-        label::append(&mut label, "type", name);
+        append_escaped(&mut label, "type", name);
         #[allow(clippy::cast_possible_truncation, reason = "at most 65 types")]
         let id = self.labels.len() as u8;
         self.labels.push(label.into());
@@ -356,7 +361,7 @@ impl Types {
     }
 }
 
-#[allow(clippy::cast_possible_truncation, reason = "rows, events and label texts are bounded far below 2^32")]
-pub(super) fn small(number: usize) -> u32 {
-    number as u32
+#[allow(clippy::cast_possible_truncation, reason = "series, events and label texts are bounded far below 2^32")]
+pub(super) fn to_u32(index: usize) -> u32 {
+    index as u32
 }

@@ -1,24 +1,26 @@
-//! A copy of the numbers, taken in slices between batches of events.
+//! A copy of the series' values for one scrape, taken in short steps between batches of events.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::series::{Pair, Series, Worker, small};
+use super::series::{Series, TaskSeries, WorkerSeries, to_u32};
 
-/// Rows copied between two looks at the clock.
-const ROWS: usize = 256;
+/// Series copied between two checks of the clock.
+const STEP: usize = 256;
 
-/// What one scrape shows: copied numbers, and shared texts that were escaped when their series were made.
+/// The values of one scrape, with the label texts that were escaped when their series were created.
 #[derive(Debug)]
 pub struct Snapshot {
     pub(super) bounds: Arc<[f64]>,
-    pub(super) types: Vec<Arc<str>>,
+    /// `type="…"`, by event type id.
+    pub(super) event_types: Vec<Arc<str>>,
     pub(super) workers: Vec<WorkerSample>,
-    pub(super) pairs: Vec<PairSample>,
-    /// The pairs' events one after the other: type id, count.
+    pub(super) task_series: Vec<TaskSample>,
+    /// The event counts of all label sets, concatenated: event type id, count.
     pub(super) events: Vec<(u8, u64)>,
-    /// The pairs' histograms one after the other: `bounds.len() + 1` counts each, not cumulated.
+    /// The histograms of all label sets, concatenated: `bounds.len() + 1` non-cumulative counts each.
     pub(super) buckets: Vec<u64>,
+    /// The sums of these histograms in seconds.
     pub(super) sums: Vec<f64>,
 }
 
@@ -30,118 +32,117 @@ pub(super) struct WorkerSample {
 }
 
 #[derive(Debug)]
-pub(super) struct PairSample {
+pub(super) struct TaskSample {
     pub(super) label: Arc<str>,
     pub(super) split: u32,
-    /// Where its events end in [`Snapshot::events`]; they begin where those of the pair before end.
+    /// End of its part of [`Snapshot::events`], which starts where the previous part ends.
     pub(super) events_end: u32,
-    /// Its place in [`Snapshot::sums`].
+    /// Index of its histogram in [`Snapshot::sums`].
     pub(super) runtime: Option<u32>,
     pub(super) prefetch_time: Option<f64>,
     pub(super) prefetched: Option<u32>,
 }
 
 impl Snapshot {
-    /// The events of the pair at `index`: type id, count.
-    pub(super) fn events_of(&self, index: usize) -> &[(u8, u64)] {
-        let start = if index == 0 { 0 } else { self.pairs[index - 1].events_end as usize };
-        &self.events[start..self.pairs[index].events_end as usize]
+    /// The event counts of the label set at `index`: event type id, count.
+    pub(super) fn task_events(&self, index: usize) -> &[(u8, u64)] {
+        let start = if index == 0 { 0 } else { self.task_series[index - 1].events_end as usize };
+        &self.events[start..self.task_series[index].events_end as usize]
     }
 
-    /// The bucket counts and the sum of a histogram.
-    pub(super) fn histogram(&self, place: u32) -> (&[u64], f64) {
-        let (place, width) = (place as usize, self.bounds.len() + 1);
-        (&self.buckets[place * width..(place + 1) * width], self.sums[place])
+    /// The bucket counts and the sum of the histogram at `index`.
+    pub(super) fn histogram(&self, index: u32) -> (&[u64], f64) {
+        let (index, width) = (index as usize, self.bounds.len() + 1);
+        (&self.buckets[index * width..(index + 1) * width], self.sums[index])
+    }
+
+    fn push(&mut self, series: &TaskSeries) {
+        self.events.extend_from_slice(&series.events);
+        let runtime = series.runtime.as_ref().map(|histogram| {
+            self.buckets.extend_from_slice(&histogram.counts);
+            self.sums.push(histogram.sum);
+            to_u32(self.sums.len() - 1)
+        });
+        self.task_series.push(TaskSample {
+            label: Arc::clone(&series.label),
+            split: series.split,
+            events_end: to_u32(self.events.len()),
+            runtime,
+            prefetch_time: series.prefetch_time,
+            prefetched: series.prefetched,
+        });
     }
 }
 
-/// A copy under way. Series that go between two slices are in it or not, those that come are not: one that goes and
-/// comes back would be in it twice. Each row is copied whole.
+impl WorkerSample {
+    fn new(worker: &WorkerSeries) -> Self {
+        Self { label: Arc::clone(&worker.label), online: worker.online, executing: worker.executing }
+    }
+}
+
+/// Copies the series in steps. Series that are removed between two steps may or may not be included. Series that are
+/// added after the start are not, because a worker that is removed and returns would otherwise be included twice. The
+/// values of one label set are copied together.
 #[derive(Debug)]
-pub struct Copying {
+pub struct SnapshotBuilder {
     snapshot: Snapshot,
     next_worker: usize,
-    next_pair: usize,
-    /// Rows made later are left out.
-    made: u64,
+    next_task_series: usize,
+    /// [`Series::generation`] at the start.
+    generation: u64,
 }
 
-impl Copying {
-    /// Starts a copy.
+impl SnapshotBuilder {
+    /// Starts a snapshot.
     #[must_use]
-    pub fn start(series: &Series) -> Self {
+    pub fn new(series: &Series) -> Self {
         let snapshot = Snapshot {
             bounds: Arc::clone(&series.bounds),
-            types: Vec::new(),
+            event_types: Vec::new(),
             workers: Vec::with_capacity(series.workers.len()),
-            pairs: Vec::with_capacity(series.pairs.len()),
-            events: Vec::with_capacity(series.pairs.len() * 4),
+            task_series: Vec::with_capacity(series.tasks.len()),
+            events: Vec::with_capacity(series.tasks.len() * 4),
             buckets: Vec::new(),
             sums: Vec::new(),
         };
-        Self { snapshot, next_worker: 0, next_pair: 0, made: series.made }
+        Self { snapshot, next_worker: 0, next_task_series: 0, generation: series.generation }
     }
 
-    /// Copies at most `rows` rows more. Whether all are copied.
-    pub fn proceed(&mut self, series: &Series, rows: usize) -> bool {
-        let end = (self.next_worker + rows).min(series.workers.capacity());
-        let left = rows - (end - self.next_worker);
+    /// Visits at most `count` more slots. Returns whether the copy is complete.
+    pub fn step(&mut self, series: &Series, count: usize) -> bool {
+        let end = (self.next_worker + count).min(series.workers.capacity());
+        let rest = count - (end - self.next_worker);
         for slot in self.next_worker..end {
-            if let Some(worker) = series.workers.get(slot).filter(|worker| worker.number <= self.made) {
-                self.snapshot.workers.push(WorkerSample::of(worker));
+            if let Some(worker) = series.workers.get(slot).filter(|worker| worker.generation <= self.generation) {
+                self.snapshot.workers.push(WorkerSample::new(worker));
             }
         }
         self.next_worker = end;
-        let end = (self.next_pair + left).min(series.pairs.capacity());
-        for slot in self.next_pair..end {
-            if let Some(pair) = series.pairs.get(slot).filter(|pair| pair.number <= self.made) {
-                self.snapshot.push_pair(pair);
+        let end = (self.next_task_series + rest).min(series.tasks.capacity());
+        for slot in self.next_task_series..end {
+            if let Some(series) = series.tasks.get(slot).filter(|series| series.generation <= self.generation) {
+                self.snapshot.push(series);
             }
         }
-        self.next_pair = end;
-        self.next_worker >= series.workers.capacity() && self.next_pair >= series.pairs.capacity()
+        self.next_task_series = end;
+        self.next_worker >= series.workers.capacity() && self.next_task_series >= series.tasks.capacity()
     }
 
-    /// Goes on for about so long. Whether all are copied.
-    pub fn proceed_for(&mut self, series: &Series, limit: Duration) -> bool {
-        let began = Instant::now();
-        while !self.proceed(series, ROWS) {
-            if began.elapsed() >= limit {
+    /// Takes steps until the copy is complete or about `budget` has passed. Returns whether the copy is complete.
+    pub fn step_for(&mut self, series: &Series, budget: Duration) -> bool {
+        let started = Instant::now();
+        while !self.step(series, STEP) {
+            if started.elapsed() >= budget {
                 return false;
             }
         }
         true
     }
 
-    /// The finished copy.
+    /// Returns the snapshot. Call it after the last step.
     #[must_use]
     pub fn finish(mut self, series: &Series) -> Snapshot {
-        self.snapshot.types.clone_from(&series.types.labels);
+        self.snapshot.event_types.clone_from(&series.event_types.labels);
         self.snapshot
-    }
-}
-
-impl Snapshot {
-    fn push_pair(&mut self, pair: &Pair) {
-        self.events.extend_from_slice(&pair.events);
-        let runtime = pair.runtime.as_ref().map(|histogram| {
-            self.buckets.extend_from_slice(&histogram.counts);
-            self.sums.push(histogram.sum);
-            small(self.sums.len() - 1)
-        });
-        self.pairs.push(PairSample {
-            label: Arc::clone(&pair.label),
-            split: pair.split,
-            events_end: small(self.events.len()),
-            runtime,
-            prefetch_time: pair.prefetch_time,
-            prefetched: pair.prefetched,
-        });
-    }
-}
-
-impl WorkerSample {
-    fn of(worker: &Worker) -> Self {
-        Self { label: Arc::clone(&worker.label), online: worker.online, executing: worker.executing }
     }
 }

@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 use prometheus::{Encoder, Registry, TextEncoder};
 
-use super::text::{Exposition, Format};
+use super::encode::{Exposition, Format};
 use super::*;
 use crate::celery::EventKind;
 
@@ -13,22 +13,22 @@ fn series() -> Series {
     series.set_online(worker, true);
     series.set_executing(worker, 2.5);
     for (id, text) in [(1, "tasks.add"), (2, ""), (3, "a,b=\"c\"\\")] {
-        let (pair, _) = series.add_pair(worker, TaskLabel { id, text });
-        series.count_event(pair, EventKind::TaskReceived, "task-received");
-        series.count_event(pair, EventKind::TaskCustom, "task-\"odd\"");
+        let (key, _) = series.add_task_series(worker, TaskName { id, text });
+        series.count_event(key, EventKind::TaskReceived, "task-received");
+        series.count_event(key, EventKind::TaskCustom, "task-\"odd\"");
         for seconds in [0.075, 0.5, 1e-7, 3e6] {
-            series.observe_runtime(pair, seconds);
+            series.observe_runtime(key, seconds);
         }
-        series.set_prefetch_time(pair, 1.25);
-        series.add_prefetched(pair);
+        series.set_prefetch_time(key, 1.25);
+        series.add_prefetched(key);
     }
     series
 }
 
 fn snapshot(series: &Series) -> Arc<Snapshot> {
-    let mut copying = Copying::start(series);
-    while !copying.proceed(series, 1) {}
-    Arc::new(copying.finish(series))
+    let mut builder = SnapshotBuilder::new(series);
+    while !builder.step(series, 1) {}
+    Arc::new(builder.finish(series))
 }
 
 fn write(snapshot: &Arc<Snapshot>, format: Format, piece: usize) -> String {
@@ -44,47 +44,47 @@ fn samples(text: &str) -> BTreeMap<&str, f64> {
 }
 
 #[test]
-fn the_direct_writer_agrees_with_the_text_encoder() {
+fn the_exposition_agrees_with_the_prometheus_text_encoder() {
     let snapshot = snapshot(&series());
     let registry = Registry::new();
     let shared = Arc::clone(&snapshot);
     registry.register(Box::new(FlowerCollector::new(move || Some(Arc::clone(&shared))))).unwrap();
     let mut reference = Vec::new();
     TextEncoder::new().encode(&registry.gather(), &mut reference).unwrap();
-    // The encoder writes labels in the order of the metric, `le` last, and bounds as Rust does.
+    // The reference writes `le` last, and formats bounds as Rust does.
     let reference = String::from_utf8(reference).unwrap();
-    let ours = write(&snapshot, Format::Text, 1);
-    let ours = ours.replace("le=\"1.0\",", "le=\"1\",").replace("le=\"2e+06\",", "le=\"2000000\",");
+    let actual = write(&snapshot, Format::Text, 1);
+    let actual = actual.replace("le=\"1.0\",", "le=\"1\",").replace("le=\"2e+06\",", "le=\"2000000\",");
     let le_last = |line: &str| match line.split_once("{le=\"") {
         Some((name, rest)) => {
-            let (bound, rest) = rest.split_once("\",").unwrap();
+            let (le, rest) = rest.split_once("\",").unwrap();
             let (labels, value) = rest.rsplit_once("} ").unwrap();
-            format!("{name}{{{labels},le=\"{bound}\"}} {value}")
+            format!("{name}{{{labels},le=\"{le}\"}} {value}")
         }
         None => line.to_owned(),
     };
-    let ours: Vec<String> = ours.lines().map(le_last).collect();
-    let ours = ours.join("\n");
-    assert_eq!(samples(&ours), samples(&reference));
-    assert_eq!(samples(&ours).len(), 3 * (2 + 6 + 2) + 2);
+    let actual: Vec<String> = actual.lines().map(le_last).collect();
+    let actual = actual.join("\n");
+    assert_eq!(samples(&actual), samples(&reference));
+    assert_eq!(samples(&actual).len(), 3 * (2 + 6 + 2) + 2);
 }
 
 #[test]
-fn pieces_make_the_same_text() {
+fn the_piece_size_does_not_change_the_text() {
     let snapshot = snapshot(&series());
-    let whole = write(&snapshot, Format::Text, usize::MAX / 2);
+    let full = write(&snapshot, Format::Text, usize::MAX / 2);
     for piece in [1, 100, 1000] {
-        assert_eq!(write(&snapshot, Format::Text, piece), whole);
+        assert_eq!(write(&snapshot, Format::Text, piece), full);
     }
 }
 
 #[test]
-fn golden_text() {
+fn the_exposition_matches_the_golden_text() {
     let mut series = Series::new(&[1.0], 100);
     let worker = series.add_worker("w");
-    let (pair, _) = series.add_pair(worker, TaskLabel { id: 1, text: "t" });
-    series.count_event(pair, EventKind::TaskSucceeded, "task-succeeded");
-    series.observe_runtime(pair, 1.5);
+    let (key, _) = series.add_task_series(worker, TaskName { id: 1, text: "t" });
+    series.count_event(key, EventKind::TaskSucceeded, "task-succeeded");
+    series.observe_runtime(key, 1.5);
     series.set_online(worker, false);
     let expected = r#"# HELP flower_events_total Number of events
 # TYPE flower_events_total counter
@@ -114,29 +114,29 @@ flower_worker_online{worker="w"} 0
 }
 
 #[test]
-fn pairs_that_concatenate_alike_are_distinct() {
+fn label_sets_with_equal_concatenation_are_distinct() {
     let mut series = Series::new(&[1.0], 100);
     for (id, (worker, task)) in [("ab", "c"), ("a", "bc")].into_iter().enumerate() {
-        let row = series.add_worker(worker);
-        let (pair, _) = series.add_pair(row, TaskLabel { id: u32::try_from(id).unwrap(), text: task });
-        series.add_prefetched(pair);
+        let worker = series.add_worker(worker);
+        let (key, _) = series.add_task_series(worker, TaskName { id: u32::try_from(id).unwrap(), text: task });
+        series.add_prefetched(key);
     }
     assert_eq!(samples(&write(&snapshot(&series), Format::Text, 1)).len(), 2);
 }
 
 #[test]
-fn removed_workers_leave_nothing() {
+fn a_worker_added_and_removed_during_a_snapshot_is_not_exported() {
     let mut series = series();
     let kept = series.add_worker("kept");
     series.set_online(kept, true);
-    let mut copying = Copying::start(&series);
-    assert!(!copying.proceed(&series, 1), "a copy that is under way while a worker goes");
-    let gone = series.add_worker("gone");
-    series.set_online(gone, true);
+    let mut builder = SnapshotBuilder::new(&series);
+    assert!(!builder.step(&series, 1), "the copy takes several steps");
+    let removed = series.add_worker("removed");
+    series.set_online(removed, true);
     let mut released = Vec::new();
-    series.remove_worker(gone, |name| released.push(name));
-    while !copying.proceed(&series, 1) {}
+    series.remove_worker(removed, |name| released.push(name));
+    while !builder.step(&series, 1) {}
     assert!(released.is_empty());
-    let text = write(&Arc::new(copying.finish(&series)), Format::Text, 1);
-    assert!(!text.contains("gone") && text.contains("kept"));
+    let text = write(&Arc::new(builder.finish(&series)), Format::Text, 1);
+    assert!(!text.contains("removed") && text.contains("kept"));
 }

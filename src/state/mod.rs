@@ -1,86 +1,87 @@
-//! The cluster as its events tell it: workers, tasks, and the series they move. Bounded, and pure: time is passed in.
+//! Tracks the workers and tasks of a Celery deployment by their events, and updates the metric series.
+//! It is pure and bounded: the caller passes the time in, every table has a limit, and nothing blocks or does I/O.
 //!
-//! The rules follow Celery's `celery.events.state` and Flower's `flower/events.py`, and differ from them on purpose
-//! where the README's table says so. Prefetched tasks are a set: each task holds at most one entry, and each
-//! gauge is the number of entries that were counted under it and are still there.
+//! The rules follow Celery's `celery.events.state` and Flower's `flower/events.py`. The README lists the intended
+//! differences. A task holds at most one prefetch entry, and each prefetched-tasks gauge is the number of entries that
+//! were counted under its label set and still exist.
 
-mod names;
-mod prefetch;
-mod saved;
+mod interner;
+mod persist;
 mod tasks;
+mod transitions;
 mod workers;
 
 use std::time::Duration;
 
-use names::{NameId, Names};
+use interner::{NameId, NameInterner};
 use tasks::{Task, TaskId, Tasks};
-use workers::{Mute, Presence, Workers};
+use workers::{Presence, TaskEventBaseline, Worker, Workers};
 
-pub use saved::{Changes, Corrupt, FORMAT, Restoring, Rows};
-pub use tasks::{TaskState, TaskView};
-pub use workers::{WorkerId, WorkerView};
+pub use persist::{Corrupt, Delta, FORMAT, RecordBatch, Restorer};
+pub use tasks::{TaskInfo, TaskState};
+pub use workers::{WorkerId, WorkerInfo};
 
 use crate::celery::event::Eta;
-use crate::celery::{Event, EventKind, cut};
-use crate::metrics::{OTHER, PairId, Series, TaskLabel, WorkerRow};
+use crate::celery::{Event, EventKind, truncate_label};
+use crate::metrics::{OTHER, Series, SeriesKey, TaskName, WorkerKey};
 
 /// The bounds of a [`State`].
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Hostnames held; further ones are recorded under worker `(other)` if none can give way.
+    /// Maximum number of tracked hostnames. If none can be evicted, new ones are counted under worker `(other)`.
     pub max_workers: usize,
-    /// Tasks held; finished ones give way first.
+    /// Maximum number of tracked tasks. Finished ones are evicted first.
     pub max_tasks: usize,
-    /// (worker, task) pairs before `(other)`.
-    pub max_label_pairs: usize,
+    /// Maximum number of (worker, task) label sets. Beyond it, tasks are counted under task `(other)`.
+    pub max_label_sets: usize,
     /// Upper bounds of the runtime histogram in seconds, ascending, without `+Inf`.
     pub buckets: Vec<f64>,
 }
 
-/// How long silence is borne. `None` is for ever.
+/// Timeouts counted from a worker's last event. `None` disables one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Timeouts {
-    /// Nothing heard: the worker is offline.
+    /// After this long, the worker is marked offline.
     pub worker_timeout: Option<Duration>,
-    /// Nothing heard: its series are removed.
+    /// After this long, the worker's series are removed.
     pub purge_offline_workers: Option<Duration>,
 }
 
-/// How long `processed` must have been rising without a task event before a worker is called mute.
-const MUTE_AFTER: Duration = Duration::from_secs(60);
+/// How long `processed` must rise without a task event before the worker is reported as sending none.
+const NO_TASK_EVENTS_WARNING_DELAY: Duration = Duration::from_secs(60);
 
-/// Everything that is known of the cluster.
+/// The workers, tasks and series of a Celery deployment.
 #[derive(Debug)]
 pub struct State {
-    names: Names,
+    names: NameInterner,
     workers: Workers,
     tasks: Tasks,
     series: Series,
-    /// The row of worker `(other)`, which has totals and no gauges.
-    other: Option<WorkerRow>,
-    said_full: bool,
-    /// All rows are to be saved, not only those that are marked.
+    /// Worker `(other)`, which has counters and histograms but no gauges.
+    other: Option<WorkerKey>,
+    warned_full: bool,
+    /// The next save contains every record, not only the dirty ones.
     save_all: bool,
 }
 
-/// Who sent an event: a worker we hold, or one of those beyond the bound.
+/// The sender of an event: a tracked hostname by its slot, or one beyond the limit.
 #[derive(Clone, Copy, Debug)]
-enum Sender {
+enum Source {
     Known(usize),
     Other,
 }
 
 impl State {
-    /// An empty state.
+    /// Creates an empty state.
     #[must_use]
     pub fn new(limits: &Limits) -> Self {
         Self {
-            names: Names::default(),
+            names: NameInterner::default(),
             workers: Workers::new(limits.max_workers),
             tasks: Tasks::new(limits.max_tasks),
-            series: Series::new(&limits.buckets, limits.max_label_pairs),
+            series: Series::new(&limits.buckets, limits.max_label_sets),
             other: None,
-            said_full: false,
+            warned_full: false,
             save_all: false,
         }
     }
@@ -91,291 +92,291 @@ impl State {
         &self.series
     }
 
-    /// How many workers and clients are held.
+    /// Number of tracked workers and clients.
     #[must_use]
     pub fn worker_count(&self) -> usize {
         self.workers.len()
     }
 
-    /// How many tasks are held.
+    /// Number of tracked tasks.
     #[must_use]
     pub fn task_count(&self) -> usize {
         self.tasks.len()
     }
 
-    /// How many task names are held.
+    /// Number of interned task names, including the empty one.
     #[must_use]
     pub fn name_count(&self) -> usize {
         self.names.len()
     }
 
-    /// Takes an event into account. `now` is a clock that only ever rises and runs only while we listen.
+    /// Applies an event. `now` is monotonic, and advances only while the exporter is subscribed.
     pub fn apply(&mut self, event: &Event, now: Duration) {
         if event.kind.is_task() {
             self.apply_task(event, now);
         } else if event.kind.is_worker() {
             self.apply_worker(event, now);
         } else if let Some(slot) = self.workers.find(&event.hostname) {
-            self.workers[slot].heard = now;
+            self.workers[slot].last_seen = now;
         }
     }
 
-    /// Learns what other workers' events of a task depend on, and counts nothing: for events that
-    /// `events.hostnames` leaves out.
-    pub fn learn_name(&mut self, event: &Event) {
+    /// Learns the name, eta and retries of a task without counting the event. Meant for events that `events.hostnames`
+    /// leaves out: the events of other workers about the same task need this metadata.
+    pub fn learn_metadata(&mut self, event: &Event) {
         if event.kind.is_task() && event.kind != EventKind::TaskCustom {
-            let slot = self.task(&event.uuid);
-            self.learn_task(slot, event);
-            self.tasks.relist(slot);
+            let slot = self.task_slot(&event.uuid);
+            self.update_task(slot, event);
+            self.tasks.move_to_list(slot);
         }
     }
 
     fn apply_task(&mut self, event: &Event, now: Duration) {
         let is_client = event.kind == EventKind::TaskSent;
-        let sender = self.sender(event, !is_client, now);
-        let slot = self.task(&event.uuid);
-        self.tasks.get_mut(slot).is_ours = true;
+        let source = self.source(event, !is_client, now);
+        let slot = self.task_slot(&event.uuid);
+        self.tasks.get_mut(slot).is_counted = true;
         if event.kind != EventKind::TaskCustom {
-            self.learn_task(slot, event);
+            self.update_task(slot, event);
         }
-        let pair = self.pair(sender, slot, event);
-        self.series.count_event(pair, event.kind, &event.name_of_type);
+        let key = self.series_key(source, slot, event);
+        self.series.count_event(key, event.kind, &event.event_type);
         if event.kind == EventKind::TaskCustom {
-            self.tasks.relist(slot);
+            self.tasks.move_to_list(slot);
             return;
         }
         if let Some(seconds) = event.runtime.filter(|seconds| *seconds > 0.0) {
-            self.series.observe_runtime(pair, seconds);
+            self.series.observe_runtime(key, seconds);
         }
-        if let Sender::Known(worker) = sender {
-            self.move_task(slot, worker, pair, event);
+        if let Source::Known(worker) = source {
+            self.apply_transition(slot, worker, key, event);
         }
-        self.tasks.relist(slot);
+        self.tasks.move_to_list(slot);
     }
 
-    /// The sender of an event, heard now.
+    /// Finds or adds the sender of an event, and records that it is alive.
     #[inline]
-    fn sender(&mut self, event: &Event, is_worker: bool, now: Duration) -> Sender {
+    fn source(&mut self, event: &Event, is_worker: bool, now: Duration) -> Source {
         if event.hostname == OTHER {
-            return Sender::Other;
+            return Source::Other;
         }
         let Some(slot) = self.workers.find(&event.hostname).or_else(|| self.add_worker(&event.hostname, now)) else {
             self.warn_full();
-            return Sender::Other;
+            return Source::Other;
         };
         let worker = &mut self.workers[slot];
-        worker.heard = now;
-        worker.lost = false;
+        worker.last_seen = now;
+        worker.timed_out = false;
         if is_worker && worker.presence == Presence::Client {
-            worker.presence = Presence::Worker;
+            worker.presence = Presence::Unconfirmed;
         }
-        worker.count(&event.name_of_type);
+        worker.count(&event.event_type);
         if event.kind.is_task() {
-            worker.mute = None;
+            worker.task_event_baseline = None;
         }
-        Sender::Known(slot)
+        Source::Known(slot)
     }
 
     fn add_worker(&mut self, hostname: &str, now: Duration) -> Option<usize> {
         if self.workers.is_full() {
-            let victim = self.workers.victim()?;
-            self.remove_worker(victim);
+            let candidate = self.workers.eviction_candidate()?;
+            self.remove_worker(candidate);
         }
-        let row = self.series.add_worker(&cut(hostname));
-        Some(self.workers.add(hostname, row, now))
+        let key = self.series.add_worker(&truncate_label(hostname));
+        Some(self.workers.add(hostname, key, now))
     }
 
     fn remove_worker(&mut self, slot: usize) {
         let worker = self.workers.remove(slot);
         let Self { series, names, .. } = self;
-        series.remove_worker(worker.row, |name| names.release(NameId(name)));
+        series.remove_worker(worker.key, |name| names.release(NameId(name)));
     }
 
-    /// The slot of a task; a new one may cost the oldest finished one its place.
-    fn task(&mut self, uuid: &str) -> u32 {
-        let id = TaskId::of(uuid);
+    /// The slot of a task. Adding a new task to a full table evicts another one.
+    fn task_slot(&mut self, uuid: &str) -> u32 {
+        let id = TaskId::new(uuid);
         if let Some(slot) = self.tasks.find(&id) {
-            self.tasks.marks.mark(slot);
+            self.tasks.dirty.mark(slot);
             return slot;
         }
-        let (slot, gone) = self.tasks.add(id, self.tasks.victim());
-        self.tasks.marks.mark(slot);
-        if let Some(gone) = gone {
-            self.forget_task(&gone);
+        let (slot, evicted) = self.tasks.add(id, self.tasks.eviction_candidate());
+        self.tasks.dirty.mark(slot);
+        if let Some(evicted) = evicted {
+            self.forget_task(&evicted);
         }
         slot
     }
 
     fn forget_task(&mut self, task: &Task) {
-        self.drop_entry(task.entry);
-        self.close_run(task.run);
+        self.release_entry(task.entry);
+        self.finish_run(task.run);
         self.names.release(task.name);
     }
 
-    /// Name, eta and retries of a task, as far as the event tells them. `name: null` tells no name.
-    fn learn_task(&mut self, slot: u32, event: &Event) {
+    /// Updates name, eta and retries with the values in the event. A missing name, or `name: null`, keeps the known
+    /// name.
+    fn update_task(&mut self, slot: u32, event: &Event) {
         let task = self.tasks.get_mut(slot);
         if let Some(name) = &event.name
             && self.names.text(task.name) != &**name
         {
-            let forgotten = std::mem::replace(&mut task.name, self.names.hold_text(name));
-            self.names.release(forgotten);
+            let replaced = std::mem::replace(&mut task.name, self.names.intern(name));
+            self.names.release(replaced);
         }
         match &event.eta {
             Eta::Absent => {}
             Eta::None => task.eta = None,
-            Eta::At(eta) => task.eta = Some(Box::new(cut(eta).into())),
+            Eta::At(eta) => task.eta = Some(Box::new(truncate_label(eta).into())),
         }
         task.retries = event.retries.unwrap_or(task.retries);
     }
 
-    /// The pair an event is counted under: the event's own name, else the remembered one.
-    fn pair(&mut self, sender: Sender, slot: u32, event: &Event) -> PairId {
-        let row = match sender {
-            Sender::Known(worker) => self.workers[worker].row,
-            Sender::Other => self.other_row(),
+    /// The label set that an event is counted under. The task is the name in the event, or else the known name.
+    fn series_key(&mut self, source: Source, slot: u32, event: &Event) -> SeriesKey {
+        let worker = match source {
+            Source::Known(worker) => self.workers[worker].key,
+            Source::Other => self.other_worker(),
         };
-        let remembered = self.tasks.get(slot).name;
-        // All but user-defined events have just taught their name.
-        let foreign = match &event.name {
-            Some(name) if event.kind == EventKind::TaskCustom => Some(self.names.hold_text(name)),
+        let known = self.tasks.get(slot).name;
+        // `update_task` has already stored the name of every event that is not user-defined.
+        let custom = match &event.name {
+            Some(name) if event.kind == EventKind::TaskCustom => Some(self.names.intern(name)),
             _ => None,
         };
-        let name = foreign.unwrap_or(remembered);
-        let pair = self.pair_of(row, name);
-        if let Some(name) = foreign {
+        let key = self.ensure_task_series(worker, custom.unwrap_or(known));
+        if let Some(name) = custom {
             self.names.release(name);
         }
-        pair
+        key
     }
 
-    fn pair_of(&mut self, row: WorkerRow, name: NameId) -> PairId {
+    fn ensure_task_series(&mut self, worker: WorkerKey, name: NameId) -> SeriesKey {
         let Self { series, names, .. } = self;
-        if let Some(pair) = series.find_pair(row, name.0) {
-            return pair;
+        if let Some(key) = series.find_task_series(worker, name.0) {
+            return key;
         }
-        let (pair, held) = series.add_pair(row, TaskLabel { id: name.0, text: names.text(name) });
-        if held {
-            names.hold(name);
+        let (key, retains_name) = series.add_task_series(worker, TaskName { id: name.0, text: names.text(name) });
+        if retains_name {
+            names.retain(name);
         }
-        pair
+        key
     }
 
-    fn other_row(&mut self) -> WorkerRow {
+    fn other_worker(&mut self) -> WorkerKey {
         *self.other.get_or_insert_with(|| self.series.add_worker(OTHER))
     }
 
     fn warn_full(&mut self) {
-        if !std::mem::replace(&mut self.said_full, true) {
-            tracing::warn!("the hostnames reached state.max_workers: new ones are recorded under worker {OTHER}");
+        if !std::mem::replace(&mut self.warned_full, true) {
+            tracing::warn!(
+                max_workers = self.workers.max,
+                "state.max_workers reached; new hostnames are counted under worker {OTHER}"
+            );
         }
     }
 
     fn apply_worker(&mut self, event: &Event, now: Duration) {
-        let Sender::Known(slot) = self.sender(event, true, now) else { return };
+        let Source::Known(slot) = self.source(event, true, now) else { return };
         let worker = &mut self.workers[slot];
-        let row = worker.row;
-        let fallen = matches!((worker.processed, event.processed), (Some(before), Some(after)) if after < before);
-        let restarted = event.kind == EventKind::WorkerOnline || fallen;
-        worker.learn(event);
+        let key = worker.key;
+        let decreased = matches!((worker.processed, event.processed), (Some(before), Some(after)) if after < before);
+        let restarted = event.kind == EventKind::WorkerOnline || decreased;
+        worker.update(event);
         let active = event.active.filter(|active| *active >= 0.0);
         match event.kind {
             EventKind::WorkerOnline | EventKind::WorkerHeartbeat => {
                 worker.presence = Presence::Online;
-                self.series.set_online(row, true);
+                self.series.set_online(key, true);
                 if restarted {
-                    self.empty_set(slot);
-                    self.series.zero_prefetch_times(row);
+                    self.clear_prefetched(slot);
+                    self.series.reset_prefetch_times(key);
                 }
             }
             EventKind::WorkerOffline => {
-                self.workers.leave(slot);
-                self.series.say_goodbye(row, active);
-                self.empty_set(slot);
+                self.workers.mark_offline(slot);
+                self.series.set_worker_offline(key, active);
+                self.clear_prefetched(slot);
             }
             _ => {}
         }
         if let (EventKind::WorkerHeartbeat, Some(active)) = (event.kind, active) {
-            self.series.set_executing(row, active);
-            if active == 0.0 && std::mem::take(&mut self.workers[slot].doubtful) {
-                // What ran before the gap has ended in it.
-                self.series.zero_prefetch_times(row);
+            self.series.set_executing(key, active);
+            if active == 0.0 && std::mem::take(&mut self.workers[slot].stale_after_gap) {
+                // Every task that was running before the gap has finished, but its final event is missing.
+                self.series.reset_prefetch_times(key);
             }
-            self.watch_mute(slot, now);
+            self.track_missing_task_events(slot, now);
         }
     }
 
-    /// Remembers since when a worker's `processed` rises without a task event.
-    fn watch_mute(&mut self, slot: usize, now: Duration) {
+    /// Resets the baseline at a heartbeat, unless `processed` has risen since the baseline without a task event.
+    fn track_missing_task_events(&mut self, slot: usize, now: Duration) {
         let worker = &mut self.workers[slot];
-        let rising = matches!((&worker.mute, worker.processed), (Some(mute), Some(now)) if now > mute.processed);
-        if !rising {
-            worker.mute = worker.processed.map(|processed| Mute { since: now, processed });
+        if worker.task_events_missing_since().is_none() {
+            worker.task_event_baseline = worker.processed.map(|processed| TaskEventBaseline { since: now, processed });
         }
     }
 
-    /// The hostnames of the workers that have processed tasks for a minute without sending an event of one.
+    /// The hostnames of workers that have processed tasks for a minute without sending a task event.
     #[must_use]
-    pub fn mute_workers(&self, now: Duration) -> Vec<String> {
-        let is_mute = |worker: &&workers::Worker| {
-            matches!((&worker.mute, worker.processed), (Some(mute), Some(processed))
-                if processed > mute.processed && now.saturating_sub(mute.since) >= MUTE_AFTER)
-        };
-        self.workers.iter().filter(is_mute).map(|worker| worker.hostname.to_string()).collect()
+    pub fn workers_without_task_events(&self, now: Duration) -> Vec<String> {
+        let is_overdue = |since| now.saturating_sub(since) >= NO_TASK_EVENTS_WARNING_DELAY;
+        let sends_none = |worker: &&Worker| worker.task_events_missing_since().is_some_and(is_overdue);
+        self.workers.iter().filter(sends_none).map(|worker| worker.hostname.to_string()).collect()
     }
 
-    /// Applies the timeouts. To be called a few times a second with the same clock as the events.
-    pub fn sweep(&mut self, timeouts: &Timeouts, now: Duration) {
-        for slot in timeouts.worker_timeout.map_or_else(Vec::new, |timeout| self.workers.silent(timeout, now)) {
-            self.workers.lose(slot);
+    /// Applies the timeouts. Call this several times per second, with the clock that [`State::apply`] uses.
+    pub fn expire(&mut self, timeouts: &Timeouts, now: Duration) {
+        for slot in timeouts.worker_timeout.map_or_else(Vec::new, |timeout| self.workers.timed_out(timeout, now)) {
+            self.workers.mark_timed_out(slot);
             let worker = &self.workers[slot];
             if worker.presence != Presence::Offline {
-                tracing::info!(worker = &*worker.hostname, "nothing heard from a worker for its timeout: offline");
+                tracing::info!(worker = &*worker.hostname, "worker timed out; marked offline");
             }
-            let row = worker.row;
-            self.empty_set(slot);
-            self.series.lose_worker(row);
+            let key = worker.key;
+            self.clear_prefetched(slot);
+            self.series.set_worker_timed_out(key);
         }
-        let old = |age| self.workers.older_than(age, timeouts.worker_timeout, now);
-        for slot in timeouts.purge_offline_workers.map_or_else(Vec::new, old) {
-            tracing::debug!(worker = &*self.workers[slot].hostname, "purged");
+        let purgeable = |age| self.workers.purgeable(age, timeouts.worker_timeout, now);
+        for slot in timeouts.purge_offline_workers.map_or_else(Vec::new, purgeable) {
+            tracing::debug!(worker = &*self.workers[slot].hostname, "worker purged");
             self.remove_worker(slot);
         }
     }
 
-    /// Events are known to be missing: every set of prefetched tasks starts empty.
-    pub fn gap(&mut self) {
-        for slot in self.workers.doubt() {
-            self.empty_set(slot);
+    /// Records that events are missing. The prefetched tasks of every worker are cleared.
+    pub fn record_gap(&mut self) {
+        for slot in self.workers.mark_stale() {
+            self.clear_prefetched(slot);
         }
     }
 
-    /// All workers, and no clients.
+    /// All workers, without the clients.
     #[must_use]
-    pub fn workers(&self, now: Duration) -> Vec<WorkerView> {
+    pub fn workers(&self, now: Duration) -> Vec<WorkerInfo> {
         self.workers
             .iter()
             .filter(|worker| worker.presence != Presence::Client)
-            .map(|worker| WorkerView::of(worker, now))
+            .map(|worker| WorkerInfo::new(worker, now))
             .collect()
     }
 
-    /// One task by its id.
+    /// The task with this id.
     #[must_use]
-    pub fn find_task(&self, uuid: &str) -> Option<TaskView> {
-        self.tasks.find(&TaskId::of(uuid)).map(|slot| self.view(self.tasks.get(slot)))
+    pub fn find_task(&self, uuid: &str) -> Option<TaskInfo> {
+        self.tasks.find(&TaskId::new(uuid)).map(|slot| self.task_info(self.tasks.get(slot)))
     }
 
-    /// The tasks from place `start` on, at most `count`: for reading all of them in slices. In no particular order; a
-    /// task that comes or goes between two slices is in them or not.
+    /// At most `count` tasks from index `start`, in no particular order. Callers read all tasks in several calls; a
+    /// task that is added or evicted between two calls may or may not be included.
     #[must_use]
-    pub fn tasks(&self, start: usize, count: usize) -> Vec<TaskView> {
-        self.tasks.iter_from(start).take(count).map(|task| self.view(task)).collect()
+    pub fn tasks(&self, start: usize, count: usize) -> Vec<TaskInfo> {
+        self.tasks.iter_from(start).take(count).map(|task| self.task_info(task)).collect()
     }
 
-    fn view(&self, task: &Task) -> TaskView {
+    fn task_info(&self, task: &Task) -> TaskInfo {
         let worker = self.workers.by_id(task.worker).map(|worker| &*worker.hostname);
-        TaskView::of(task, self.names.text(task.name), worker)
+        TaskInfo::new(task, self.names.text(task.name), worker)
     }
 }
 

@@ -1,32 +1,33 @@
-//! The tasks held in memory, at most `state.max_tasks`: finished ones give way first, the oldest first.
+//! The tracked tasks, at most `state.max_tasks`. Finished ones are evicted first, in the order in which they finished.
 
 use std::hash::{BuildHasher, Hash};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use foldhash::fast::RandomState;
 use hashbrown::HashTable;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+use xxhash_rust::xxh3::xxh3_64;
 
-use super::names::NameId;
+use super::interner::NameId;
 use super::workers::WorkerId;
-use crate::marks::Marks;
-use crate::metrics::PairId;
+use crate::celery::event::system_time;
+use crate::metrics::{DirtySet, SeriesKey};
 
-/// A task's id: 16 bytes for a UUID as Celery writes it, the text itself otherwise.
+/// A task id: 16 bytes if it is a UUID in Celery's notation, or else the text itself.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) enum TaskId {
     Uuid([u8; 16]),
     Text(Box<str>),
 }
 
-/// Bytes of an id that is no UUID; of a longer one the beginning and a hash are kept, of the same length together, so
-/// that it can be asked for by what is kept of it.
+/// Maximum bytes of an id that is not a UUID. A longer id is replaced with its prefix and a hash. The result is not
+/// longer than this limit, so the stored id is also found when it is looked up itself.
 const MAX_TEXT_ID: usize = 256;
-const MAX_BEGINNING: usize = MAX_TEXT_ID - "…".len() - 16;
+const MAX_TEXT_PREFIX: usize = MAX_TEXT_ID - "…".len() - 16;
 
 impl TaskId {
-    pub(super) fn of(text: &str) -> Self {
+    pub(super) fn new(text: &str) -> Self {
         if let Ok(uuid) = Uuid::try_parse(text)
             && text.len() == 36
             && !text.bytes().any(|byte| byte.is_ascii_uppercase())
@@ -36,8 +37,8 @@ impl TaskId {
         if text.len() <= MAX_TEXT_ID {
             return Self::Text(text.into());
         }
-        let hash = foldhash::quality::FixedState::default().hash_one(text);
-        Self::Text(format!("{}…{hash:016x}", &text[..text.floor_char_boundary(MAX_BEGINNING)]).into())
+        let hash = xxh3_64(text.as_bytes());
+        Self::Text(format!("{}…{hash:016x}", &text[..text.floor_char_boundary(MAX_TEXT_PREFIX)]).into())
     }
 }
 
@@ -50,9 +51,10 @@ impl std::fmt::Display for TaskId {
     }
 }
 
-/// Where a task is, by the events seen (`celery.states`, in the order of their precedence).
+/// The state of a task by its events (`celery.states`, from the lowest precedence to the highest, and Flower's events).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "Celery's own names")]
+#[allow(missing_docs, reason = "named after the event types")]
+#[non_exhaustive]
 pub enum TaskState {
     Pending,
     Retried,
@@ -66,61 +68,62 @@ pub enum TaskState {
 }
 
 impl TaskState {
-    /// Whether nothing more is expected to come.
+    /// Whether no further event is expected.
     #[must_use]
     pub const fn is_finished(self) -> bool {
         !matches!(self, Self::Pending | Self::Retried | Self::Received | Self::Started)
     }
 
-    /// The state after an event: late news of an earlier state does not count, except around a retry.
-    pub(super) fn after(self, told: Self) -> Self {
-        if told == Self::Retried || self == Self::Retried || told > self { told } else { self }
+    /// The state after an event with the state `next`, which replaces this one if it has higher precedence, or if
+    /// either one is `Retried`.
+    pub(super) fn after(self, next: Self) -> Self {
+        if next == Self::Retried || self == Self::Retried || next > self { next } else { self }
     }
 }
 
 /// A task prefetched by a worker and not yet started.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Entry {
+pub(super) struct PrefetchEntry {
     pub(super) worker: WorkerId,
     pub(super) epoch: u32,
-    /// The pair it was counted under.
-    pub(super) pair: PairId,
+    /// The label set it was counted under.
+    pub(super) key: SeriesKey,
 }
 
-/// A task that runs.
+/// The current run of a task.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Run {
+pub(super) struct RunningTask {
     pub(super) worker: WorkerId,
-    /// The pair whose prefetch time it set.
-    pub(super) pair: Option<PairId>,
+    /// The label set whose prefetch time it set.
+    pub(super) key: Option<SeriesKey>,
 }
 
-/// What is remembered of a task, in 136 bytes: there may be a million. Times are Unix seconds by the sender's clock, 0
-/// for none.
+/// A tracked task, 136 bytes, because there may be a million. Times are Unix seconds by the sender's clock; 0 means
+/// unknown.
 #[derive(Debug)]
 pub(super) struct Task {
     pub(super) id: TaskId,
     pub(super) name: NameId,
     pub(super) state: TaskState,
     pub(super) retries: u32,
-    /// Few tasks have one: not more than a pointer's room for those that do not.
+    /// Boxed twice, so that a task without an eta, which is the usual case, spends one pointer on it.
     pub(super) eta: Option<Box<Box<str>>>,
     pub(super) worker: WorkerId,
     pub(super) sent: f64,
     pub(super) received: f64,
     pub(super) started: f64,
     pub(super) ended: f64,
-    /// In seconds; below 0 for none.
+    /// In seconds; negative means unknown.
     pub(super) runtime: f64,
-    /// Whose `received` it is.
+    /// The worker that `received` came from.
     pub(super) received_by: WorkerId,
-    pub(super) entry: Option<Entry>,
-    pub(super) run: Option<Run>,
-    /// Who started it last.
+    pub(super) entry: Option<PrefetchEntry>,
+    pub(super) run: Option<RunningTask>,
+    /// The worker that last started it.
     pub(super) started_by: WorkerId,
-    /// An event of it was counted here; otherwise only its name is of use.
-    pub(super) is_ours: bool,
-    /// Grows from task to task as they are put into their lists.
+    /// An event of this task was counted. Otherwise only its metadata is used.
+    pub(super) is_counted: bool,
+    /// Its position in its list. Increases from older to newer.
     pub(super) order: u64,
     older: u32,
     newer: u32,
@@ -147,31 +150,32 @@ impl Task {
             entry: None,
             run: None,
             started_by: WorkerId::NONE,
-            is_ours: false,
+            is_counted: false,
             order: 0,
-            older: NOBODY,
-            newer: NOBODY,
+            older: NIL,
+            newer: NIL,
             listed_finished: false,
         }
     }
 
-    fn belongs_to_finished(&self) -> bool {
-        self.state.is_finished() || !self.is_ours
+    fn belongs_in_finished(&self) -> bool {
+        self.state.is_finished() || !self.is_counted
     }
 }
 
-const NOBODY: u32 = u32::MAX;
+const NIL: u32 = u32::MAX;
 const CHUNK: usize = 1024;
 const SHARDS: usize = 64;
 
-/// Two ends of a list of tasks, oldest to newest.
+/// The ends of a linked list of tasks.
 #[derive(Clone, Copy, Debug)]
 struct Ends {
     oldest: u32,
     newest: u32,
 }
 
-/// The table of tasks. It grows in chunks and its index in shards, so that no event waits for a million others.
+/// The table of tasks. It grows in chunks and its index in shards, so that no single event pays for moving a million
+/// tasks.
 #[derive(Debug)]
 pub(super) struct Tasks {
     chunks: Vec<Vec<Task>>,
@@ -183,12 +187,12 @@ pub(super) struct Tasks {
     max: usize,
     next_order: u64,
     /// Slots that changed since the last save.
-    pub(super) marks: Marks,
+    pub(super) dirty: DirtySet,
 }
 
 impl Tasks {
     pub(super) fn new(max: usize) -> Self {
-        let empty = Ends { oldest: NOBODY, newest: NOBODY };
+        let empty = Ends { oldest: NIL, newest: NIL };
         Self {
             chunks: Vec::new(),
             index: std::iter::repeat_with(HashTable::new).take(SHARDS).collect(),
@@ -198,7 +202,7 @@ impl Tasks {
             len: 0,
             max,
             next_order: 0,
-            marks: Marks::default(),
+            dirty: DirtySet::default(),
         }
     }
 
@@ -211,57 +215,57 @@ impl Tasks {
         self.index[shard(hash)].find(hash, |slot| self.get(*slot).id == *id).copied()
     }
 
-    /// The task that has to go before another can be added.
-    pub(super) fn victim(&self) -> Option<u32> {
+    /// The slot to evict before another task can be added, if the table is full.
+    pub(super) fn eviction_candidate(&self) -> Option<u32> {
         if self.len < self.max {
             return None;
         }
-        [self.finished.oldest, self.unfinished.oldest].into_iter().find(|slot| *slot != NOBODY)
+        [self.finished.oldest, self.unfinished.oldest].into_iter().find(|slot| *slot != NIL)
     }
 
-    /// Adds a task in the place of `victim`, or in a new one. Returns its slot and the task that went.
-    pub(super) fn add(&mut self, id: TaskId, victim: Option<u32>) -> (u32, Option<Task>) {
+    /// Adds a task in the slot of `eviction_candidate`, or in a new slot. Returns the slot and the evicted task.
+    pub(super) fn add(&mut self, id: TaskId, eviction_candidate: Option<u32>) -> (u32, Option<Task>) {
         let task = Task::new(id);
-        let (slot, gone) = match victim {
+        let (slot, evicted) = match eviction_candidate {
             Some(slot) => {
                 self.unlink(slot);
-                self.forget(slot);
+                self.index_remove(slot);
                 (slot, Some(std::mem::replace(self.get_mut(slot), task)))
             }
             None => (self.push(task), None),
         };
-        self.enter(slot);
+        self.index_insert(slot);
         self.link(slot, false);
-        (slot, gone)
+        (slot, evicted)
     }
 
-    /// Takes in a task that was saved; [`Tasks::restored`] has to follow the last one.
+    /// Adds a saved task without linking it. Call [`Tasks::finish_restore`] after the last one.
     pub(super) fn restore(&mut self, task: Task) -> u32 {
         let slot = self.push(task);
-        self.enter(slot);
+        self.index_insert(slot);
         slot
     }
 
-    /// Puts the tasks that were restored into their lists, in their old order. Returns those beyond the
-    /// bound, which are gone, in which case the slots of the others are new ones.
-    pub(super) fn restored(&mut self) -> Vec<Task> {
-        let mut order: Vec<u32> = (0..number(self.len)).collect();
+    /// Links the restored tasks into their lists, in the saved order. Returns the tasks that exceed the limit; if there
+    /// are any, the others have moved to new slots.
+    pub(super) fn finish_restore(&mut self) -> Vec<Task> {
+        let mut order: Vec<u32> = (0..to_u32(self.len)).collect();
         let excess = self.len.saturating_sub(self.max);
-        // Where some have to go, those that would go first.
+        // Over the limit, the tasks that would be evicted first come first.
         order.sort_unstable_by_key(|slot| {
             let task = self.get(*slot);
-            (excess > 0 && !task.belongs_to_finished(), task.order)
+            (excess > 0 && !task.belongs_in_finished(), task.order)
         });
         if excess > 0 {
             let mut all: Vec<_> = std::mem::take(&mut self.chunks).into_iter().flatten().map(Some).collect();
             let mut in_order = order.iter().filter_map(|slot| all[*slot as usize].take());
-            let gone = in_order.by_ref().take(excess).collect();
-            *self = Self { marks: std::mem::take(&mut self.marks), ..Self::new(self.max) };
+            let evicted = in_order.by_ref().take(excess).collect();
+            *self = Self { dirty: std::mem::take(&mut self.dirty), ..Self::new(self.max) };
             for task in in_order {
                 let slot = self.restore(task);
                 self.link_by_state(slot);
             }
-            return gone;
+            return evicted;
         }
         for slot in order {
             self.link_by_state(slot);
@@ -269,23 +273,23 @@ impl Tasks {
         Vec::new()
     }
 
-    pub(super) fn mark_all(&mut self) {
-        let Self { marks, len, .. } = self;
-        (0..number(*len)).for_each(|slot| marks.mark(slot));
+    pub(super) fn mark_all_dirty(&mut self) {
+        let Self { dirty, len, .. } = self;
+        (0..to_u32(*len)).for_each(|slot| dirty.mark(slot));
     }
 
     fn link_by_state(&mut self, slot: u32) {
         let task = self.get(slot);
-        let (order, finished) = (task.order, task.belongs_to_finished());
+        let (order, finished) = (task.order, task.belongs_in_finished());
         self.link(slot, finished);
         self.get_mut(slot).order = order;
         self.next_order = self.next_order.max(order.saturating_add(1));
     }
 
-    fn enter(&mut self, slot: u32) {
+    fn index_insert(&mut self, slot: u32) {
         let Self { index, chunks, hasher, .. } = self;
-        let hash = hasher.hash_one(&place(chunks, slot).id);
-        index[shard(hash)].insert_unique(hash, slot, |slot| hasher.hash_one(&place(chunks, *slot).id));
+        let hash = hasher.hash_one(&task_at(chunks, slot).id);
+        index[shard(hash)].insert_unique(hash, slot, |slot| hasher.hash_one(&task_at(chunks, *slot).id));
     }
 
     fn push(&mut self, task: Task) -> u32 {
@@ -296,10 +300,10 @@ impl Tasks {
             chunk.push(task);
         }
         self.len += 1;
-        number(self.len - 1)
+        to_u32(self.len - 1)
     }
 
-    fn forget(&mut self, slot: u32) {
+    fn index_remove(&mut self, slot: u32) {
         let hash = self.hasher.hash_one(&self.get(slot).id);
         if let Ok(entry) = self.index[shard(hash)].find_entry(hash, |known| *known == slot) {
             entry.remove();
@@ -307,17 +311,17 @@ impl Tasks {
     }
 
     pub(super) fn get(&self, slot: u32) -> &Task {
-        place(&self.chunks, slot)
+        task_at(&self.chunks, slot)
     }
 
     pub(super) fn get_mut(&mut self, slot: u32) -> &mut Task {
         &mut self.chunks[slot as usize / CHUNK][slot as usize % CHUNK]
     }
 
-    /// Moves a task to the list of its state, where it is the newest.
-    pub(super) fn relist(&mut self, slot: u32) {
+    /// Moves a task to the newest end of the list for its state, unless it is in that list.
+    pub(super) fn move_to_list(&mut self, slot: u32) {
         let task = self.get(slot);
-        let finished = task.belongs_to_finished();
+        let finished = task.belongs_in_finished();
         if finished != task.listed_finished {
             self.unlink(slot);
             self.link(slot, finished);
@@ -329,14 +333,14 @@ impl Tasks {
         let order = self.next_order;
         self.next_order = self.next_order.saturating_add(1);
         let task = self.get_mut(slot);
-        (task.older, task.newer, task.listed_finished) = (before, NOBODY, finished);
+        (task.older, task.newer, task.listed_finished) = (before, NIL, finished);
         task.order = order;
-        if before != NOBODY {
+        if before != NIL {
             self.get_mut(before).newer = slot;
         }
         let ends = self.ends(finished);
         ends.newest = slot;
-        if before == NOBODY {
+        if before == NIL {
             ends.oldest = slot;
         }
     }
@@ -344,12 +348,12 @@ impl Tasks {
     fn unlink(&mut self, slot: u32) {
         let task = self.get(slot);
         let (older, newer, finished) = (task.older, task.newer, task.listed_finished);
-        if older == NOBODY {
+        if older == NIL {
             self.ends(finished).oldest = newer;
         } else {
             self.get_mut(older).newer = newer;
         }
-        if newer == NOBODY {
+        if newer == NIL {
             self.ends(finished).newest = older;
         } else {
             self.get_mut(newer).older = older;
@@ -360,59 +364,59 @@ impl Tasks {
         if finished { &mut self.finished } else { &mut self.unfinished }
     }
 
-    /// The tasks in the slots from `start` on, in no particular order.
+    /// The tasks from slot `start`, in no particular order.
     pub(super) fn iter_from(&self, start: usize) -> impl Iterator<Item = &Task> {
         (start..self.len).map(|slot| &self.chunks[slot / CHUNK][slot % CHUNK])
     }
 }
 
 #[allow(clippy::cast_possible_truncation, reason = "at most 100 million tasks")]
-fn number(slot: usize) -> u32 {
+fn to_u32(slot: usize) -> u32 {
     slot as u32
 }
 
-fn place(chunks: &[Vec<Task>], slot: u32) -> &Task {
+fn task_at(chunks: &[Vec<Task>], slot: u32) -> &Task {
     &chunks[slot as usize / CHUNK][slot as usize % CHUNK]
 }
 
-/// The upper bits choose the shard: the table within it uses the lower ones.
+/// Selects the shard by bits that the table within the shard does not use for its buckets.
 fn shard(hash: u64) -> usize {
     #[allow(clippy::cast_possible_truncation, reason = "six bits")]
     let shard = (hash >> 40) as usize % SHARDS;
     shard
 }
 
-/// A task as a program that embeds the exporter reads it. Times are Unix seconds by the sender's clock.
+/// A task as the embedding program sees it. Times are by the sender's clock.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
-pub struct TaskView {
-    /// The id, a UUID unless the user chose another.
+pub struct TaskInfo {
+    /// The id: a UUID, unless the application set another.
     pub uuid: String,
-    /// The name; empty where no event has told it.
+    /// The name; empty if no event contained it.
     pub name: String,
-    /// Where it is.
+    /// The state by its events.
     pub state: TaskState,
-    /// Hostname of the worker that last sent an event of it, while that is known.
+    /// Hostname of the worker that last sent an event of this task, if the worker is still tracked.
     pub worker: Option<String>,
     /// When the client sent it.
-    pub sent: Option<f64>,
+    pub sent: Option<SystemTime>,
     /// When a worker last received it.
-    pub received: Option<f64>,
+    pub received: Option<SystemTime>,
     /// When a worker last started it.
-    pub started: Option<f64>,
-    /// When it last ended, in whatever way.
-    pub ended: Option<f64>,
-    /// How long it ran, if it succeeded.
+    pub started: Option<SystemTime>,
+    /// When it last ended, in any final state or for a retry.
+    pub ended: Option<SystemTime>,
+    /// The runtime that its last `task-succeeded` reported.
     pub runtime: Option<Duration>,
-    /// How often it was retried, by the last event that told.
+    /// Number of retries, by the last event that contained it.
     pub retries: u32,
-    /// When it is to run, as Celery wrote it (ISO 8601).
+    /// The earliest time to run it, as Celery wrote it (ISO 8601).
     pub eta: Option<String>,
 }
 
-impl TaskView {
-    pub(super) fn of(task: &Task, name: &str, worker: Option<&str>) -> Self {
-        let known = |time: f64| (time != 0.0).then_some(time);
+impl TaskInfo {
+    pub(super) fn new(task: &Task, name: &str, worker: Option<&str>) -> Self {
+        let known = |time: f64| Some(time).filter(|time| *time != 0.0).and_then(system_time);
         Self {
             uuid: task.id.to_string(),
             name: name.to_owned(),

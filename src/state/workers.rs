@@ -8,11 +8,10 @@ use hashbrown::{HashMap, HashTable};
 use serde::{Deserialize, Serialize};
 use slab::Slab;
 
-use crate::celery::{Event, EventKind, cut};
-use crate::marks::Marks;
-use crate::metrics::{MAX_TYPES, WorkerRow};
+use crate::celery::{Event, EventKind, truncate_label};
+use crate::metrics::{DirtySet, MAX_EVENT_TYPES, WorkerKey};
 
-/// A worker that is or was known. Never used twice: one that comes back after its purge is another.
+/// Identifies a worker that is or was tracked. A worker that returns after its purge gets a new id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct WorkerId(u32);
 
@@ -20,83 +19,84 @@ impl WorkerId {
     /// No worker.
     pub const NONE: Self = Self(0);
 
-    /// Whether it was given out, if `next` is the next one.
-    pub(super) fn is_before(self, next: u32) -> bool {
+    /// Whether this id was issued, given that `next` is the next one.
+    pub(super) fn was_issued_before(self, next: u32) -> bool {
         self != Self::NONE && self.0 < next
     }
 }
 
-/// How long a worker's word is kept for: 24 hours between two heartbeats are as good as never.
+/// Cap on a worker's heartbeat interval, in seconds (24 hours). It bounds the timeout that the interval extends.
 const MAX_FREQ: f64 = 86_400.0;
 
-/// What a hostname has said of itself.
+/// What a hostname's events show about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Presence {
-    /// Only `task-sent` came from it.
+    /// It has only sent `task-sent`.
     Client,
-    /// Task events came from it, and no word of itself, or it was lost since.
-    Worker,
-    /// `worker-online` or a heartbeat.
+    /// It has sent task events, but neither `worker-online` nor a heartbeat, or it was online and has timed out since.
+    Unconfirmed,
+    /// It has sent `worker-online` or a heartbeat.
     Online,
-    /// `worker-offline`: its set stays empty until it is heard online again.
+    /// It has sent `worker-offline`. It holds no prefetch entries until it is online again.
     Offline,
 }
 
-/// The last heartbeat before `processed` rose, without a task event since.
+/// The baseline for detecting a worker that processes tasks without sending task events: the last heartbeat before
+/// `processed` rose.
 #[derive(Clone, Copy, Debug)]
-pub struct Mute {
-    /// When it came in.
+pub struct TaskEventBaseline {
+    /// When the heartbeat arrived.
     pub since: Duration,
-    /// What it said.
+    /// Its `processed`.
     pub processed: f64,
 }
 
-/// One hostname.
+/// A worker or client.
 #[derive(Debug)]
 pub struct Worker {
-    /// Who it is.
+    /// Identifies the worker in task records.
     pub id: WorkerId,
-    /// Its label, at most 256 bytes and `…`.
+    /// The value of the worker label: at most 256 bytes, plus `…` if it was truncated.
     pub hostname: Box<str>,
-    /// Its row in the series.
-    pub row: WorkerRow,
-    /// When any event of it came in last, by the clock that runs while we listen.
-    pub heard: Duration,
-    /// What it has said of itself.
+    /// Its key in the series.
+    pub key: WorkerKey,
+    /// When its last event of any type arrived, by the clock that runs only while the exporter is subscribed.
+    pub last_seen: Duration,
+    /// What its events show about it.
     pub presence: Presence,
-    /// Nothing was heard from it for its timeout.
-    pub lost: bool,
-    /// Counts how often its set of prefetched tasks was emptied: entries of an earlier epoch are gone.
+    /// No event has arrived within its timeout.
+    pub timed_out: bool,
+    /// Incremented each time its prefetched tasks are cleared. Entries of an earlier epoch no longer count.
     pub epoch: u32,
-    /// Tasks it executes, by its last word.
+    /// The last reported number of tasks it executes.
     pub active: Option<f64>,
-    /// Tasks accepted since its start, by its last word.
+    /// The last reported number of tasks accepted since it started.
     pub processed: Option<f64>,
     /// Seconds between its periodic heartbeats.
     pub freq: Option<f64>,
-    /// Its machine's load average.
+    /// The load average of its host over 1, 5 and 15 minutes.
     pub loadavg: Option<[f64; 3]>,
     /// `sw_ident`, `sw_ver`, `sw_sys`.
     pub software: [Option<Box<str>>; 3],
-    /// Events by type.
+    /// Event counts by type.
     pub events: Vec<(Box<str>, u64)>,
-    /// Its heartbeats since its last task event.
-    pub mute: Option<Mute>,
-    /// Its set may hold entries of this epoch.
-    pub(super) holds: bool,
-    /// Events were missing since it last said that it executes nothing.
-    pub(super) doubtful: bool,
+    /// The baseline since its last task event.
+    pub task_event_baseline: Option<TaskEventBaseline>,
+    /// Tasks may hold prefetch entries of the current epoch.
+    pub(super) may_hold_prefetched: bool,
+    /// Events have been missed since it last reported that it executes nothing.
+    pub(super) stale_after_gap: bool,
 }
 
 impl Worker {
-    pub(super) fn new(id: WorkerId, hostname: &str, row: WorkerRow, now: Duration) -> Self {
+    pub(super) fn new(id: WorkerId, hostname: &str, key: WorkerKey, now: Duration) -> Self {
         Self {
             id,
             hostname: hostname.into(),
-            row,
-            heard: now,
+            key,
+            last_seen: now,
             presence: Presence::Client,
-            lost: false,
+            timed_out: false,
             epoch: 0,
             active: None,
             processed: None,
@@ -104,242 +104,256 @@ impl Worker {
             loadavg: None,
             software: [const { None }; 3],
             events: Vec::new(),
-            mute: None,
-            holds: false,
-            doubtful: false,
+            task_event_baseline: None,
+            may_hold_prefetched: false,
+            stale_after_gap: false,
         }
     }
 
-    /// Takes over what a worker event says, apart from `online`.
-    pub(super) fn learn(&mut self, event: &Event) {
+    /// Updates the fields that a worker event reports, except for the presence.
+    pub(super) fn update(&mut self, event: &Event) {
         if event.kind != EventKind::WorkerOffline {
-            // The answer to a `heartbeat` broadcast has a `freq` that is not the worker's own, and neither of these two.
-            let periodic = event.active.is_some() || event.processed.is_some();
-            if let Some(freq) = event.freq.filter(|freq| periodic && *freq > 0.0) {
-                self.freq = Some(Self::bounded_freq(freq));
+            // A reply to a `heartbeat` broadcast carries a default `freq` instead of the worker's own. Such a reply has
+            // neither `active` nor `processed`.
+            let is_periodic = event.active.is_some() || event.processed.is_some();
+            if let Some(freq) = event.freq.filter(|freq| is_periodic && *freq > 0.0) {
+                self.freq = Some(Self::cap_freq(freq));
             }
             self.processed = event.processed.or(self.processed);
         }
         self.active = event.active.or(self.active);
         self.loadavg = event.loadavg.or(self.loadavg);
-        for (known, told) in self.software.iter_mut().zip([&event.sw_ident, &event.sw_ver, &event.sw_sys]) {
-            if let Some(told) = told.as_deref()
-                && known.as_deref() != Some(told)
+        for (known, next) in self.software.iter_mut().zip([&event.sw_ident, &event.sw_ver, &event.sw_sys]) {
+            if let Some(next) = next.as_deref()
+                && known.as_deref() != Some(next)
             {
-                *known = Some(cut(told).into());
+                *known = Some(truncate_label(next).into());
             }
         }
     }
 
-    pub(super) fn bounded_freq(freq: f64) -> f64 {
+    pub(super) fn cap_freq(freq: f64) -> f64 {
         freq.min(MAX_FREQ)
     }
 
-    pub(super) fn count(&mut self, name_of_type: &str) {
-        let name = cut(name_of_type);
+    pub(super) fn count(&mut self, event_type: &str) {
+        let name = truncate_label(event_type);
         if let Some((_, count)) = self.events.iter_mut().find(|(known, _)| **known == *name) {
             *count += 1;
-        } else if self.events.len() < MAX_TYPES {
+        } else if self.events.len() < MAX_EVENT_TYPES {
             self.events.push((name.into(), 1));
         }
     }
 
-    /// How long it may be silent before it counts as lost; `timeout` is `state.worker_timeout`.
-    fn patience(&self, timeout: Duration) -> Duration {
+    /// Since when `processed` has risen without a task event, if it has.
+    pub(super) fn task_events_missing_since(&self) -> Option<Duration> {
+        let (baseline, processed) = self.task_event_baseline.zip(self.processed)?;
+        (processed > baseline.processed).then_some(baseline.since)
+    }
+
+    /// `timeout` (`state.worker_timeout`), or three of the worker's own heartbeat intervals if that is longer.
+    fn effective_timeout(&self, timeout: Duration) -> Duration {
         self.freq.map_or(timeout, |freq| timeout.max(Duration::from_secs_f64(freq * 3.0)))
     }
 
-    /// Who gives way first when room is needed: clients, then lost and offline workers; live workers do not.
-    fn dispensable(&self) -> Option<u8> {
+    /// The order of eviction: clients first, then workers that are offline or have timed out. Live workers are never
+    /// evicted.
+    fn eviction_class(&self) -> Option<u8> {
         match self.presence {
             Presence::Client => Some(0),
             Presence::Offline => Some(1),
-            _ if self.lost => Some(1),
+            _ if self.timed_out => Some(1),
             _ => None,
         }
     }
 }
 
-/// The table of workers, at most `max` of them.
+/// The table of workers and clients, at most `max` of them.
 #[derive(Debug)]
 pub struct Workers {
     slots: Slab<Worker>,
-    index: HashTable<u32>,
-    slot_of: HashMap<WorkerId, u32, RandomState>,
+    slots_by_hostname: HashTable<u32>,
+    slots_by_id: HashMap<WorkerId, u32, RandomState>,
     hasher: RandomState,
-    last: usize,
+    last_found: usize,
     pub(super) next_id: u32,
-    max: usize,
-    /// Slots to evict next, worst last, all of one kind, as of the last look at all workers.
-    victims: Vec<(u32, WorkerId, u8)>,
-    /// The last look found none, and none has become dispensable since.
-    barren: bool,
+    pub(super) max: usize,
+    /// The workers to evict next, the next one last. Each has the eviction class that it had at the last scan, which
+    /// may have changed since.
+    eviction_candidates: Vec<(u32, WorkerId, u8)>,
+    /// The last scan found no candidate, and no worker has become one since.
+    no_candidates: bool,
     /// Slots that changed since the last save.
-    pub(super) marks: Marks,
+    pub(super) dirty: DirtySet,
 }
 
 impl Workers {
     pub(super) fn new(max: usize) -> Self {
         Self {
             slots: Slab::new(),
-            index: HashTable::new(),
-            slot_of: HashMap::default(),
+            slots_by_hostname: HashTable::new(),
+            slots_by_id: HashMap::default(),
             hasher: RandomState::default(),
-            last: 0,
+            last_found: 0,
             next_id: 1,
             max,
-            victims: Vec::new(),
-            barren: false,
-            marks: Marks::default(),
+            eviction_candidates: Vec::new(),
+            no_candidates: false,
+            dirty: DirtySet::default(),
         }
     }
 
-    /// The slot of a hostname. Batches come from one worker, so the last one found is tried first.
+    /// The slot of a hostname. All events of a batch have the same sender, so the last slot found is tried first.
     #[inline]
     pub(super) fn find(&mut self, hostname: &str) -> Option<usize> {
-        if self.slots.get(self.last).is_some_and(|worker| *worker.hostname == *hostname) {
-            return Some(self.last);
+        if self.slots.get(self.last_found).is_some_and(|worker| *worker.hostname == *hostname) {
+            return Some(self.last_found);
         }
-        let hostname = cut(hostname);
+        let hostname = truncate_label(hostname);
         let hash = self.hasher.hash_one(&*hostname);
-        let slot = *self.index.find(hash, |slot| *self.slots[*slot as usize].hostname == *hostname)?;
-        self.last = slot as usize;
-        Some(self.last)
+        let is_match = |slot: &u32| *self.slots[*slot as usize].hostname == *hostname;
+        let slot = *self.slots_by_hostname.find(hash, is_match)?;
+        self.last_found = slot as usize;
+        Some(self.last_found)
     }
 
-    /// Adds a hostname that [`Workers::find`] does not know. There must be room.
-    pub(super) fn add(&mut self, hostname: &str, row: WorkerRow, now: Duration) -> usize {
+    /// Adds a hostname that [`Workers::find`] does not find. The table must not be full.
+    pub(super) fn add(&mut self, hostname: &str, key: WorkerKey, now: Duration) -> usize {
         let id = WorkerId(self.next_id);
         self.next_id = self.next_id.checked_add(1).unwrap_or(1);
-        // It begins as a client, and those give way first.
-        self.victims.retain(|(.., kind)| *kind == 0);
-        self.insert(Worker::new(id, &cut(hostname), row, now))
+        // The new entry is a client at first, and clients are evicted before all others.
+        self.eviction_candidates.retain(|(.., class)| *class == 0);
+        self.insert(Worker::new(id, &truncate_label(hostname), key, now))
     }
 
-    /// Takes a worker in that is not there yet.
+    /// Inserts a worker whose hostname and id are not in the table.
     pub(super) fn insert(&mut self, worker: Worker) -> usize {
         let (id, hash) = (worker.id, self.hasher.hash_one(&*worker.hostname));
-        self.barren = false;
-        let slot = self.slots.insert(worker);
-        let number = number(slot);
-        self.marks.mark(number);
-        self.index.insert_unique(hash, number, |slot| self.hasher.hash_one(&*self.slots[*slot as usize].hostname));
-        self.slot_of.insert(id, number);
-        slot
+        self.no_candidates = false;
+        let index = self.slots.insert(worker);
+        let slot = to_u32(index);
+        self.dirty.mark(slot);
+        let Self { slots, slots_by_hostname, hasher, .. } = self;
+        slots_by_hostname.insert_unique(hash, slot, |slot| hasher.hash_one(&*slots[*slot as usize].hostname));
+        self.slots_by_id.insert(id, slot);
+        index
     }
 
     pub(super) fn is_full(&self) -> bool {
         self.slots.len() >= self.max
     }
 
-    /// The worker that gives way to a new hostname, if one may: the one silent for longest of the first kind that
-    /// has any.
-    pub(super) fn victim(&mut self) -> Option<usize> {
-        if self.victims.is_empty() && !self.barren {
-            self.look_for_victims();
+    /// The worker to evict for a new hostname, if there is one: the longest inactive one of the first eviction class
+    /// that has any.
+    pub(super) fn eviction_candidate(&mut self) -> Option<usize> {
+        if self.eviction_candidates.is_empty() && !self.no_candidates {
+            self.find_eviction_candidates();
         }
-        while let Some((slot, id, kind)) = self.victims.pop() {
-            let still = self.slots.get(slot as usize);
-            if still.is_some_and(|worker| worker.id == id && worker.dispensable() == Some(kind)) {
+        while let Some((slot, id, class)) = self.eviction_candidates.pop() {
+            let worker = self.slots.get(slot as usize);
+            if worker.is_some_and(|worker| worker.id == id && worker.eviction_class() == Some(class)) {
                 return Some(slot as usize);
             }
         }
         None
     }
 
-    fn look_for_victims(&mut self) {
+    fn find_eviction_candidates(&mut self) {
         let mut ranked: Vec<_> = self
             .slots
             .iter()
-            .filter_map(|(slot, worker)| Some((worker.dispensable()?, worker.heard, slot, worker.id)))
+            .filter_map(|(slot, worker)| Some((worker.eviction_class()?, worker.last_seen, slot, worker.id)))
             .collect();
-        ranked.sort_unstable_by_key(|(kind, heard, ..)| (*kind, *heard));
-        let first = ranked.first().map(|(kind, ..)| *kind);
-        let of_first_kind = ranked.iter().take_while(|(kind, ..)| Some(*kind) == first).take(self.max / 16 + 1);
-        self.victims.extend(of_first_kind.map(|(kind, _, slot, id)| (number(*slot), *id, *kind)));
-        self.victims.reverse();
-        self.barren = self.victims.is_empty();
+        ranked.sort_unstable_by_key(|(class, last_seen, ..)| (*class, *last_seen));
+        let first = ranked.first().map(|(class, ..)| *class);
+        let candidates = ranked.iter().take_while(|(class, ..)| Some(*class) == first).take(self.max / 16 + 1);
+        self.eviction_candidates.extend(candidates.map(|(class, _, slot, id)| (to_u32(*slot), *id, *class)));
+        self.eviction_candidates.reverse();
+        self.no_candidates = self.eviction_candidates.is_empty();
     }
 
-    /// Nothing was heard from it for its timeout.
-    pub(super) fn lose(&mut self, slot: usize) {
+    /// Marks a worker that sent no event within its timeout.
+    pub(super) fn mark_timed_out(&mut self, slot: usize) {
         let worker = &mut self[slot];
-        worker.lost = true;
+        worker.timed_out = true;
         if worker.presence == Presence::Online {
-            worker.presence = Presence::Worker;
+            worker.presence = Presence::Unconfirmed;
         }
-        self.barren = false;
+        self.no_candidates = false;
     }
 
-    /// It said goodbye.
-    pub(super) fn leave(&mut self, slot: usize) {
+    /// Marks a worker that sent `worker-offline`.
+    pub(super) fn mark_offline(&mut self, slot: usize) {
         self[slot].presence = Presence::Offline;
-        self.barren = false;
+        self.no_candidates = false;
     }
 
-    /// Events are missing: nothing is known of what their workers execute. Returns the slots whose sets may hold entries.
-    pub(super) fn doubt(&mut self) -> Vec<usize> {
-        let doubted = self.slots.iter_mut().filter_map(|(slot, worker)| {
-            worker.doubtful = true;
-            // Its task events may be among the missing ones.
-            worker.mute = None;
-            worker.holds.then_some(slot)
+    /// Marks every worker after a gap: the tasks it executes are unknown. Returns the slots of the workers that may
+    /// hold prefetch entries.
+    pub(super) fn mark_stale(&mut self) -> Vec<usize> {
+        let prefetching = self.slots.iter_mut().filter_map(|(slot, worker)| {
+            worker.stale_after_gap = true;
+            // Its task events may have been lost in the gap.
+            worker.task_event_baseline = None;
+            worker.may_hold_prefetched.then_some(slot)
         });
-        doubted.collect()
+        prefetching.collect()
     }
 
-    /// Forgets a worker.
+    /// Removes a worker.
     pub(super) fn remove(&mut self, slot: usize) -> Worker {
-        self.marks.mark(number(slot));
+        self.dirty.mark(to_u32(slot));
         let worker = self.slots.remove(slot);
         let hash = self.hasher.hash_one(&*worker.hostname);
-        if let Ok(entry) = self.index.find_entry(hash, |known| *known as usize == slot) {
+        if let Ok(entry) = self.slots_by_hostname.find_entry(hash, |known| *known as usize == slot) {
             entry.remove();
         }
-        self.slot_of.remove(&worker.id);
+        self.slots_by_id.remove(&worker.id);
         worker
     }
 
-    /// The slots of the workers that were silent for longer than they may, and are not known as lost.
-    pub(super) fn silent(&self, timeout: Duration, now: Duration) -> Vec<usize> {
-        let silent = |worker: &Worker| {
-            !worker.lost
+    /// The slots of the workers that have exceeded their timeout and are not marked as timed out.
+    pub(super) fn timed_out(&self, timeout: Duration, now: Duration) -> Vec<usize> {
+        let is_overdue = |worker: &Worker| {
+            !worker.timed_out
                 && worker.presence != Presence::Client
-                && now.saturating_sub(worker.heard) >= worker.patience(timeout)
+                && now.saturating_sub(worker.last_seen) >= worker.effective_timeout(timeout)
         };
-        self.slots.iter().filter(|(_, worker)| silent(worker)).map(|(slot, _)| slot).collect()
+        self.slots.iter().filter(|(_, worker)| is_overdue(worker)).map(|(slot, _)| slot).collect()
     }
 
-    /// The slots of the hostnames whose last event is `age` ago, but for workers that may be silent for longer.
-    pub(super) fn older_than(&self, age: Duration, timeout: Option<Duration>, now: Duration) -> Vec<usize> {
-        let old = |worker: &Worker| {
-            let granted = timeout.filter(|_| worker.dispensable().is_none()).map(|timeout| worker.patience(timeout));
-            now.saturating_sub(worker.heard) >= age.max(granted.unwrap_or_default())
+    /// The slots of the hostnames whose last event is at least `age` old. A live worker must also have exceeded its
+    /// timeout.
+    pub(super) fn purgeable(&self, age: Duration, timeout: Option<Duration>, now: Duration) -> Vec<usize> {
+        let is_purgeable = |worker: &Worker| {
+            let timeout = timeout.filter(|_| worker.eviction_class().is_none());
+            let timeout = timeout.map(|timeout| worker.effective_timeout(timeout));
+            now.saturating_sub(worker.last_seen) >= age.max(timeout.unwrap_or_default())
         };
-        self.slots.iter().filter(|(_, worker)| old(worker)).map(|(slot, _)| slot).collect()
+        self.slots.iter().filter(|(_, worker)| is_purgeable(worker)).map(|(slot, _)| slot).collect()
     }
 
-    /// A worker by its id, while it is known.
+    /// The worker with this id, if it is still tracked.
     pub(super) fn by_id(&self, id: WorkerId) -> Option<&Worker> {
-        self.slot_of.get(&id).map(|slot| &self.slots[*slot as usize])
+        self.slots_by_id.get(&id).map(|slot| &self.slots[*slot as usize])
     }
 
-    /// All of them.
+    /// All workers and clients.
     pub fn iter(&self) -> impl Iterator<Item = &Worker> {
         self.slots.iter().map(|(_, worker)| worker)
     }
 
-    pub(super) fn mark_all(&mut self) {
-        let Self { slots, marks, .. } = self;
-        slots.iter().for_each(|(slot, _)| marks.mark(number(slot)));
+    pub(super) fn mark_all_dirty(&mut self) {
+        let Self { slots, dirty, .. } = self;
+        slots.iter().for_each(|(slot, _)| dirty.mark(to_u32(slot)));
     }
 
-    /// All of them, with their slots.
+    /// All workers and clients by slot.
     pub(super) fn slots(&self) -> &Slab<Worker> {
         &self.slots
     }
 
-    /// How many hostnames are known.
+    /// Number of tracked hostnames.
     #[must_use]
     pub fn len(&self) -> usize {
         self.slots.len()
@@ -356,46 +370,46 @@ impl std::ops::Index<usize> for Workers {
 
 impl std::ops::IndexMut<usize> for Workers {
     fn index_mut(&mut self, slot: usize) -> &mut Worker {
-        self.marks.mark(number(slot));
+        self.dirty.mark(to_u32(slot));
         &mut self.slots[slot]
     }
 }
 
 #[allow(clippy::cast_possible_truncation, reason = "at most a million workers")]
-fn number(slot: usize) -> u32 {
+fn to_u32(slot: usize) -> u32 {
     slot as u32
 }
 
-/// A worker as a program that embeds the exporter reads it.
+/// A worker as the embedding program sees it.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
-pub struct WorkerView {
+pub struct WorkerInfo {
     /// The node name, for example `celery@host`.
     pub hostname: String,
-    /// Heard online and not lost since: what `flower_worker_online` shows.
+    /// Whether the worker is online: the value of `flower_worker_online`.
     pub online: bool,
-    /// Tasks it executes, by its last word.
+    /// The last reported number of tasks it executes.
     pub active: Option<f64>,
-    /// Tasks accepted since its start, by its last word.
+    /// The last reported number of tasks accepted since it started.
     pub processed: Option<f64>,
-    /// The load average of its machine over 1, 5 and 15 minutes.
+    /// The load average of its host over 1, 5 and 15 minutes.
     pub loadavg: Option<[f64; 3]>,
-    /// Seconds between its periodic heartbeats.
-    pub freq: Option<f64>,
+    /// The time between its periodic heartbeats.
+    pub freq: Option<Duration>,
     /// `sw_ident`: `py-celery`.
     pub sw_ident: Option<String>,
     /// `sw_ver`: Celery's version.
     pub sw_ver: Option<String>,
     /// `sw_sys`: the operating system.
     pub sw_sys: Option<String>,
-    /// How long ago any event of it came in, not counting time we were not listening.
-    pub last_heard: Duration,
-    /// Events by type since it is known; at most 64 types.
+    /// Time since its last event of any type, without the time during which the exporter was not subscribed.
+    pub since_last_event: Duration,
+    /// Event counts by type since the worker was first seen, for at most 64 types.
     pub events: Vec<(String, u64)>,
 }
 
-impl WorkerView {
-    pub(super) fn of(worker: &Worker, now: Duration) -> Self {
+impl WorkerInfo {
+    pub(super) fn new(worker: &Worker, now: Duration) -> Self {
         let [ident, ver, sys] = worker.software.each_ref().map(|text| text.as_deref().map(str::to_owned));
         Self {
             hostname: worker.hostname.to_string(),
@@ -403,11 +417,11 @@ impl WorkerView {
             active: worker.active,
             processed: worker.processed,
             loadavg: worker.loadavg,
-            freq: worker.freq,
+            freq: worker.freq.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
             sw_ident: ident,
             sw_ver: ver,
             sw_sys: sys,
-            last_heard: now.saturating_sub(worker.heard),
+            since_last_event: now.saturating_sub(worker.last_seen),
             events: worker.events.iter().map(|(name, count)| (name.to_string(), *count)).collect(),
         }
     }

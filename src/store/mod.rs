@@ -1,384 +1,289 @@
-//! What survives a restart: a thread that writes what changed to disk, off the event path, and only then lets messages be
-//! acknowledged.
+//! Saves the state, so that it survives a restart. Messages of a named queue are acknowledged after the save.
 //!
-//! The ingest loop hands over one [`Save`] at a time. After one that failed the next has to be whole; until it is on
-//! disk nothing waits for the disk: messages are acknowledged once they are counted, as without a store.
+//! Runs on a separate thread, because it blocks on the disk. The ingest loop submits one [`Save`] at a time. After a
+//! failed save the next one must be full. Until it is on disk, nothing waits for the disk: messages are acknowledged
+//! once they are counted.
 
-mod file;
+mod db;
+mod writer;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{Receiver, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
-use file::{File, Problem};
+use db::{DbError, StateDb};
+use writer::StoreWriter;
 
-use crate::ingest::Reply;
-use crate::session::{Ack, Arrival};
-use crate::state::{Changes, Limits, State};
-use crate::telemetry::{Health, Telemetry};
+use crate::inbox::{Ack, Inbox, IngestMessage, ReplyFn};
+use crate::observability::{Health, SelfMetrics};
+use crate::state::{Delta, Limits, State};
 
-/// How long another exporter may take to let go of the file.
-const PATIENCE: Duration = Duration::from_secs(10);
-const LOCK_PAUSE: Duration = Duration::from_millis(100);
-/// Between two attempts after a failure, doubled from the first to the last.
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
-const LAST_PAUSE: Duration = Duration::from_secs(8);
+/// How long to wait for another exporter to release the file.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+const LOCK_POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Why the exporter cannot start with its saved state.
+/// The exporter cannot start with its saved state.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum OpenError {
-    /// Another process has it open.
-    #[error(
-        "state.db = \"{}\": another exporter has it open: stop that one, or give each a file of its own", .0.display()
-    )]
-    InUse(PathBuf),
+    /// Another process has the file open.
+    #[error("state.db = \"{}\": locked by another process; stop it or set a different state.db", .0.display())]
+    Locked(PathBuf),
 }
 
-/// What is written together.
+/// The state is not on disk.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SaveError {
+    /// `state.persistent` is off.
+    #[error("state.persistent is off")]
+    NotPersistent,
+    /// The last save failed and is being retried.
+    #[error("the last save failed and is being retried")]
+    Retrying,
+    /// The exporter has stopped.
+    #[error("the exporter has stopped")]
+    Stopped,
+    /// The file could not be written.
+    #[error("failed to write {}", path.display())]
+    Write {
+        /// `state.db`.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: Arc<dyn Error + Send + Sync>,
+    },
+}
+
+/// The contents of one transaction.
 #[derive(Default)]
 pub struct Save {
-    /// What changed.
-    pub changes: Changes,
+    /// The changed records.
+    pub delta: Delta,
     /// Hashes of the messages that changed it, from a named queue.
-    pub recent: Vec<u64>,
-    /// The queue they came from.
-    pub source: Option<Arc<str>>,
-    /// To be acknowledged once this is on disk.
+    pub message_hashes: Vec<u64>,
+    /// Identifies the contents of that queue.
+    pub resume_token: Option<Arc<str>>,
+    /// Sent after the save, even if it failed: messages do not wait for a disk that cannot be written.
     pub ack: Option<Ack>,
-    /// Who wants to know; the error is fit for the log.
-    pub replies: Vec<Reply<Result<(), String>>>,
+    /// Receives the result of a requested save.
+    pub replies: Vec<ReplyFn<Result<(), SaveError>>>,
 }
 
-/// What was saved, as it is taken up again.
+/// The state to start with.
 #[derive(Debug)]
 pub struct Restored {
-    /// It remembers what changes from now on.
+    /// The state, which tracks its changes from now on.
     pub state: State,
-    /// Hashes of the last messages, the oldest first.
-    pub recent: Vec<u64>,
-    /// The queue they came from.
-    pub source: Option<Arc<str>>,
+    /// Hashes of the last messages, oldest first.
+    pub message_hashes: Vec<u64>,
+    /// Identifies the contents of the queue that they came from.
+    pub resume_token: Option<Arc<str>>,
+    /// Whether there was no saved state.
+    pub is_new: bool,
 }
 
-/// How the store stands, for the ingest loop.
+impl Restored {
+    /// A new state that tracks its changes, to be saved.
+    fn empty(limits: &Limits) -> Self {
+        let mut restored = Self::without_store(limits);
+        restored.state.track_changes();
+        restored
+    }
+
+    /// A new state that is not saved.
+    #[must_use]
+    pub fn without_store(limits: &Limits) -> Self {
+        Self { state: State::new(limits), message_hashes: Vec::new(), resume_token: None, is_new: true }
+    }
+}
+
+/// The store's status, for the ingest loop.
 #[derive(Debug, Default)]
-pub struct Status {
+pub struct StoreStatus {
     busy: AtomicBool,
     failing: AtomicBool,
 }
 
-impl Status {
-    /// Whether a save is under way, or waits for the disk.
+impl StoreStatus {
+    /// Whether a save is under way, or waits until the disk can be written again.
     #[must_use]
     pub fn is_busy(&self) -> bool {
         self.busy.load(Ordering::Acquire)
     }
 
-    /// Whether the last save failed: the next has to be whole.
+    /// Whether the last save failed: the next one must be full.
     #[must_use]
     pub fn is_failing(&self) -> bool {
         self.failing.load(Ordering::Acquire)
     }
+
+    pub(crate) fn set_busy(&self) {
+        self.busy.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn set_idle(&self) {
+        self.busy.store(false, Ordering::Release);
+    }
+
+    fn set_failing(&self) {
+        self.failing.store(true, Ordering::Release);
+    }
+
+    /// Returns whether the store was failing.
+    fn clear_failing(&self) -> bool {
+        self.failing.swap(false, Ordering::AcqRel)
+    }
 }
 
-/// The ingest loop's end of the store.
+/// The ingest loop's side of the store.
 #[derive(Debug)]
-pub struct Handle {
-    saves: Sender<Save>,
-    /// How the store stands.
-    pub status: Arc<Status>,
+pub struct StoreHandle {
+    saves_tx: Sender<Save>,
+    /// The store's status.
+    pub status: Arc<StoreStatus>,
 }
 
-impl Handle {
-    /// Over the queue of a store.
+impl StoreHandle {
+    /// A handle to the store at the other end of the channel.
     #[must_use]
-    pub fn new(saves: Sender<Save>, status: Arc<Status>) -> Self {
-        Self { saves, status }
+    pub fn new(saves_tx: Sender<Save>, status: Arc<StoreStatus>) -> Self {
+        Self { saves_tx, status }
     }
 
-    /// Hands a save over, which makes the store busy.
+    /// Submits a save. The store is busy until it is done.
     pub fn save(&self, save: Save) {
-        self.status.busy.store(true, Ordering::Release);
-        // A store that has ended has died: then `Health` says so.
-        let _ = self.saves.send(save);
+        self.status.set_busy();
+        // If the store has failed, `Health` reports that.
+        let _ = self.saves_tx.send(save);
     }
 }
 
-/// What the store works with.
+/// The store's inputs and outputs.
 pub struct Store {
     /// `state.db`.
     pub path: PathBuf,
     /// Bounds of the state.
     pub limits: Limits,
-    /// `state.state_save_interval`.
-    pub compact_every: Duration,
-    /// Hashes of messages to keep.
-    pub kept_hashes: usize,
-    /// From the ingest loop.
-    pub saves: Receiver<Save>,
-    /// How we stand.
-    pub status: Arc<Status>,
-    /// To the session.
-    pub acks: mpsc::UnboundedSender<Ack>,
-    /// To the ingest loop: it may hand over the next.
-    pub arrivals: Sender<Arrival>,
-    /// The exporter's own counters.
-    pub telemetry: Arc<Telemetry>,
-    /// For `/healthz`.
+    /// How many message hashes are kept.
+    pub hashes_to_keep: usize,
+    /// Saves from the ingest loop.
+    pub saves_rx: Receiver<Save>,
+    /// Shared with the ingest loop.
+    pub status: Arc<StoreStatus>,
+    /// Acknowledgments to the session.
+    pub acks_tx: mpsc::UnboundedSender<Ack>,
+    /// The inbox of the ingest loop, which may submit the next save.
+    pub inbox: Inbox,
+    /// The exporter's own metrics.
+    pub self_metrics: Arc<SelfMetrics>,
+    /// The state behind `/healthz`.
     pub health: Arc<Health>,
 }
 
 impl Store {
-    /// Opens the file, gives what is in it to `opened`, and works until the ingest loop has ended.
-    pub fn run(self, opened: oneshot::Sender<Result<Restored, OpenError>>) {
-        let _gone = Gone { status: Arc::clone(&self.status), arrivals: self.arrivals.clone() };
-        let first = match self.open_first(&opened) {
-            Ok((file, restored)) => {
-                self.status.busy.store(file.is_err(), Ordering::Release);
-                opened.send(Ok(restored)).map(|()| file).ok()
+    /// Opens the file, sends what it contains to `opened_tx`, and saves until the ingest loop has ended.
+    pub fn run(self, opened_tx: oneshot::Sender<Result<Restored, OpenError>>) {
+        let _fail_on_drop = UnavailableOnDrop { status: Arc::clone(&self.status), inbox: self.inbox.clone() };
+        match self.open_or_wait(&opened_tx) {
+            Ok((db, restored)) => {
+                if db.is_err() {
+                    self.status.set_busy();
+                }
+                if opened_tx.send(Ok(restored)).is_ok() {
+                    StoreWriter::new(self, db).run();
+                }
             }
-            Err(error) => opened.send(Err(error)).err().and(None),
-        };
-        let Some(file) = first else { return };
-        let lineage = file.as_ref().map_or_else(|_| fastrand::u64(..), |file| file.lineage);
-        Saving { store: self, lineage, pause: FIRST_PAUSE, file: file.map_err(Some) }.run();
+            // If the exporter was dropped, the error is not needed.
+            Err(error) => drop(opened_tx.send(Err(error))),
+        }
     }
 
-    /// The file and its state; or a state to begin with, and what is wrong with the file.
-    fn open_first(
+    /// The file and its state; or an empty state, and why the file cannot be opened.
+    fn open_or_wait(
         &self,
-        opened: &oneshot::Sender<Result<Restored, OpenError>>,
-    ) -> Result<(Result<File, Problem>, Restored), OpenError> {
-        let (began, mut waiting, mut told) = (Instant::now(), false, None);
-        let problem = loop {
-            match File::open(&self.path, &self.limits) {
-                Ok((file, restored)) => {
+        opened_tx: &oneshot::Sender<Result<Restored, OpenError>>,
+    ) -> Result<(Result<StateDb, DbError>, Restored), OpenError> {
+        let started = Instant::now();
+        let may_wait = || started.elapsed() < LOCK_TIMEOUT && !opened_tx.is_closed();
+        let mut last_error = None;
+        let error = loop {
+            match StateDb::open(&self.path, &self.limits) {
+                Ok((db, restored)) => {
                     if let Some(restored) = &restored {
-                        let (workers, tasks) = (restored.state.worker_count(), restored.state.task_count());
-                        let took = began.elapsed();
-                        tracing::info!(path = %self.path.display(), workers, tasks, ?took, "the saved state is loaded");
+                        self.log_loaded(restored, started.elapsed());
                     }
-                    return Ok((Ok(file), restored.unwrap_or_else(|| self.empty())));
+                    return Ok((Ok(db), restored.unwrap_or_else(|| Restored::empty(&self.limits))));
                 }
-                Err(Problem::InUse) if began.elapsed() < PATIENCE && !opened.is_closed() => {
-                    if !std::mem::replace(&mut waiting, true) {
-                        tracing::warn!(path = %self.path.display(), "another exporter has the saved state open: waiting for it");
-                    }
-                    thread::sleep(LOCK_PAUSE);
-                }
-                Err(Problem::InUse) => return Err(OpenError::InUse(self.path.clone())),
-                Err(Problem::Unreadable(why)) => {
-                    if let Err(error) = set_aside(&self.path, &why, "starting empty") {
+                Err(DbError::Locked) if !may_wait() => return Err(OpenError::Locked(self.path.clone())),
+                Err(DbError::Unreadable(reason)) => {
+                    if let Err(error) = quarantine(&self.path, &reason, "starting with an empty state") {
                         break error;
                     }
                 }
-                // What is there, and cannot be opened just now, would be lost if we began without it.
-                Err(problem) if self.may_exist() && began.elapsed() < PATIENCE && !opened.is_closed() => {
-                    if told != Some(problem.to_string()) {
-                        tracing::warn!(path = %self.path.display(), %problem, "the saved state cannot be opened: waiting for it");
-                        told = Some(problem.to_string());
-                    }
-                    thread::sleep(LOCK_PAUSE);
+                // Starting without a file that exists but cannot be opened yet would lose its contents.
+                Err(error) if matches!(error, DbError::Locked) || self.may_exist() && may_wait() => {
+                    self.log_waiting(&error, &mut last_error);
+                    thread::sleep(LOCK_POLL_INTERVAL);
                 }
-                Err(problem) => break problem,
+                Err(error) => break error,
             }
         };
-        Ok((Err(problem), self.empty()))
+        Ok((Err(error), Restored::empty(&self.limits)))
     }
 
-    /// Not when it is known that nothing is there.
+    fn log_loaded(&self, restored: &Restored, elapsed: Duration) {
+        let (workers, tasks) = (restored.state.worker_count(), restored.state.task_count());
+        tracing::info!(path = %self.path.display(), workers, tasks, ?elapsed, "state loaded");
+    }
+
+    /// Logs each reason once.
+    fn log_waiting(&self, error: &DbError, last_error: &mut Option<String>) {
+        if last_error.replace(error.to_string()) == Some(error.to_string()) {
+            return;
+        }
+        let path = self.path.display();
+        match error {
+            DbError::Locked => tracing::warn!(%path, "state file is locked by another process; waiting"),
+            error => tracing::warn!(%path, %error, "failed to open state file; retrying"),
+        }
+    }
+
+    /// False only if the file is known not to exist.
     fn may_exist(&self) -> bool {
         !matches!(self.path.try_exists(), Ok(false))
     }
-
-    fn empty(&self) -> Restored {
-        let mut state = State::new(&self.limits);
-        state.keep_changes();
-        Restored { state, recent: Vec::new(), source: None }
-    }
 }
 
-/// One warning, which says where it is.
-fn set_aside(path: &Path, why: &str, and_then: &str) -> Result<(), Problem> {
-    let aside = file::set_aside(path)
-        .map_err(|error| Problem::Unusable(format!("it cannot be read ({why}), and not be renamed either: {error}")))?;
-    tracing::warn!(path = %path.display(), why, set_aside = %aside.display(), "the saved state cannot be read: {and_then}");
+/// Moves an unreadable file aside, with one warning that names its new path.
+fn quarantine(path: &Path, reason: &str, consequence: &str) -> Result<(), DbError> {
+    let moved_to = db::move_aside(path)
+        .map_err(|error| DbError::Unavailable(format!("it is unreadable ({reason}) and cannot be renamed: {error}")))?;
+    tracing::warn!(
+        path = %path.display(),
+        reason,
+        moved_to = %moved_to.display(),
+        "state file is unreadable; moved aside; {consequence}"
+    );
     Ok(())
 }
 
-/// However the store ends, nothing waits for it.
-struct Gone {
-    status: Arc<Status>,
-    arrivals: Sender<Arrival>,
+/// Marks the store as failing and busy when it ends for any reason: no further save is submitted or waited for.
+struct UnavailableOnDrop {
+    status: Arc<StoreStatus>,
+    inbox: Inbox,
 }
 
-impl Drop for Gone {
+impl Drop for UnavailableOnDrop {
     fn drop(&mut self) {
-        self.status.failing.store(true, Ordering::Release);
-        self.status.busy.store(true, Ordering::Release);
-        // If the ingest loop has ended, nothing does anyway.
-        let _ = self.arrivals.send(Arrival::Nudge);
-    }
-}
-
-/// The store once it is open, or once it is known that it cannot be.
-struct Saving {
-    store: Store,
-    lineage: u64,
-    /// Until the next attempt after a failure.
-    pause: Duration,
-    /// The problem is taken out when it is told.
-    file: Result<File, Option<Problem>>,
-}
-
-impl Saving {
-    fn run(mut self) {
-        let mut next = None;
-        if let Err(problem) = &mut self.file
-            && let Some(problem) = problem.take()
-        {
-            self.failed(&problem);
-            next = self.recover();
-            self.free();
-        }
-        let mut compacted = Instant::now();
-        loop {
-            let patience = self.store.compact_every.saturating_sub(compacted.elapsed());
-            let save = match next.take() {
-                Some(save) => Ok(save),
-                None => self.store.saves.recv_timeout(patience),
-            };
-            match save {
-                Ok(save) => next = self.save(save),
-                Err(RecvTimeoutError::Disconnected) => return self.take_leave(),
-                Err(RecvTimeoutError::Timeout) => {
-                    compacted = Instant::now();
-                    next = self.compact();
-                }
-            }
-        }
-    }
-
-    fn take_leave(&self) {
-        if self.store.status.is_failing() {
-            tracing::error!(path = %self.store.path.display(), "the state is not saved: what was counted since it last was is lost");
-        }
-    }
-
-    /// Writes a save. After a failure, returns once there is hope, or with the save that is the last of all.
-    fn save(&mut self, save: Save) -> Option<Save> {
-        let began = Instant::now();
-        let result = self.commit(&save);
-        if let Some(ack) = save.ack {
-            // The session may be over already: then the broker knows better than we do.
-            let _ = self.store.acks.send(ack);
-        }
-        match &result {
-            Ok(()) => self.succeeded(&save, began.elapsed()),
-            Err(problem) => self.failed(problem),
-        }
-        for reply in save.replies {
-            reply(result.as_ref().copied().map_err(ToString::to_string));
-        }
-        let last = if result.is_err() { self.recover() } else { None };
-        self.free();
-        last
-    }
-
-    fn commit(&mut self, save: &Save) -> Result<(), Problem> {
-        match &mut self.file {
-            Ok(_) if self.store.status.is_failing() && !save.changes.whole => {
-                Err(Problem::Unusable("the save before it failed".to_owned()))
-            }
-            Ok(file) => file.commit(save, self.store.kept_hashes),
-            Err(_) => Err(Problem::Unusable("it is not open".to_owned())),
-        }
-    }
-
-    fn free(&self) {
-        self.store.status.busy.store(false, Ordering::Release);
-        self.nudge();
-    }
-
-    /// The ingest loop looks how we stand.
-    fn nudge(&self) {
-        // If it has ended there is nothing more to save.
-        let _ = self.store.arrivals.send(Arrival::Nudge);
-    }
-
-    fn succeeded(&mut self, save: &Save, took: Duration) {
-        self.pause = FIRST_PAUSE;
-        let Store { status, telemetry, health, path, .. } = &self.store;
-        telemetry.save_duration.set(took.as_secs_f64());
-        if status.failing.swap(false, Ordering::AcqRel) {
-            health.set_unsaved(None);
-            tracing::info!(path = %path.display(), "the state is saved again");
-        }
-        let bytes = save.changes.workers.bytes() + save.changes.pairs.bytes() + save.changes.tasks.bytes();
-        tracing::trace!(bytes, whole = save.changes.whole, ?took, "the state is saved");
-    }
-
-    fn failed(&mut self, problem: &Problem) {
-        let file = std::mem::replace(&mut self.file, Err(None));
-        if catch_unwind(AssertUnwindSafe(|| drop(file))).is_err() {
-            tracing::debug!("the database panicked as it was closed");
-        }
-        let Store { status, telemetry, health, path, .. } = &self.store;
-        telemetry.save_failures.inc();
-        let warning = format!(
-            "the state cannot be saved to {} and would not survive a restart, trying again: {problem}",
-            path.display()
-        );
-        health.set_unsaved(Some(warning));
-        status.failing.store(true, Ordering::Release);
-        self.nudge();
-    }
-
-    /// Waits until the file can be opened again. Returns a save that comes meanwhile, which is the last of all.
-    fn recover(&mut self) -> Option<Save> {
-        self.store.status.busy.store(true, Ordering::Release);
-        loop {
-            let save = match self.store.saves.recv_timeout(self.pause) {
-                Ok(save) => Some(save),
-                Err(RecvTimeoutError::Disconnected) => return None,
-                Err(RecvTimeoutError::Timeout) => None,
-            };
-            self.pause = (self.pause * 2).min(LAST_PAUSE);
-            match self.open_again() {
-                Ok(file) => self.file = Ok(file),
-                Err(problem) => {
-                    tracing::debug!(%problem, "the saved state cannot be opened");
-                }
-            }
-            if save.is_some() || self.file.is_ok() {
-                return save;
-            }
-        }
-    }
-
-    fn open_again(&self) -> Result<File, Problem> {
-        match File::open_again(&self.store.path, self.lineage) {
-            Err(Problem::Unreadable(why)) => {
-                set_aside(&self.store.path, &why, "ours is written in its place")?;
-                File::open_again(&self.store.path, self.lineage)
-            }
-            opened => opened,
-        }
-    }
-
-    fn compact(&mut self) -> Option<Save> {
-        let Ok(file) = &mut self.file else { return None };
-        let Err(problem) = file.compact() else { return None };
-        self.store.status.busy.store(true, Ordering::Release);
-        self.failed(&problem);
-        let last = self.recover();
-        self.free();
-        last
+        self.status.set_failing();
+        self.status.set_busy();
+        self.inbox.send(IngestMessage::Wake);
     }
 }

@@ -14,18 +14,18 @@ from support.tls import certificates
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--parity-seeds", type=int, default=3, help="random streams for each test that takes any, and broker"
+        "--parity-seeds", type=int, default=3, help="random streams for each test that uses them, and for each broker"
     )
-    parser.addoption("--parity-seed", type=int, help="this one stream only: to repeat a failure")
-    parser.addoption("--outage", type=float, default=5, help="for how many seconds brokers are away")
-    parser.addoption("--sustained", type=float, default=2, help="seconds of as many events as the machine can send")
-    parser.addoption("--sustained-rate", type=float, help="so many events a second instead, all of which must count")
-    parser.addoption("--names", type=int, default=200_000, help="distinct task names; the long form is 10 million")
+    parser.addoption("--parity-seed", type=int, help="only this stream: to repeat a failure")
+    parser.addoption("--outage", type=float, default=5, help="duration of broker outages in seconds")
+    parser.addoption("--sustained", type=float, default=2, help="seconds of sending events at full speed")
+    parser.addoption("--sustained-rate", type=float, help="events per second instead of full speed; all must be counted")
+    parser.addoption("--names", type=int, default=200_000, help="number of distinct task names; the long form is 10 million")
     parser.addoption("--kills", type=int, default=8, help="SIGKILLs of a persistent exporter; the long form is 50")
     parser.addoption("--faults", type=int, default=12, help="random faults under load; the long form is 200")
-    parser.addoption("--fault-seed", type=int, help="these faults: to repeat a failure")
+    parser.addoption("--fault-seed", type=int, help="seed of the faults: to repeat a failure")
     parser.addoption("--all-servers", action="store_true", help="run in full on every release of every server")
-    parser.addoption("--server", action="append", help="run in full on this release alone, for example valkey-9.1")
+    parser.addoption("--server", action="append", help="run in full only on this release, for example valkey-9.1")
     parser.addoption("--matrix", help="write the table of releases and test files to this file")
 
 
@@ -35,11 +35,11 @@ def pytest_configure(config):
     else:
         config.first_seed = random.SystemRandom().randrange(10**9)
         if not os.access(BINARY, os.X_OK):
-            pytest.exit(f"no exporter at {BINARY}: build it, or name it in FLOWER_EXPORTER_BIN", returncode=2)
+            pytest.exit(f"no exporter at {BINARY}: build it, or set FLOWER_EXPORTER_BIN", returncode=2)
         known = {release.id for release in [*(r for family in releases.releases().values() for r in family)]}
         known |= {release.id for release in releases.with_quorum(releases.releases()["rabbitmq"])}
         if unknown := set(config.getoption("--server") or ()) - known:
-            pytest.exit(f"--server {', '.join(unknown)}: not here; there are {', '.join(sorted(known))}", returncode=2)
+            pytest.exit(f"--server {', '.join(unknown)}: not installed; choose from {', '.join(sorted(known))}", returncode=2)
         if config.getoption("--matrix"):
             config.pluginmanager.register(matrix.Matrix(config.getoption("--matrix")))
 
@@ -64,7 +64,7 @@ def pytest_generate_tests(metafunc):
     parametrize_releases(metafunc)
 
 
-#: Fixtures that stand for a release, and the families that each may come from.
+#: Fixtures that are a release, and the families of each.
 RELEASES = {
     "broker_release": ["redis", "rabbitmq"],
     "redis_release": ["redis"],
@@ -74,7 +74,7 @@ RELEASES = {
 
 
 def parametrize_releases(metafunc):
-    """A test runs once for each release. One that takes two servers takes the n-th of each, or the last there is."""
+    """A test runs once for each release. A test of two servers combines the n-th releases, or the last ones."""
     wanted = [name for name in RELEASES if name in metafunc.fixturenames]
     chosen = [[one for family in RELEASES[name] for one in chosen_releases(metafunc, family)] for name in wanted]
     if any(chosen):
@@ -83,7 +83,7 @@ def parametrize_releases(metafunc):
     else:
         rows = [[None] * len(wanted)]  # deselected
     if wanted:
-        # Fixtures of a whole module may depend on a Prometheus.
+        # Module-scoped fixtures may depend on a Prometheus.
         scope = "module" if wanted == ["prometheus_release"] else "function"
         ids = ["-".join(one.id if one else "none" for one in row) for row in rows]
         metafunc.parametrize(wanted, rows, ids=ids, scope=scope)
@@ -107,7 +107,7 @@ def chosen_releases(metafunc, family):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Every virtual host of the run is made as RabbitMQ boots: one for each test that wants one, and one to share."""
+    """RabbitMQ creates all virtual hosts of the run at boot: one for each test that needs one, and a shared one."""
     deselected = [item for item in items if None in tested_releases(item)]
     config.hook.pytest_deselected(items=deselected)
     items[:] = [item for item in items if item not in deselected]
@@ -128,7 +128,7 @@ def tested_releases(item):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """A failure shows the last words of the processes that the test had started."""
+    """The report of a failure contains the end of the log of each process that the test started."""
     report = (yield).get_result()
     if report.failed:
         for process in processes.started:
@@ -150,7 +150,7 @@ def services(request):
 
 @pytest.fixture(scope="session")
 def session_services():
-    """For what the tests of a module share."""
+    """Services that the tests of a module share."""
     with Services() as services:
         yield services
 
@@ -168,7 +168,7 @@ def shared_redis(shared):
 
 @pytest.fixture(scope="session")
 def rabbitmq_node(shared):
-    """The node of Debian's own release that tests share."""
+    """The shared node of Debian's own release."""
     return shared.get(releases.own("rabbitmq"))
 
 
@@ -194,7 +194,7 @@ def prometheus_release():
 
 @pytest.fixture
 def broker(services, shared, broker_release):
-    """A broker that no other test uses: a separate Redis, or a virtual host."""
+    """A broker that no other test uses: a separate Redis or virtual host."""
     return services.redis() if broker_release.family == "redis" else shared.get(broker_release).vhost()
 
 
@@ -210,7 +210,7 @@ def redis(services, redis_release):
 
 @pytest.fixture
 def harness(services, shared_redis):
-    """For what does not depend on the broker: a fresh exporter on an event exchange of its own."""
+    """A new exporter on a separate event exchange, for tests that do not depend on the broker."""
     return services.harness(shared_redis)
 
 

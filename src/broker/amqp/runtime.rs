@@ -1,4 +1,5 @@
-//! tokio as lapin's runtime, with streams that are read at a pace: lapin takes the type of its streams from its runtime.
+//! A tokio runtime for lapin whose TCP streams are [`CoalescingSocket`]s. lapin derives the type of its streams from
+//! its runtime.
 
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
@@ -13,19 +14,19 @@ use futures_util::Stream;
 use futures_util::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
-use crate::broker::pace::Paced;
+use crate::broker::net::CoalescingSocket;
 
-/// The tokio runtime that this is called on.
-pub(super) fn paced() -> Runtime<RuntimeParts<Tokio, PacedTokio>> {
-    Runtime::new(RuntimeParts::new(Tokio::current(), PacedTokio(Tokio::current())))
+/// The current tokio runtime. Must be called on one.
+pub(super) fn coalescing_runtime() -> Runtime<RuntimeParts<Tokio, CoalescingTokio>> {
+    Runtime::new(RuntimeParts::new(Tokio::current(), CoalescingTokio(Tokio::current())))
 }
 
-/// tokio's reactor, but for the streams.
+/// tokio's reactor, with coalescing streams.
 #[derive(Clone, Debug)]
-pub(super) struct PacedTokio(Tokio);
+pub(super) struct CoalescingTokio(Tokio);
 
-impl Reactor for PacedTokio {
-    type TcpStream = Compat<Paced<TcpStream>>;
+impl Reactor for CoalescingTokio {
+    type TcpStream = Compat<CoalescingSocket<TcpStream>>;
     type Sleep = <Tokio as Reactor>::Sleep;
 
     fn register<H: Read + Write + AsFd + AsRawFd + Send + 'static>(
@@ -48,6 +49,6 @@ impl Reactor for PacedTokio {
         address: SocketAddr,
     ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
         let connecting = self.0.tcp_connect_addr(address);
-        async move { Ok(Compat::new(Paced::new(connecting.await?.into_inner()))) }
+        async move { Ok(Compat::new(CoalescingSocket::new(connecting.await?.into_inner()))) }
     }
 }

@@ -1,4 +1,4 @@
-//! What is declared on `RabbitMQ`: Celery's event exchange, and a queue bound to it.
+//! What the exporter declares on `RabbitMQ`: Celery's event exchange, and a queue bound to it.
 
 use std::time::Duration;
 
@@ -11,12 +11,12 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Connection, ExchangeKind};
 use uuid::Uuid;
 
-use super::{Error, failed, is};
-use crate::broker::Standing;
-use crate::settings::Settings;
+use super::{is_soft_error, to_broker_error};
+use crate::broker::{BrokerError, QueueStats};
+use crate::config::Config;
 
-/// Long, since the mark has to outlive the queue.
-const MARK_EXPIRES: Duration = Duration::from_secs(30 * 86_400);
+/// Long, because the continuity marker must outlive the queue.
+const CONTINUITY_MARKER_EXPIRES: Duration = Duration::from_secs(30 * 86_400);
 const PASSIVE: QueueDeclareOptions =
     QueueDeclareOptions { passive: true, durable: false, exclusive: false, auto_delete: false, nowait: false };
 
@@ -24,121 +24,126 @@ const PASSIVE: QueueDeclareOptions =
 pub(super) struct Topology {
     pub(super) exchange: ShortString,
     pub(super) queue: ShortString,
-    /// A durable queue with a name of its own, which goes on collecting while we are away.
-    pub(super) keeps_collecting: bool,
-    /// What its contents are told by; none where nothing is kept, or that cannot be known.
-    pub(super) mark: Option<String>,
-    /// We may not declare the exchange, only see that it is there.
-    passive: bool,
+    /// A named queue, which keeps collecting while the exporter is disconnected.
+    pub(super) is_durable: bool,
+    /// Identifies the queue's contents. `None` without a named queue, or without permission for the marker.
+    pub(super) continuity_marker: Option<String>,
+    /// The user may not declare the exchange, so it must exist.
+    declare_passively: bool,
     arguments: FieldTable,
 }
 
 impl Topology {
-    /// Looks at what is there and what we may do. Each refusal closes a channel, so each question has its own.
-    pub(super) async fn find(connection: &Connection, settings: &Settings) -> Result<Self, Error> {
-        let mut topology = Self::of(settings);
-        let channel = connection.create_channel().await.map_err(failed)?;
+    /// Finds out what exists and what the user may do. A refusal closes the channel, so each request has a separate
+    /// one.
+    pub(super) async fn find(connection: &Connection, config: &Config) -> Result<Self, BrokerError> {
+        let mut topology = Self::new(config);
+        let channel = connection.create_channel().await.map_err(to_broker_error)?;
         match topology.declare_exchange(&channel).await {
             Ok(()) => {}
-            Err(error) if is(&error, &AMQPSoftError::ACCESSREFUSED) => {
-                tracing::debug!("no right to declare the event exchange: it has to be there");
-                topology.passive = true;
+            Err(error) if is_soft_error(&error, &AMQPSoftError::ACCESSREFUSED) => {
+                tracing::debug!("no permission to declare the event exchange; it must exist");
+                topology.declare_passively = true;
             }
-            Err(error) => return Err(failed(error)),
+            Err(error) => return Err(to_broker_error(error)),
         }
-        if topology.keeps_collecting {
-            topology.mark = topology.find_mark(connection).await?;
+        if topology.is_durable {
+            topology.continuity_marker = topology.find_continuity_marker(connection).await?;
         }
         Ok(topology)
     }
 
-    /// What tells the contents of the queue from those of another time: a message like those it holds, in a queue beside it.
-    /// A restart of the broker leaves both queues, and takes the messages of both. A new mark is written where there
-    /// is none, or no queue.
-    async fn find_mark(&self, connection: &Connection) -> Result<Option<String>, Error> {
-        let channel = connection.create_channel().await.map_err(failed)?;
+    /// The continuity marker is a transient message, like the events, in a second queue. A restart of the broker keeps
+    /// both queues and drops the messages of both. If the marker or the named queue is missing, a new marker is
+    /// written.
+    async fn find_continuity_marker(&self, connection: &Connection) -> Result<Option<String>, BrokerError> {
+        let channel = connection.create_channel().await.map_err(to_broker_error)?;
         let found = channel.queue_declare(self.queue.clone(), PASSIVE, FieldTable::default()).await.is_ok();
-        let channel = connection.create_channel().await.map_err(failed)?;
-        let mark = async {
-            self.declare_mark(&channel).await?;
-            match channel.basic_get(self.mark_name(), BasicGetOptions { no_ack: false }).await? {
+        let channel = connection.create_channel().await.map_err(to_broker_error)?;
+        let marker = async {
+            self.declare_continuity_marker(&channel).await?;
+            match channel.basic_get(self.continuity_marker_name(), BasicGetOptions { no_ack: false }).await? {
                 Some(message) if found => {
                     message.nack(BasicNackOptions { requeue: true, ..BasicNackOptions::default() }).await?;
                     Ok(String::from_utf8_lossy(&message.data).into_owned())
                 }
                 Some(message) => {
                     message.ack(BasicAckOptions::default()).await?;
-                    self.write_mark(&channel).await
+                    self.write_continuity_marker(&channel).await
                 }
-                None => self.write_mark(&channel).await,
+                None => self.write_continuity_marker(&channel).await,
             }
         };
-        match mark.await {
-            Ok(mark) => Ok(Some(mark)),
-            Err(error) if is(&error, &AMQPSoftError::ACCESSREFUSED) => {
+        match marker.await {
+            Ok(marker) => Ok(Some(marker)),
+            Err(error) if is_soft_error(&error, &AMQPSoftError::ACCESSREFUSED) => {
                 tracing::warn!(
-                    mark = %self.mark_name(),
-                    "no right to a mark beside the queue: each time we connect, events are taken to be missing"
+                    queue = %self.continuity_marker_name(),
+                    "no permission for the continuity marker; every reconnect counts as a gap"
                 );
                 Ok(None)
             }
-            Err(error) => Err(failed(error)),
+            Err(error) => Err(to_broker_error(error)),
         }
     }
 
-    fn mark_name(&self) -> ShortString {
+    fn continuity_marker_name(&self) -> ShortString {
         format!("{}.mark", self.queue).into()
     }
 
-    /// An exchange and a queue of the mark's name. They go when they were not looked at for a month.
-    async fn declare_mark(&self, channel: &Channel) -> lapin::Result<()> {
+    /// Declares an exchange and a queue with the marker's name. They expire after a month without use.
+    async fn declare_continuity_marker(&self, channel: &Channel) -> lapin::Result<()> {
         let exchange = ExchangeDeclareOptions { durable: true, auto_delete: true, ..ExchangeDeclareOptions::default() };
-        channel.exchange_declare(self.mark_name(), ExchangeKind::Fanout, exchange, FieldTable::default()).await?;
+        channel
+            .exchange_declare(self.continuity_marker_name(), ExchangeKind::Fanout, exchange, FieldTable::default())
+            .await?;
         let mut arguments = FieldTable::default();
-        arguments.insert("x-expires".into(), milliseconds(MARK_EXPIRES));
+        arguments.insert("x-expires".into(), milliseconds(CONTINUITY_MARKER_EXPIRES));
         arguments.insert("x-max-length".into(), AMQPValue::LongInt(1));
         let queue = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-        channel.queue_declare(self.mark_name(), queue, arguments).await?;
-        let (name, none) = (self.mark_name(), ShortString::default());
+        channel.queue_declare(self.continuity_marker_name(), queue, arguments).await?;
+        let (name, none) = (self.continuity_marker_name(), ShortString::default());
         channel.queue_bind(name.clone(), name, none, QueueBindOptions::default(), FieldTable::default()).await
     }
 
-    async fn write_mark(&self, channel: &Channel) -> lapin::Result<String> {
-        let mark = Uuid::new_v4().to_string();
+    async fn write_continuity_marker(&self, channel: &Channel) -> lapin::Result<String> {
+        let marker = Uuid::new_v4().to_string();
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
-        let (exchange, key, options) = (self.mark_name(), ShortString::default(), BasicPublishOptions::default());
-        // Transient, as events are.
+        let (exchange, key, options) =
+            (self.continuity_marker_name(), ShortString::default(), BasicPublishOptions::default());
+        // Transient, like events.
         let properties = BasicProperties::default().with_delivery_mode(1);
-        channel.basic_publish(exchange, key, options, mark.as_bytes(), properties).await?.await?;
-        Ok(mark)
+        channel.basic_publish(exchange, key, options, marker.as_bytes(), properties).await?.await?;
+        Ok(marker)
     }
 
-    fn of(settings: &Settings) -> Self {
-        let amqp = &settings.broker.amqp;
+    fn new(config: &Config) -> Self {
+        let amqp = &config.broker.amqp;
         let mut arguments = FieldTable::default();
         arguments.insert("x-expires".into(), milliseconds(amqp.effective_expires()));
         let bytes = i64::try_from(amqp.queue_max_bytes).unwrap_or(i64::MAX);
         arguments.insert("x-max-length-bytes".into(), AMQPValue::LongLongInt(bytes));
-        if let Some(ttl) = amqp.queue_ttl {
+        if let Some(ttl) = amqp.message_ttl {
             arguments.insert("x-message-ttl".into(), milliseconds(ttl));
         }
-        // Without a name: as Flower's and Celery's own event receivers name theirs, so that their permissions fit.
-        let own = || format!("{}.{}", settings.events.exchange, Uuid::new_v4());
+        // An unnamed queue is named as Flower and Celery's event receiver name theirs, so that the same permissions
+        // fit.
+        let generated = || format!("{}.{}", config.events.exchange, Uuid::new_v4());
         Self {
-            exchange: settings.events.exchange.as_str().into(),
-            queue: amqp.queue.clone().unwrap_or_else(own).into(),
-            keeps_collecting: amqp.queue.is_some(),
-            mark: None,
-            passive: false,
+            exchange: config.events.exchange.as_str().into(),
+            queue: amqp.queue.clone().unwrap_or_else(generated).into(),
+            is_durable: amqp.queue.is_some(),
+            continuity_marker: None,
+            declare_passively: false,
             arguments,
         }
     }
 
-    /// Declares exchange and queue and binds them; harmless where they are.
-    pub(super) async fn declare(&self, channel: &Channel) -> Result<Standing, Error> {
-        let exclusive = !self.keeps_collecting;
+    /// Declares and binds exchange and queue. Nothing changes if they exist.
+    pub(super) async fn declare(&self, channel: &Channel) -> Result<QueueStats, BrokerError> {
+        let exclusive = !self.is_durable;
         let options = QueueDeclareOptions {
-            durable: self.keeps_collecting,
+            durable: self.is_durable,
             exclusive,
             auto_delete: exclusive,
             ..QueueDeclareOptions::default()
@@ -146,44 +151,48 @@ impl Topology {
         self.declare_with(channel, options).await
     }
 
-    /// The same while we listen. A named queue that is gone must not be made anew before its mark is.
-    pub(super) async fn refresh(&self, channel: &Channel) -> Result<Standing, Error> {
-        if !self.keeps_collecting {
+    /// The same for a queue that is being consumed. A named queue that was deleted is not created again here: only a
+    /// reconnect may, because it writes a new marker.
+    pub(super) async fn redeclare(&self, channel: &Channel) -> Result<QueueStats, BrokerError> {
+        if !self.is_durable {
             return self.declare(channel).await;
         }
-        if self.mark.is_some() {
-            self.declare_mark(channel).await.map_err(failed)?;
+        if self.continuity_marker.is_some() {
+            self.declare_continuity_marker(channel).await.map_err(to_broker_error)?;
         }
         self.declare_with(channel, PASSIVE).await
     }
 
-    async fn declare_with(&self, channel: &Channel, options: QueueDeclareOptions) -> Result<Standing, Error> {
-        self.declare_exchange(channel).await.map_err(failed)?;
+    async fn declare_with(&self, channel: &Channel, options: QueueDeclareOptions) -> Result<QueueStats, BrokerError> {
+        self.declare_exchange(channel).await.map_err(to_broker_error)?;
         let declared = channel.queue_declare(self.queue.clone(), options, self.arguments.clone()).await;
         let queue = declared.map_err(|error| self.explain(error))?;
         let (queue_name, exchange, all) = (self.queue.clone(), self.exchange.clone(), "#".into());
         channel
             .queue_bind(queue_name, exchange, all, QueueBindOptions::default(), FieldTable::default())
             .await
-            .map_err(failed)?;
-        Ok(Standing { waiting: queue.message_count(), consumers: queue.consumer_count() })
+            .map_err(to_broker_error)?;
+        Ok(QueueStats { queued: queue.message_count(), consumers: queue.consumer_count() })
     }
 
     async fn declare_exchange(&self, channel: &Channel) -> lapin::Result<()> {
-        let options =
-            ExchangeDeclareOptions { durable: true, passive: self.passive, ..ExchangeDeclareOptions::default() };
+        let options = ExchangeDeclareOptions {
+            durable: true,
+            passive: self.declare_passively,
+            ..ExchangeDeclareOptions::default()
+        };
         channel.exchange_declare(self.exchange.clone(), ExchangeKind::Topic, options, FieldTable::default()).await
     }
 
-    /// A queue that was declared with other arguments stays as it is until it is deleted.
-    fn explain(&self, error: lapin::Error) -> Error {
-        if !is(&error, &AMQPSoftError::PRECONDITIONFAILED) {
-            return failed(error);
+    /// A queue keeps the arguments that it was created with until it is deleted.
+    fn explain(&self, error: lapin::Error) -> BrokerError {
+        if !is_soft_error(&error, &AMQPSoftError::PRECONDITIONFAILED) {
+            return to_broker_error(error);
         }
         let queue = &self.queue;
-        Error::Refused(format!(
-            "queue {queue} exists with other arguments: set broker.amqp.queue_* back to what they were, or delete it \
-             (rabbitmqctl delete_queue -p VHOST {queue}) and lose what it holds ({error})"
+        BrokerError::Refused(format!(
+            "queue {queue} exists with different arguments; restore the broker.amqp settings or delete the queue \
+             and its messages (rabbitmqctl delete_queue -p VHOST {queue}): {error}"
         ))
     }
 }

@@ -1,4 +1,4 @@
-//! A connection that speaks Redis' protocol: to a Redis server or a Sentinel, with or without TLS.
+//! A connection to a Redis server or a Sentinel in RESP, Redis' protocol, with or without TLS.
 
 use std::io;
 use std::net::SocketAddr;
@@ -9,39 +9,38 @@ use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 
-use super::Error;
-use crate::broker::dial::dial;
-use crate::broker::pace::Paced;
-use crate::settings::Secret;
-use crate::settings::url::Address;
-use crate::tls;
+use crate::broker::BrokerError;
+use crate::broker::net::{CoalescingSocket, happy_eyeballs};
+use crate::config::Secret;
+use crate::config::broker_url::Address;
+use crate::tls::TlsConfig;
 
-/// Bytes of an answer at most.
-const MAX_ANSWER: usize = 64 << 10;
-/// Room for reading: below what allocators take from the system at each call.
+/// The most bytes in a reply.
+const MAX_REPLY: usize = 64 << 10;
+/// Bytes read at a time: below the mmap threshold of common allocators.
 pub(super) const READ_SIZE: usize = 64 << 10;
 
 pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
-/// How a server is reached and who we are to it.
+/// How to connect and authenticate to a server.
 #[derive(Clone)]
-pub(super) struct Access {
+pub(super) struct ConnectOptions {
     pub(super) username: Option<String>,
     pub(super) password: Option<Secret>,
-    pub(super) tls: Option<tls::Client>,
-    /// For the handshake of TLS.
-    pub(super) limit: Duration,
+    pub(super) tls: Option<TlsConfig>,
+    /// `broker.connect_timeout`, of which the TLS handshake may take a share.
+    pub(super) timeout: Duration,
 }
 
-impl Access {
+impl ConnectOptions {
     /// Connects and authenticates.
-    pub(super) async fn open(&self, address: &Address) -> Result<Connection, Error> {
-        let mut connection = self.connect(address).await.map_err(|error| Error::from(&error))?;
+    pub(super) async fn open(&self, address: &Address) -> Result<Connection, BrokerError> {
+        let mut connection = self.connect(address).await.map_err(|error| BrokerError::from(&error))?;
         if let Some(password) = &self.password {
             let user = self.username.as_deref();
             let command: Vec<&str> = ["AUTH"].into_iter().chain(user).chain([password.expose()]).collect();
-            connection.request(&command).await.map_err(|error| error.without(password.expose()))?;
+            connection.request(&command).await.map_err(|error| error.redact(password.expose()))?;
         }
         Ok(connection)
     }
@@ -49,25 +48,27 @@ impl Access {
     async fn connect(&self, address: &Address) -> io::Result<Connection> {
         match address {
             Address::Tcp { host, port } => {
-                let stream = dial(host, *port).await?;
+                let stream = happy_eyeballs::connect(host, *port).await?;
                 let peer = stream.peer_addr()?;
-                let stream = Paced::new(stream);
+                let stream = CoalescingSocket::new(stream);
                 let stream: Box<dyn Stream> = match &self.tls {
-                    Some(tls) => Box::new(tls.handshake(host, stream, self.limit).await?),
+                    Some(tls) => Box::new(tls.handshake(host, stream, self.timeout).await?),
                     None => Box::new(stream),
                 };
                 Ok(Connection { peer: Some(peer), ..Connection::new(stream) })
             }
-            Address::Unix(path) => Ok(Connection::new(Box::new(Paced::new(UnixStream::connect(path).await?)))),
+            Address::Unix(path) => {
+                Ok(Connection::new(Box::new(CoalescingSocket::new(UnixStream::connect(path).await?))))
+            }
         }
     }
 }
 
-/// An open connection, and what has come in on it and is not taken out yet.
+/// An open connection, and the bytes received on it that are not parsed yet.
 pub(super) struct Connection {
     stream: Box<dyn Stream>,
     pub(super) buffer: BytesMut,
-    /// The other end, of TCP: of the addresses that a name may have.
+    /// The TCP address of the server: a name may have several.
     pub(super) peer: Option<SocketAddr>,
 }
 
@@ -76,48 +77,50 @@ impl Connection {
         Self { stream, buffer: BytesMut::with_capacity(READ_SIZE), peer: None }
     }
 
-    /// Sends a command and waits for its answer: its texts, at most four.
-    pub(super) async fn request(&mut self, command: &[&str]) -> Result<Vec<String>, Error> {
+    /// Sends a command and waits for its reply. Returns the first four strings of it.
+    pub(super) async fn request(&mut self, command: &[&str]) -> Result<Vec<String>, BrokerError> {
         self.send(command).await?;
         loop {
-            if let Scan::Whole(frame) = Frame::scan(&self.buffer)? {
-                let answer = self.buffer.split_to(frame.length);
-                let texts: Vec<String> = frame.texts().iter().map(|range| text(&answer, range)).collect();
+            if let Scan::Complete(frame) = Frame::scan(&self.buffer)? {
+                let reply = self.buffer.split_to(frame.length);
+                let strings: Vec<String> = frame.strings().iter().map(|range| text(&reply, range)).collect();
                 return match frame.kind {
-                    b'-' => Err(Error::Refused(format!("{}: {}", command[0], complaint(&texts.concat())))),
-                    _ => Ok(texts),
+                    b'-' => {
+                        Err(BrokerError::Refused(format!("{}: {}", command[0], strip_arguments(&strings.concat()))))
+                    }
+                    _ => Ok(strings),
                 };
             }
-            if self.buffer.len() > MAX_ANSWER {
-                return Err(foreign());
+            if self.buffer.len() > MAX_REPLY {
+                return Err(protocol_error());
             }
             self.read().await?;
         }
     }
 
-    pub(super) async fn send(&mut self, command: &[&str]) -> Result<(), Error> {
+    pub(super) async fn send(&mut self, command: &[&str]) -> Result<(), BrokerError> {
         let sending = async {
             self.stream.write_all(&encode(command)).await?;
             self.stream.flush().await
         };
-        sending.await.map_err(|error| Error::from(&error))
+        sending.await.map_err(|error| BrokerError::from(&error))
     }
 
     /// Waits for bytes. Cancelling loses nothing.
-    pub(super) async fn read(&mut self) -> Result<(), Error> {
-        // Doubling keeps the copying of a large message's beginning linear.
+    pub(super) async fn read(&mut self) -> Result<(), BrokerError> {
+        // Doubling keeps the cost of copying the start of a large message linear.
         self.buffer.reserve(READ_SIZE.max(self.buffer.len()));
         match self.stream.read_buf(&mut self.buffer).await {
-            Ok(0) => Err(Error::Lost("the server closed the connection".to_owned())),
+            Ok(0) => Err(BrokerError::Disconnected("the server closed the connection".to_owned())),
             Ok(_) => Ok(()),
-            Err(error) => Err(Error::from(&error)),
+            Err(error) => Err(BrokerError::from(&error)),
         }
     }
 }
 
-/// What a server says of a command, without the arguments that it repeats of one it does not know.
-pub(super) fn complaint(text: &str) -> &str {
-    text.split_once(", with args").map_or(text, |(complaint, _)| complaint)
+/// An error reply without the arguments that a server echoes back for an unknown command: they may contain a password.
+pub(super) fn strip_arguments(text: &str) -> &str {
+    text.split_once(", with args").map_or(text, |(reason, _)| reason)
 }
 
 fn encode(command: &[&str]) -> Vec<u8> {
@@ -130,104 +133,104 @@ fn encode(command: &[&str]) -> Vec<u8> {
     frame.into_bytes()
 }
 
-/// A whole frame: what kind it is, and its first texts. Arrays within arrays count as one.
+/// A complete frame: its type, and its first strings. Nested arrays are flattened.
 ///
-/// Read by a loop, not by recursion, and bounded: redis-protocol's decoder, which fred uses, lets a server that nests
-/// arrays overflow our stack.
+/// Parsed in a loop and bounded. redis-protocol's decoder, which fred uses, recurses: a server that nests arrays can
+/// make it overflow the stack.
 #[derive(Debug, PartialEq)]
 pub(super) struct Frame {
-    /// The first byte: `*` of an array, `-` of an error.
+    /// The first byte: `*` for an array, `-` for an error.
     pub(super) kind: u8,
-    texts: [Range<usize>; 4],
+    strings: [Range<usize>; 4],
     count: usize,
     /// In bytes.
     pub(super) length: usize,
 }
 
-/// What stands at the start of a buffer.
+/// The frame at the start of a buffer.
 #[derive(Debug, PartialEq)]
 pub(super) enum Scan {
-    Whole(Frame),
-    /// The rest is still to come; where the text that is under way will be.
+    Complete(Frame),
+    /// An incomplete frame, and the position of its last bulk string.
     Partial(Option<Range<usize>>),
 }
 
-/// Elements of a frame at most, those of arrays within it included: enough for the answer to ROLE.
+/// The most elements in a frame, nested ones included: enough for the reply to ROLE.
 const MAX_ELEMENTS: usize = 4096;
-/// Bytes of a line at most: only errors and status are long.
+/// The most bytes in a line: only errors and simple strings are long.
 const MAX_LINE: usize = 4096;
 
 impl Frame {
-    /// Where its first texts are, at most four of them.
-    pub(super) fn texts(&self) -> &[Range<usize>] {
-        &self.texts[..self.count]
+    /// The positions of its first strings, at most four.
+    pub(super) fn strings(&self) -> &[Range<usize>] {
+        &self.strings[..self.count]
     }
 
-    pub(super) fn scan(buffer: &[u8]) -> Result<Scan, Error> {
-        let mut frame = Self { kind: 0, texts: [const { 0..0 }; 4], count: 0, length: 0 };
-        let (mut pending, mut seen) = (1, 0);
+    pub(super) fn scan(buffer: &[u8]) -> Result<Scan, BrokerError> {
+        let mut frame = Self { kind: 0, strings: [const { 0..0 }; 4], count: 0, length: 0 };
+        let (mut pending, mut elements) = (1, 0);
         while pending > 0 {
             let Some((kind, line)) = line(buffer, frame.length)? else { return Ok(Scan::Partial(None)) };
-            if seen == 0 {
+            if elements == 0 {
                 frame.kind = kind;
             }
-            (pending, seen) = (pending - 1, seen + 1);
+            (pending, elements) = (pending - 1, elements + 1);
             frame.length = line.end + 2;
             match kind {
                 b'+' | b'-' | b':' => frame.add(line),
                 b'*' => pending += length(&buffer[line])?.unwrap_or(0),
                 b'$' => {
                     if let Some(size) = length(&buffer[line])? {
-                        let text = frame.length..frame.length.checked_add(size).ok_or_else(foreign)?;
-                        frame.length = text.end.checked_add(2).ok_or_else(foreign)?;
+                        let text = frame.length..frame.length.checked_add(size).ok_or_else(protocol_error)?;
+                        frame.length = text.end.checked_add(2).ok_or_else(protocol_error)?;
                         if buffer.len() < frame.length {
                             return Ok(Scan::Partial(Some(text)));
                         }
                         frame.add(text);
                     }
                 }
-                _ => return Err(foreign()),
+                _ => return Err(protocol_error()),
             }
-            if pending > MAX_ELEMENTS || seen > MAX_ELEMENTS {
-                return Err(foreign());
+            if pending > MAX_ELEMENTS || elements > MAX_ELEMENTS {
+                return Err(protocol_error());
             }
         }
-        Ok(Scan::Whole(frame))
+        Ok(Scan::Complete(frame))
     }
 
     fn add(&mut self, text: Range<usize>) {
-        if let Some(place) = self.texts.get_mut(self.count) {
-            *place = text;
+        if let Some(slot) = self.strings.get_mut(self.count) {
+            *slot = text;
             self.count += 1;
         }
     }
 }
 
-pub(super) fn foreign() -> Error {
-    Error::Lost("the answer is not in Redis' protocol: is that a Redis server?".to_owned())
+pub(super) fn protocol_error() -> BrokerError {
+    BrokerError::Disconnected("invalid RESP reply (is this Redis?)".to_owned())
 }
 
-/// The line at `start`: its first byte, and where the rest of it is.
-fn line(buffer: &[u8], start: usize) -> Result<Option<(u8, Range<usize>)>, Error> {
+/// The line at `start`: its first byte, and the range of the rest.
+fn line(buffer: &[u8], start: usize) -> Result<Option<(u8, Range<usize>)>, BrokerError> {
     let rest = &buffer[start.min(buffer.len())..];
     let Some(kind) = rest.first() else { return Ok(None) };
     match rest.iter().take(MAX_LINE).position(|byte| *byte == b'\n') {
         Some(end) if end >= 2 && rest[end - 1] == b'\r' => Ok(Some((*kind, start + 1..start + end - 1))),
         None if rest.len() < MAX_LINE && b"+-:*$".contains(kind) => Ok(None),
-        _ => Err(foreign()),
+        _ => Err(protocol_error()),
     }
 }
 
-/// A number of bytes or elements; none where it says -1, for null.
-fn length(line: &[u8]) -> Result<Option<usize>, Error> {
+/// A number of bytes or elements; `None` for null, which is -1.
+fn length(line: &[u8]) -> Result<Option<usize>, BrokerError> {
     match std::str::from_utf8(line) {
         Ok("-1") => Ok(None),
-        Ok(text) => text.parse().map(Some).map_err(|_| foreign()),
-        Err(_) => Err(foreign()),
+        Ok(text) => text.parse().map(Some).map_err(|_| protocol_error()),
+        Err(_) => Err(protocol_error()),
     }
 }
 
-/// What stands in `range` of `buffer`.
+/// The bytes in `range` as text.
 pub(super) fn text(buffer: &[u8], range: &Range<usize>) -> String {
     String::from_utf8_lossy(&buffer[range.clone()]).into_owned()
 }
@@ -236,21 +239,21 @@ pub(super) fn text(buffer: &[u8], range: &Range<usize>) -> String {
 mod tests {
     use super::*;
 
-    fn texts(buffer: &str) -> Vec<&str> {
+    fn strings(buffer: &str) -> Vec<&str> {
         match Frame::scan(buffer.as_bytes()).unwrap() {
-            Scan::Whole(frame) => frame.texts().iter().map(|range| &buffer[range.clone()]).collect(),
+            Scan::Complete(frame) => frame.strings().iter().map(|range| &buffer[range.clone()]).collect(),
             Scan::Partial(_) => panic!("partial: {buffer:?}"),
         }
     }
 
     #[test]
     fn whole_frames() {
-        assert_eq!(texts("+OK\r\n"), ["OK"]);
-        assert_eq!(texts("-NOPERM no\r\n"), ["NOPERM no"]);
-        assert_eq!(texts("*-1\r\n"), Vec::<&str>::new());
-        assert_eq!(texts("*3\r\n$9\r\nsubscribe\r\n$1\r\nx\r\n:1\r\nrest"), ["subscribe", "x", "1"]);
-        assert_eq!(texts("*3\r\n$6\r\nmaster\r\n:0\r\n*1\r\n*2\r\n$1\r\nh\r\n$-1\r\n"), ["master", "0", "h"]);
-        assert_eq!(texts("*2\r\n$4\r\npong\r\n$0\r\n\r\n"), ["pong", ""]);
+        assert_eq!(strings("+OK\r\n"), ["OK"]);
+        assert_eq!(strings("-NOPERM no\r\n"), ["NOPERM no"]);
+        assert_eq!(strings("*-1\r\n"), Vec::<&str>::new());
+        assert_eq!(strings("*3\r\n$9\r\nsubscribe\r\n$1\r\nx\r\n:1\r\nrest"), ["subscribe", "x", "1"]);
+        assert_eq!(strings("*3\r\n$6\r\nmaster\r\n:0\r\n*1\r\n*2\r\n$1\r\nh\r\n$-1\r\n"), ["master", "0", "h"]);
+        assert_eq!(strings("*2\r\n$4\r\npong\r\n$0\r\n\r\n"), ["pong", ""]);
     }
 
     #[test]
@@ -264,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_redis_is_refused() {
+    fn a_server_other_than_redis_is_rejected() {
         let nested = "*1\r\n".repeat(1_000_000);
         let wide = format!("*1000000\r\n{}", ":1\r\n".repeat(10));
         let endless = format!("+{}", "x".repeat(MAX_LINE));

@@ -1,85 +1,86 @@
-//! Redis Sentinel: who the master is, and whether it still is.
+//! Redis Sentinel: which server is the master, and whether it still is.
 //!
-//! A master that lost its office may go on as a replica, and would take our subscription and our broadcasts as if nothing
-//! had happened. So the server itself is asked for its role, and the Sentinels for another master all the time.
+//! A demoted master keeps running as a replica and would accept the subscription and the broadcasts. So the server
+//! itself is asked for its role, and the Sentinels are asked for another master continuously.
 
 use std::time::Duration;
 
 use tokio::time::{sleep, timeout};
 
-use super::Error;
-use super::resp::{Access, Connection};
-use crate::settings::url::Address;
+use super::resp::{ConnectOptions, Connection};
+use crate::broker::BrokerError;
+use crate::config::broker_url::Address;
 
-/// Between two questions to a Sentinel, and the time for its answer.
-const ASK_EVERY: Duration = Duration::from_secs(1);
+/// The time between two requests to a Sentinel, and the timeout of each.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The Sentinels of one set, and the master that they watch.
+/// The Sentinels of one set, and the master that they monitor.
 pub(super) struct Sentinels {
-    /// The one to begin with first.
+    /// In the order in which they are asked.
     pub(super) members: Vec<Address>,
-    /// What they call the master.
+    /// The name under which they monitor the master.
     pub(super) name: String,
-    /// To the Sentinels.
-    pub(super) access: Access,
-    /// To the servers that they watch.
-    pub(super) server: Access,
+    /// Options of connections to the Sentinels.
+    pub(super) options: ConnectOptions,
+    /// Options of connections to the servers that they monitor.
+    pub(super) server: ConnectOptions,
 }
 
 impl Sentinels {
     /// Asks the first member, and connects to the master.
-    pub(super) async fn master(&self) -> Result<(Address, Connection), Error> {
-        let mut sentinel = self.access.open(&self.members[0]).await?;
-        let master = self.ask(&mut sentinel).await?;
+    pub(super) async fn master(&self) -> Result<(Address, Connection), BrokerError> {
+        let mut sentinel = self.options.open(&self.members[0]).await?;
+        let master = self.master_address(&mut sentinel).await?;
         match self.connect(&master).await {
             Ok(connection) => Ok((master, connection)),
-            Err(error) => Err(error.of(&format!("the master {} at {master}", self.name))),
+            Err(error) => Err(error.context(&format!("the master {} at {master}", self.name))),
         }
     }
 
-    async fn ask(&self, sentinel: &mut Connection) -> Result<Address, Error> {
-        let answer = sentinel.request(&["SENTINEL", "GET-MASTER-ADDR-BY-NAME", &self.name]).await?;
-        let [host, port] = answer.as_slice() else {
+    async fn master_address(&self, sentinel: &mut Connection) -> Result<Address, BrokerError> {
+        let reply = sentinel.request(&["SENTINEL", "GET-MASTER-ADDR-BY-NAME", &self.name]).await?;
+        let [host, port] = reply.as_slice() else {
             let name = &self.name;
-            let problem = format!("the Sentinel knows no master named \"{name}\": see broker.redis.master_name");
-            return Err(Error::Refused(problem));
+            let reason = format!("Sentinel has no master named \"{name}\"; check broker.redis.master_name");
+            return Err(BrokerError::Refused(reason));
         };
-        let port = port.parse().map_err(|_| Error::Lost(format!("the Sentinel names a port {port:?}")))?;
-        Ok(Address::Tcp { host: host.clone(), port })
+        let invalid = |_| BrokerError::Disconnected(format!("the Sentinel returned an invalid port {port:?}"));
+        Ok(Address::Tcp { host: host.clone(), port: port.parse().map_err(invalid)? })
     }
 
-    async fn connect(&self, master: &Address) -> Result<Connection, Error> {
+    async fn connect(&self, master: &Address) -> Result<Connection, BrokerError> {
         let mut connection = self.server.open(master).await?;
         match connection.request(&["ROLE"]).await?.first().map(String::as_str) {
             Some("master") => Ok(connection),
-            role => Err(Error::Lost(format!("its role is {}", role.unwrap_or("unknown")))),
+            role => Err(BrokerError::Disconnected(format!("its role is {}", role.unwrap_or("unknown")))),
         }
     }
 
-    /// Ends once there is another master than `master`. Sentinels that do not answer change nothing.
-    pub(super) async fn moved(&self, master: &Address) -> Error {
+    /// Returns once there is another master than `master`. Sentinels that do not respond change nothing.
+    pub(super) async fn wait_for_failover(&self, master: &Address) -> BrokerError {
         for member in self.members.iter().cycle() {
-            if let Ok(new) = self.watch(member, master).await {
-                return Error::Lost(format!("the master {} is at {new} now, no longer at {master}", self.name));
+            if let Ok(new) = self.poll_member(member, master).await {
+                let name = &self.name;
+                return BrokerError::Disconnected(format!("the master {name} moved from {master} to {new}"));
             }
-            sleep(ASK_EVERY).await;
+            sleep(POLL_INTERVAL).await;
         }
         std::future::pending().await
     }
 
-    /// The new master, once `member` names one that is; or that it cannot be asked any more.
-    async fn watch(&self, member: &Address, master: &Address) -> Result<Address, Error> {
-        let mut sentinel = soon(self.access.open(member)).await?;
+    /// Returns the new master once `member` names one that accepts connections, or an error once it does not respond.
+    async fn poll_member(&self, member: &Address, master: &Address) -> Result<Address, BrokerError> {
+        let mut sentinel = with_timeout(self.options.open(member)).await?;
         loop {
-            let named = soon(self.ask(&mut sentinel)).await?;
-            if named != *master && soon(self.connect(&named)).await.is_ok() {
+            let named = with_timeout(self.master_address(&mut sentinel)).await?;
+            if named != *master && with_timeout(self.connect(&named)).await.is_ok() {
                 return Ok(named);
             }
-            sleep(ASK_EVERY).await;
+            sleep(POLL_INTERVAL).await;
         }
     }
 }
 
-async fn soon<T>(answer: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    timeout(ASK_EVERY, answer).await.unwrap_or(Err(Error::Silent(ASK_EVERY)))
+async fn with_timeout<T>(reply: impl Future<Output = Result<T, BrokerError>>) -> Result<T, BrokerError> {
+    timeout(POLL_INTERVAL, reply).await.unwrap_or(Err(BrokerError::Timeout(POLL_INTERVAL)))
 }

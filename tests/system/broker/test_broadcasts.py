@@ -1,4 +1,4 @@
-"""What the exporter says to the workers. A wrong envelope takes a cluster down, so it is compared with Celery's own."""
+"""Broadcasts to the workers. A wrong envelope can crash all workers, so it is compared with Celery's own."""
 
 import base64
 import json
@@ -19,7 +19,7 @@ HEARTBEAT = ENABLE.replace(b"enable_events", b"heartbeat")
 
 
 class RedisBroadcastCapture:
-    """Everything that is published to one control channel."""
+    """Captures everything that is published to one control channel."""
 
     def __init__(self, broker, exchange="celery"):
         self.exchange = f"{exchange}.pidbox"
@@ -38,12 +38,12 @@ class RedisBroadcastCapture:
 
 
 class AmqpBroadcastCapture:
-    """Everything that is published to one control exchange, which need not exist yet."""
+    """Captures everything that is published to one control exchange, which need not exist yet."""
 
     def __init__(self, broker, exchange="celery"):
         self.connection = broker.connection()
         channel = self.connection.channel()
-        # As kombu declares it; the exporter's own declaration is refused where it differs.
+        # As kombu declares it: RabbitMQ refuses a different declaration by the exporter.
         channel.exchange_declare(f"{exchange}.pidbox", "fanout", durable=False, auto_delete=False)
         queue = channel.queue_declare(exclusive=True).queue
         channel.queue_bind(queue, f"{exchange}.pidbox")
@@ -65,16 +65,16 @@ class AmqpBroadcastCapture:
 @pytest.fixture
 def broadcast_capture(services, broker):
     def start(exchange="celery"):
-        made = (RedisBroadcastCapture if broker.name == "redis" else AmqpBroadcastCapture)(broker, exchange)
-        services.callback(made.close)
-        return made
+        capture = (RedisBroadcastCapture if broker.name == "redis" else AmqpBroadcastCapture)(broker, exchange)
+        services.callback(capture.close)
+        return capture
 
     return start
 
 
 @pytest.mark.short_form
-def test_redis_envelope(services, redis):
-    """Every key and value as Celery 5.7 itself publishes them, but a delivery tag of its own for each."""
+def test_redis_envelope_equals_celerys(services, redis):
+    """Every key and value equals those of Celery 5.7, except that each message has a unique delivery tag."""
     capture = RedisBroadcastCapture(redis)
     services.callback(capture.close)
     with client(redis) as app:
@@ -103,8 +103,8 @@ def test_redis_envelope(services, redis):
 
 
 @pytest.mark.short_form
-def test_rabbitmq_message(services, vhost):
-    """Body and properties; the exchange is declared as kombu declares it, or its declaration would be refused."""
+def test_rabbitmq_message_body_and_properties(services, vhost):
+    """The exchange is declared as kombu declares it. RabbitMQ would refuse a different declaration."""
     capture = AmqpBroadcastCapture(vhost)
     services.callback(capture.close)
     services.exporter(vhost, {"events": {"enable_interval": "100ms"}})
@@ -119,8 +119,8 @@ def test_rabbitmq_message(services, vhost):
 
 
 @pytest.mark.short_form
-def test_rabbitmq_exchange_is_made(services, vhost):
-    """When no worker has been there yet; and workers may declare both exchanges after us."""
+def test_rabbitmq_exchange_is_declared_before_workers_start(services, vhost):
+    """Workers may declare both exchanges after the exporter."""
     services.exporter(vhost, {"events": {"enable_interval": "100ms"}})
     with vhost.connection() as connection:
         channel = connection.channel()
@@ -130,34 +130,34 @@ def test_rabbitmq_exchange_is_made(services, vhost):
             channel.exchange_declare("celeryev", "topic", durable=True, auto_delete=False)
             return True
 
-        wait_until(exists, 10, "the exchange of broadcasts")
+        wait_until(exists, 10, "the control exchange")
 
 
 @pytest.mark.short_form
-def test_once_connected(services, broadcast_capture, broker):
-    """At once on connecting: both broadcasts, whatever their intervals."""
+def test_broadcasts_are_sent_on_connect(services, broadcast_capture, broker):
+    """Both broadcasts are sent immediately, regardless of their intervals."""
     capture = broadcast_capture()
     services.exporter(broker, {"events": {"enable_interval": "10m"}, "state": {"worker_timeout": "30m"}})
     wait_until(lambda: sorted(capture.bodies()) == sorted([ENABLE, HEARTBEAT]), 10, lambda: capture.bodies())
 
 
-def test_off_is_silence(services, broadcast_capture, broker):
-    """`enable_events = false`: not one control message, while another exporter sends ten."""
-    quiet, loud = broadcast_capture("quiet"), broadcast_capture("loud")
+def test_enable_events_false_sends_no_broadcasts(services, broadcast_capture, broker):
+    """`enable_events = false` sends no control message, while another exporter sends ten."""
+    disabled, enabled =  broadcast_capture("disabled"), broadcast_capture("enabled")
     services.exporter(
         broker,
         {
-            "events": {"control_exchange": "quiet", "enable_events": False, "enable_interval": "100ms"},
+            "events": {"control_exchange": "disabled", "enable_events": False, "enable_interval": "100ms"},
             "state": {"worker_timeout": "300ms"},
         },
     )
-    services.exporter(broker, {"events": {"control_exchange": "loud", "enable_interval": "100ms"}})
-    wait_until(lambda: loud.bodies().count(ENABLE) >= 10, 20, "ten broadcasts")
-    assert quiet.bodies() == []
+    services.exporter(broker, {"events": {"control_exchange": "enabled", "enable_interval": "100ms"}})
+    wait_until(lambda: enabled.bodies().count(ENABLE) >= 10, 20, "ten broadcasts")
+    assert disabled.bodies() == []
 
 
-def test_heartbeats(services, broadcast_capture, broker):
-    """Every third of `worker_timeout`, so that workers without heartbeats are heard; only once when that is 0."""
+def test_heartbeat_interval_is_a_third_of_worker_timeout(services, broadcast_capture, broker):
+    """Workers without periodic heartbeats respond to these broadcasts. With `worker_timeout = 0` there is only one."""
     often, once = broadcast_capture("often"), broadcast_capture("once")
     for name, timeout in (("often", "1500ms"), ("once", 0)):
         services.exporter(
@@ -170,8 +170,8 @@ def test_heartbeats(services, broadcast_capture, broker):
     assert once.bodies().count(HEARTBEAT) == 1
 
 
-def test_without_heartbeat_workers_stay_online(services, broker):
-    """A live worker that sends no heartbeats of its own answers sent."""
+def test_workers_without_heartbeats_stay_online(services, broker):
+    """A worker that sends no periodic heartbeats responds to the exporter's heartbeat broadcasts."""
     worker = services.worker(broker, args=["--without-heartbeat"]).ready()
     exporter = services.exporter(broker, {"state": {"worker_timeout": "3s"}})
     exporter.wait_for(lambda m: m.one(ONLINE, worker=worker.hostname) == 1, 10)
@@ -184,8 +184,8 @@ def test_without_heartbeat_workers_stay_online(services, broker):
 
 
 @pytest.mark.short_form
-def test_workers_survive(services, broadcast_capture, broker):
-    """Twenty broadcasts later, workers of the whole range run, are connected, and send their events."""
+def test_workers_of_every_version_survive_broadcasts(services, broadcast_capture, broker):
+    """After twenty broadcasts, workers of all versions are running, connected, and send events."""
     workers = [services.worker(broker, version, args=["-Q", f"q{version}"]) for version in VERSIONS]
     for worker in workers:
         worker.ready()
@@ -198,12 +198,12 @@ def test_workers_survive(services, broadcast_capture, broker):
     exporter.wait_for(lambda m: all(m.events("succeeded", worker.hostname, "add") == 1 for worker in workers), 20)
     for worker in workers:
         assert worker.running
-        for trouble in ("Traceback", "ERROR", "Connection to broker lost", "CRITICAL"):
-            assert trouble not in worker.log(), worker.log()
+        for text in ("Traceback", "ERROR", "Connection to broker lost", "CRITICAL"):
+            assert text not in worker.log(), worker.log()
 
 
-def test_own_control_exchange(services, broker):
-    """Workers with a `control_exchange` and an `event_exchange` of their own."""
+def test_custom_control_and_event_exchange(services, broker):
+    """Workers with a custom `control_exchange` and `event_exchange` receive broadcasts and are counted."""
     conf = {"control_exchange": "ctl", "event_exchange": "evt"}
     worker = services.worker(broker, conf=conf).ready()
     exporter = services.exporter(
@@ -216,8 +216,8 @@ def test_own_control_exchange(services, broker):
     exporter.wait_for(lambda m: m.events("succeeded", worker.hostname, "add") == 1)
 
 
-def test_rabbitmq_deleted_exchange_comes_back(services, vhost):
-    """The control exchange is transient; nobody tells us when it has gone."""
+def test_deleted_control_exchange_is_declared_again(services, vhost):
+    """The control exchange is transient, and RabbitMQ sends no notification when it is deleted."""
     harness = services.harness(vhost, {"events": {"enable_interval": "100ms"}})
     with vhost.connection() as connection:
         connection.channel().exchange_delete("celery.pidbox")

@@ -1,4 +1,4 @@
-"""Real applications: workers that send events only because the exporter tells them to."""
+"""Real Celery applications: workers that send events only because the exporter enables them."""
 
 import signal
 
@@ -20,8 +20,8 @@ def exporter_and_worker(services, broker, settings=None, **options):
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
-def test_a_day_in_the_life(services, broker, pool):
-    """Success, failure, retry, reject, revoke, expiry, ETA, odd names: every sample is as the tasks' lives were."""
+def test_all_task_outcomes_are_counted(services, broker, pool):
+    """Success, failure, retry, reject, revoke, expiry, ETA and unusual names: every sample matches the tasks."""
     exporter, worker = exporter_and_worker(services, broker, pool=pool)
     host = worker.hostname
     with client(broker, task_send_sent_event=True) as app:
@@ -34,7 +34,7 @@ def test_a_day_in_the_life(services, broker, pool):
             (UNICODE, ()),
         ]:
             app.send_task(name, arguments)
-        # Expired when it arrives: revoked, and never received. Only the client tells its name, maybe later than that.
+        # Expired on arrival: revoked, never received. Only task-sent contains its name, and may come later.
         app.send_task("add", (1, 2), expires=-10)
         app.send_task("add", (1, 2), countdown=1)
         later = app.send_task("add", (1, 2), countdown=5)
@@ -50,7 +50,7 @@ def test_a_day_in_the_life(services, broker, pool):
             30,
         )
 
-        # Both processes are busy; the rest waits.
+        # Both processes are busy, so the other tasks are prefetched.
         for _ in range(2):
             app.send_task("nap", (6,))
         exporter.wait_for(lambda m: m.one(EXECUTING, worker=host) == 2, 10)
@@ -96,8 +96,8 @@ def test_a_day_in_the_life(services, broker, pool):
 
 @pytest.mark.short_form
 @pytest.mark.parametrize("version", [OLDEST, MIDDLE])
-def test_older_celery(services, broker, version):
-    """The six series of the oldest Celery that runs here, and of one in between."""
+def test_older_celery_versions_have_all_metrics(services, broker, version):
+    """The six metrics of the oldest supported Celery, and of a version in between."""
     exporter, worker = exporter_and_worker(services, broker, version=version)
     host = worker.hostname
     with client(broker, task_send_sent_event=True) as app:
@@ -119,8 +119,8 @@ def test_older_celery(services, broker, version):
 
 
 @pytest.mark.short_form
-def test_first_tasks_show_within_ten_seconds(services, broker):
-    """With defaults: all six series of a worker without -E, ten seconds after its first tasks at the most."""
+def test_all_metrics_appear_within_ten_seconds(services, broker):
+    """With default settings, a worker without -E has all six metrics at most ten seconds after its first tasks."""
     worker = services.worker(broker).ready()
     exporter = services.exporter(broker)
     names = {EVENTS, f"{RUNTIME}_count", PREFETCH_TIME, PREFETCHED, ONLINE, EXECUTING}
@@ -133,8 +133,8 @@ def test_first_tasks_show_within_ten_seconds(services, broker):
         exporter.wait_for(all_six, 10)
 
 
-def test_sigkill(services, broker):
-    """Online 0 within worker_timeout + 2 s, gone after purge_offline_workers, back when it heartbeats again."""
+def test_killed_worker_goes_offline_and_is_purged(services, broker):
+    """Online is 0 within worker_timeout + 2 s. Its series are purged after purge_offline_workers, and return with a heartbeat."""
     timeout, purge = 3, 6
     exporter, worker = exporter_and_worker(
         services, broker, {"state": {"worker_timeout": timeout, "purge_offline_workers": purge}}
@@ -169,8 +169,8 @@ def test_sigkill(services, broker):
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
-def test_warm_shutdown(services, broker, pool):
-    """Offline at once, nothing prefetched, executing what it said last, and the running tasks still finish."""
+def test_warm_shutdown_counts_running_tasks(services, broker, pool):
+    """Offline immediately, nothing prefetched, executing as last reported; the running tasks still finish and count."""
     exporter, worker = exporter_and_worker(services, broker, pool=pool)
     host = worker.hostname
     with client(broker) as app:

@@ -1,4 +1,4 @@
-"""A named queue on RabbitMQ goes on collecting while the exporter is away, and nothing is counted twice."""
+"""A named queue on RabbitMQ collects events while the exporter is down, and no event is counted twice."""
 
 import signal
 import threading
@@ -12,24 +12,24 @@ from support.processes import directory, wait_until
 
 pytestmark = [pytest.mark.every_release, pytest.mark.short_form, pytest.mark.quorum]
 
-QUEUE = {"broker": {"amqp": {"queue": "flower-exporter"}, "reconnect_max": "1s"}}
+QUEUE = {"broker": {"amqp": {"queue": "flower-exporter"}, "reconnect_backoff_max": "1s"}}
 
 
-def test_it_collects_while_the_exporter_is_down(services, vhost):
-    """What was sent meanwhile is counted by the next one; what was counted before is not handed out again."""
+def test_events_sent_while_down_are_counted(services, vhost):
+    """The next exporter counts them. Events that are already counted are not delivered again."""
     harness = services.harness(vhost, QUEUE)
     assert harness.publish(ev.received("a"), ev.received("b")).events("received", W) == 2
     harness.exporter.terminate()
     for n in range(500):
-        harness.publisher.send(ev.received(f"meanwhile-{n}"))
+        harness.publisher.send(ev.received(f"down-{n}"))
     settings = {**QUEUE, "events": {"exchange": harness.exchange}}
     exporter = services.exporter(vhost, settings)
     after = exporter.wait_for(lambda m: m.events("received", W) >= 500)
     assert after.events("received", W) == 500
 
 
-def test_a_cut_loses_nothing_and_counts_nothing_twice(services, vhost):
-    """RabbitMQ closes the connection again and again under load: it hands out again what it has not seen acknowledged."""
+def test_disconnect_loses_and_duplicates_nothing(services, vhost):
+    """RabbitMQ closes the connection repeatedly under load. It redelivers messages that are not acknowledged."""
     harness = services.harness(vhost, QUEUE)
     sent, enough = [0], threading.Event()
 
@@ -43,18 +43,18 @@ def test_a_cut_loses_nothing_and_counts_nothing_twice(services, vhost):
     sender.start()
     for cuts in range(1, 4):
         vhost.server.close_consumers()
-        wait_until(lambda: harness.exporter.log().count("listening for events") > cuts, 20, "back")  # noqa: B023
+        wait_until(lambda: harness.exporter.log().count("subscribed to") > cuts, 20, "subscribed again")  # noqa: B023
     enough.set()
     sender.join()
     after = harness.exporter.wait_for(lambda m: m.events("received", W) >= sent[0])
     assert after.events("received", W) == sent[0]
-    assert after.one(PREFETCHED, worker=W, task="add") == sent[0], "no gap, so the set is whole"
+    assert after.one(PREFETCHED, worker=W, task="add") == sent[0], "no gap, so the set is complete"
     assert harness.publish(ev.heartbeat()).events("received", W) == sent[0]
 
 
-def test_an_overflow_while_the_exporter_is_down_is_told(services, vhost):
-    """The oldest events are gone, though the queue is read empty in no time."""
-    amqp = {"queue": "flower-exporter", "queue_max_bytes": "64KiB", "prefetch": 1}
+def test_overflow_while_down_is_logged(services, vhost):
+    """The oldest events are lost, although the exporter empties the queue quickly."""
+    amqp = {"queue": "flower-exporter", "queue_max_bytes": "64KiB", "prefetch_count": 1}
     settings = {"broker": {"amqp": amqp}, "events": {"enable_interval": "200ms"}}
     harness = services.harness(vhost, settings)
     harness.exporter.terminate()
@@ -62,11 +62,11 @@ def test_an_overflow_while_the_exporter_is_down_is_told(services, vhost):
         harness.publisher.send([ev.received(f"{batch}-{n}") for n in range(20)])
     harness.exporter = services.exporter(vhost, {**settings, "events": {**settings["events"], "exchange": harness.exchange}})
     assert 0 < harness.publish().total(EVENTS) < 100 * 20
-    wait_until(lambda: "our queue at RabbitMQ is full, or nearly" in harness.exporter.log(), 10, harness.exporter.log)
+    wait_until(lambda: "RabbitMQ queue is near broker.amqp.queue_max_bytes" in harness.exporter.log(), 10, harness.exporter.log)
 
 
-def test_a_second_consumer_is_a_warning(services, vhost):
-    """In the log and in /healthz, for as long as it lasts."""
+def test_second_consumer_is_a_warning(services, vhost):
+    """The warning is in the log, and in /healthz until the other consumer stops."""
     settings = {**QUEUE, "events": {"enable_interval": "200ms"}}
     one = services.exporter(vhost, settings)
     assert one.healthz()[1]["warnings"] == []
@@ -79,10 +79,10 @@ def test_a_second_consumer_is_a_warning(services, vhost):
     wait_until(lambda: one.healthz()[1]["warnings"] == [], 10, "no warning")
 
 
-def test_changed_arguments_are_explained(services, vhost):
-    """The server's 406 is not merely repeated: what it means and the way out are said, once."""
+def test_changed_queue_arguments_are_explained(services, vhost):
+    """The log explains the server's 406 error and its remedy once."""
     services.exporter(vhost, QUEUE).terminate()
-    changed = {"broker": {"amqp": {"queue": "flower-exporter", "queue_max_bytes": "1MiB"}, "reconnect_max": "200ms"}}
+    changed = {"broker": {"amqp": {"queue": "flower-exporter", "queue_max_bytes": "1MiB"}, "reconnect_backoff_max": "200ms"}}
     exporter = services.exporter(None, {"broker": {**changed["broker"], "url": vhost.url}})
     wait_until(lambda: "delete_queue -p VHOST flower-exporter" in exporter.log(), 10, exporter.log)
     assert exporter.healthz(ready=True)[0] == 503
@@ -92,20 +92,20 @@ def test_changed_arguments_are_explained(services, vhost):
     assert exporter.log().count("delete_queue") == 1
 
 
-def test_a_deleted_queue_comes_back(services, vhost):
-    """Deleted under the consumer: declared again, and the gap is known."""
+def test_deleted_queue_is_declared_again(services, vhost):
+    """The queue is deleted while it has a consumer. This is a gap."""
     harness = services.harness(vhost, QUEUE)
     assert harness.publish(ev.received("a")).one(PREFETCHED, worker=W, task="add") == 1
     with vhost.connection() as connection:
         connection.channel().queue_delete("flower-exporter")
-    wait_until(lambda: harness.exporter.log().count("listening for events") == 2, 10, harness.exporter.log)
+    wait_until(lambda: harness.exporter.log().count("subscribed to") == 2, 10, harness.exporter.log)
     after = harness.publish(ev.heartbeat())
     assert after.one(PREFETCHED, worker=W, task="add") == 0
     assert after.total(EVENTS) == 1
 
 
-def test_a_restart_of_rabbitmq_is_a_gap(services):
-    """It empties even a durable queue: the sets start empty, once; a mere cut leaves them as they are."""
+def test_rabbitmq_restart_is_a_gap(services):
+    """A restart empties even a durable queue, so the sets of prefetched tasks are cleared. A disconnect keeps them."""
     vhost = services.rabbitmq().wait().vhost()
     harness = services.harness(vhost, QUEUE)
     assert harness.publish(ev.received("a")).one(PREFETCHED, worker=W, task="add") == 1
@@ -120,28 +120,28 @@ def test_a_restart_of_rabbitmq_is_a_gap(services):
 
 
 def expect_failure(request, reason):
-    """The test must fail, until the issue that makes the exporter declare its queues' type is resolved."""
+    """Marks the test as a strict expected failure until the exporter declares the type of its queues."""
     request.applymarker(pytest.mark.xfail(reason=reason, strict=True, raises=AssertionError))
 
 
 def persistent(**amqp):
     state = {"persistent": True, "db": str(directory("state") / "state"), "worker_timeout": 0}
-    broker = {"amqp": {**QUEUE["broker"]["amqp"], **amqp}, "reconnect_max": "1s"}
+    broker = {"amqp": {**QUEUE["broker"]["amqp"], **amqp}, "reconnect_backoff_max": "1s"}
     return {"broker": broker, "state": state}
 
 
-def wait_until_unattended(vhost):
-    """RabbitMQ has noticed that the consumer is gone, and has requeued what it had delivered."""
+def wait_until_no_consumer(vhost):
+    """Waits until RabbitMQ has detected that the consumer is gone and has requeued its messages."""
 
-    def unattended():
+    def has_no_consumer():
         with vhost.connection() as connection:
             return connection.channel().queue_declare("flower-exporter", passive=True).consumer_count == 0
 
-    wait_until(unattended, 20, "the queue has no consumer")
+    wait_until(has_no_consumer, 20, "the queue has no consumer")
 
 
 def test_continuity_survives_24_restarts(services, vhost, rabbitmq_release, request):
-    """Nothing is lost, so no restart empties the set of prefetched tasks."""
+    """No event is lost, so no restart clears the set of prefetched tasks."""
     if rabbitmq_release.quorum and rabbitmq_release.number < (4, 3):
         expect_failure(request, "a quorum queue of RabbitMQ 4.0 to 4.2 drops the continuity marker at its 21st delivery")
     settings = persistent()
@@ -155,7 +155,7 @@ def test_continuity_survives_24_restarts(services, vhost, rabbitmq_release, requ
 
 
 def test_events_survive_24_early_kills(services, vhost, rabbitmq_release, request):
-    """SIGKILL as soon as it has subscribed, again and again: no event was acknowledged, and all are counted in the end."""
+    """The exporter is killed 24 times as soon as it has subscribed. No event was acknowledged, and in the end all are counted."""
     if rabbitmq_release.quorum:
         expect_failure(request, "a quorum queue of RabbitMQ 4 drops messages whose consumer died 21 times")
     settings = persistent()
@@ -166,15 +166,15 @@ def test_events_survive_24_early_kills(services, vhost, rabbitmq_release, reques
         harness.publisher.send(ev.received(f"{number}"))
     for _ in range(24):
         exporter = services.exporter(vhost, settings, ready=False, terminate=False)
-        wait_until(lambda: "listening for events" in exporter.log(), 20, exporter.log)  # noqa: B023
+        wait_until(lambda: "subscribed to" in exporter.log(), 20, exporter.log)  # noqa: B023
         exporter.kill()
-        wait_until_unattended(vhost)
+        wait_until_no_consumer(vhost)
     harness.exporter = services.exporter(vhost, settings)
     assert harness.publish().events("received", W) == 50
 
 
-def test_another_default_queue_type(services, vhost, rabbitmq_release, request):
-    """The default of the virtual host changes after the queue was made: the queue is used as it is."""
+def test_existing_queue_is_used_after_default_type_changed(services, vhost, rabbitmq_release, request):
+    """The default queue type of the virtual host changes after the queue was declared."""
     if rabbitmq_release.number < (4,):
         pytest.skip("RabbitMQ 3.x has one default type")
     expect_failure(request, "the declaration names no type, and RabbitMQ refuses it where the default differs (406)")

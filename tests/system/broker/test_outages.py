@@ -1,4 +1,4 @@
-"""Every way to lose a broker, and what must be true once it is back. Restarts are in test_recovery.py."""
+"""Every way to lose a broker, and what must hold once it is back. Broker restarts are in test_recovery.py."""
 
 import contextlib
 import os
@@ -17,19 +17,19 @@ from support.processes import directory, wait_until
 pytestmark = [pytest.mark.every_release, pytest.mark.quorum]
 
 RECONNECT_MAX = 2
-#: On RabbitMQ each side gives up a silent peer after two to three heartbeats.
-IMPATIENT = {"broker": {"amqp": {"heartbeat": "1s"}, "connect_timeout": "1s"}}
-#: A worker that goes offline before the outage, and comes back in it.
+#: On RabbitMQ each side closes the connection after two to three missed heartbeats.
+SHORT_TIMEOUTS = {"broker": {"amqp": {"heartbeat": "1s"}, "connect_timeout": "1s"}}
+#: A worker that goes offline before the outage and comes back during it.
 V = "v@tests"
 
 
 class Outage:
-    """An exporter that has counted some events; then something happens to its broker, and it is `over` again."""
+    """An exporter that has counted some events before the outage of its broker."""
 
     def __init__(self, services, broker, settings=None, **options):
         self.services, self.broker = services, broker
         settings = {**(settings or {})}
-        settings["broker"] = {"reconnect_max": f"{RECONNECT_MAX}s", **settings.get("broker", {})}
+        settings["broker"] = {"reconnect_backoff_max": f"{RECONNECT_MAX}s", **settings.get("broker", {})}
         self.harness = services.harness(broker, settings, **options)
         self.exporter = self.harness.exporter
         self.before = self.harness.publish(
@@ -44,16 +44,16 @@ class Outage:
         assert self.before.one(PREFETCHED, worker=W, task="add") == 2
 
     def subscriptions(self):
-        return self.exporter.log().count("listening for events")
+        return self.exporter.log().count("subscribed to")
 
     def assert_not_ready(self, deadline=5):
-        """It says that it has no broker, and serves what it knows."""
+        """The exporter is not ready, but alive and serving its metrics."""
         wait_until(lambda: self.exporter.healthz(ready=True)[0] == 503, deadline, self.exporter.log)
         assert self.exporter.healthz()[0] == 200
         assert self.harness.metrics().total(EVENTS) == self.before.total(EVENTS)
 
     def assert_recovered(self, subscriptions=2, deadline=RECONNECT_MAX + 1, broker=None):
-        """The broker is back: subscribed soon, counters kept, sets emptied; one heartbeat puts the gauges right."""
+        """After the outage: subscribed soon, counters kept, sets cleared; one heartbeat corrects the gauges."""
         wait_until(
             lambda: self.subscriptions() >= subscriptions and self.exporter.healthz(ready=True)[0] == 200,
             deadline,
@@ -71,24 +71,24 @@ class Outage:
 
 @pytest.mark.short_form
 @pytest.mark.parametrize("how", ["cut", "reset"])
-def test_path_ends(services, broker, how):
-    """Connections end, and many attempts fail: back soon all the same."""
+def test_reconnects_after_connections_end(services, broker, how):
+    """Connections end and several attempts fail. The exporter reconnects soon after the path is restored."""
     path = services.proxy(broker)
     outage = Outage(services, broker, path=path)
     path.drop()
     getattr(path, how)()
     outage.assert_not_ready()
     attempts = path.attempts
-    wait_until(lambda: path.attempts >= attempts + 3, 10, "attempts come as seldom as they will")
+    wait_until(lambda: path.attempts >= attempts + 3, 10, "attempts with the maximum backoff")
     outage.harness.publisher.send(ev.received("lost"))
     path.resume()
     outage.assert_recovered()
 
 
-def test_backoff_is_reset_by_health(services, broker):
-    """Not by a bare connect: who accepts and drops is not hammered, nor who drops what has subscribed."""
+def test_backoff_is_reset_by_received_events(services, broker):
+    """Not by a mere connect or subscription: a broker that drops connections is not flooded with attempts."""
     path = services.proxy(broker)
-    outage = Outage(services, broker, {"broker": {"reconnect_max": "4s"}}, path=path)
+    outage = Outage(services, broker, {"broker": {"reconnect_backoff_max": "4s"}}, path=path)
 
     def seconds_until(condition):
         started = time.monotonic()
@@ -96,38 +96,38 @@ def test_backoff_is_reset_by_health(services, broker):
         wait_until(condition, 10, outage.exporter.log)
         return time.monotonic() - started
 
-    def blind():
+    def seconds_disconnected():
         count = outage.subscriptions() + 1
         return seconds_until(lambda: outage.subscriptions() == count)
 
     path.drop()
     attempts = path.attempts + 4
-    # Pauses of 0.25, 0.5, 1 and 2 s, or down to half of each.
+    # Pauses of 0.25, 0.5, 1 and 2 s, with jitter down to half of each.
     assert 1.8 < seconds_until(lambda: path.attempts >= attempts) < 5
     path.resume()
     outage.exporter.ready(4 + 1)
-    assert 2 < blind() < 4 + 1, "it has heard nothing"
+    assert 2 < seconds_disconnected() < 4 + 1, "no events received"
     outage.harness.publish()
-    assert blind() < 2, "it has heard events"
+    assert seconds_disconnected() < 2, "events received"
 
 
-def test_attempt_that_is_never_answered(services, broker):
-    """It is waiting on a path that has forgotten it: the next begins `reconnect_max` after it, at the latest."""
+def test_unanswered_attempt_times_out(services, broker):
+    """The attempt stalls on a path that no longer forwards it. The next one starts within `reconnect_backoff_max`."""
     path = services.proxy(broker)
     outage = Outage(services, broker, {"broker": {"connect_timeout": f"{RECONNECT_MAX}s"}}, path=path)
     path.drop()
     path.cut()
     for attempts in (3, 1):
         wanted = path.attempts + attempts
-        wait_until(lambda: path.attempts >= wanted, 10, "attempts come as seldom as they will")  # noqa: B023
+        wait_until(lambda: path.attempts >= wanted, 10, "attempts with the maximum backoff")  # noqa: B023
         path.stall()
     path.resume_for_new_connections()
     outage.assert_recovered()
 
 
-def test_silent_paths(services, redis, vhost):
-    """Half-open, and not a byte comes: noticed within 30 s, with default settings. All at once, as it takes long."""
-    defaults = {"broker": {"reconnect_max": "5s"}}
+def test_stalled_paths_are_detected_within_30_seconds(services, redis, vhost):
+    """Half-open connections, with default settings. All cases run concurrently because they take long."""
+    defaults = {"broker": {"reconnect_backoff_max": "5s"}}
     both, inward, outward = (True, True), (True, False), (False, True)
     outages = []
     for broker, stalled in [(redis, both), (redis, inward), (redis, outward), (vhost, both), (vhost, inward)]:
@@ -144,13 +144,13 @@ def test_silent_paths(services, redis, vhost):
 
 @pytest.mark.short_form
 @pytest.mark.parametrize("inward, outward", [(True, True), (True, False), (False, True)], ids=["both", "in", "out"])
-def test_short_stall_costs_nothing(services, broker, inward, outward):
-    """What waited on the way is counted, and the connection is still the same."""
+def test_short_stall_loses_nothing(services, broker, inward, outward):
+    """Delayed events are counted, and the connection stays the same."""
     path = services.proxy(broker)
     outage = Outage(services, broker, path=path)
     path.stall(inward, outward)
     outage.harness.publisher.send([ev.received(f"{n}") for n in range(100)])
-    wait_until(lambda: path.held_bytes, 5, "something waits")
+    wait_until(lambda: path.held_bytes, 5, "data is delayed")
     if inward:
         assert outage.harness.metrics().events("received", W) == 2
         path.resume()
@@ -160,73 +160,73 @@ def test_short_stall_costs_nothing(services, broker, inward, outward):
     assert outage.harness.publish().events("received", W) == 102 and outage.subscriptions() == 1
 
 
-def test_broker_that_no_longer_hears_us(services, vhost):
-    """Its events still come, until it gives us up for want of our heartbeats."""
+def test_stalled_outgoing_path_is_an_outage(services, vhost):
+    """Events still arrive until the broker closes the connection because it receives no heartbeats."""
     path = services.proxy(vhost)
-    outage = Outage(services, vhost, IMPATIENT, path=path)
+    outage = Outage(services, vhost, SHORT_TIMEOUTS, path=path)
     path.stall(inward=False)
     outage.assert_not_ready()
     path.resume()
     outage.assert_recovered()
 
 
-def test_broker_that_only_hums(services, vhost):
-    """Its heartbeats come and nothing else, no answer either: given up after 15 s, or three heartbeats."""
+def test_broker_that_only_sends_heartbeats_times_out(services, vhost):
+    """It sends heartbeats but no reply: the exporter disconnects after 15 s, or three heartbeats."""
     path = services.proxy(vhost)
-    outage = Outage(services, vhost, IMPATIENT, path=path)
+    outage = Outage(services, vhost, SHORT_TIMEOUTS, path=path)
     path.stall()
     end = time.monotonic() + 15 + 5
     while outage.exporter.healthz(ready=True)[0] == 200:
         assert time.monotonic() < end, outage.exporter.log()
         path.send_to_exporter(b"\x08\0\0\0\0\0\0\xce")
         time.sleep(0.2)
-    assert "no answer from the broker for 15 s" in outage.exporter.log()
+    assert "broker did not respond within 15 s" in outage.exporter.log()
     path.resume_for_new_connections()
     outage.assert_recovered()
 
 
-def test_stop_on_a_silent_path(services, broker):
-    """SIGTERM ends it in time, though nobody answers when it takes its leave."""
+def test_stops_in_time_on_a_stalled_path(services, broker):
+    """SIGTERM stops it in time although the broker does not respond when it disconnects."""
     path = services.proxy(broker)
     outage = Outage(services, broker, path=path)
     path.stall()
     outage.exporter.terminate()
 
 
-def test_frozen_rabbitmq(services, vhost):
-    """SIGSTOP: it neither closes nor answers; nor are new connections answered. Redis' is in test_recovery.py."""
-    outage = Outage(services, vhost, IMPATIENT)
+def test_frozen_rabbitmq_is_an_outage(services, vhost):
+    """After SIGSTOP it neither closes connections nor responds, also to new ones. For Redis see test_recovery.py."""
+    outage = Outage(services, vhost, SHORT_TIMEOUTS)
     node = vhost.server.processes[-1]
     os.killpg(node.pid, signal.SIGSTOP)
     try:
         outage.assert_not_ready(5)
-        wait_until(lambda: "no answer from the broker" in outage.exporter.log(), 5, outage.exporter.log)
+        wait_until(lambda: "broker did not respond within" in outage.exporter.log(), 5, outage.exporter.log)
     finally:
         os.killpg(node.pid, signal.SIGCONT)
     outage.assert_recovered()
 
 
 @pytest.mark.short_form
-def test_rabbitmq_short_of_memory(services, vhost):
-    """It blocks all that publish, us too, and answers none of them: no outage, and no worker is silent of its own will."""
+def test_rabbitmq_memory_alarm_is_no_outage(services, vhost):
+    """RabbitMQ blocks all publishers, including the exporter and workers. No worker times out."""
     limits = {"state": {"worker_timeout": "5s"}, "events": {"enable_interval": "500ms"}}
     harness = services.harness(vhost, {"broker": {"amqp": {"heartbeat": "5s"}}, **limits})
     assert harness.publish(ev.heartbeat(freq=5), ev.received("a")).one(PREFETCHED, worker=W, task="add") == 1
     vhost.server.ctl("set_vm_memory_high_watermark", "0.000001")
     try:
-        wait_until(lambda: "short of memory or disk" in harness.exporter.log(), 10, harness.exporter.log)
-        end = time.monotonic() + 15 + 3  # of no answer, were it an outage
+        wait_until(lambda: "RabbitMQ alarm: publishers are blocked" in harness.exporter.log(), 10, harness.exporter.log)
+        end = time.monotonic() + 15 + 3  # longer than the response timeout
         while time.monotonic() < end:
             assert harness.exporter.healthz(ready=True)[0] == 200 and harness.metrics().one(ONLINE, worker=W) == 1
             time.sleep(0.2)
     finally:
         vhost.server.ctl("set_vm_memory_high_watermark", "0.4")
     assert harness.publish(ev.received("b")).one(PREFETCHED, worker=W, task="add") == 2
-    assert harness.exporter.log().count("listening for events") == 1
+    assert harness.exporter.log().count("subscribed to") == 1
 
 
-def test_connection_for_broadcasts_is_killed(services, redis):
-    """The second connection to Redis is made anew at once, and the subscription does not suffer."""
+def test_killed_broadcast_connection_is_restored(services, redis):
+    """The exporter reopens the second connection to Redis immediately, and the subscription is not affected."""
     path = services.proxy(redis)
     outage = Outage(services, redis, path=path)
     wait_until(lambda: path.attempts == 2, 5, "both connections")
@@ -238,26 +238,26 @@ def test_connection_for_broadcasts_is_killed(services, redis):
 
 
 @pytest.mark.short_form
-def test_closed_by_an_administrator(services, vhost):
+def test_connection_closed_by_an_administrator_is_restored(services, vhost):
     outage = Outage(services, vhost)
     vhost.server.ctl("close_all_connections", "--vhost", vhost.vhost, "maintenance")
     outage.assert_recovered()
-    assert "maintenance" in outage.exporter.log(), "the log says what the server says"
+    assert "maintenance" in outage.exporter.log(), "the log contains the server's reason"
 
 
 @pytest.mark.short_form
-def test_our_own_queue_is_deleted(services, vhost):
-    """Exclusive as it is, an administrator may delete it."""
+def test_deleted_exclusive_queue_is_declared_again(services, vhost):
+    """An administrator can delete even an exclusive queue."""
     outage = Outage(services, vhost)
-    queue = re.search(r"on queue (\S+) bound", outage.exporter.log())[1]
+    queue = re.search(r"subscribed to queue (\S+) bound", outage.exporter.log())[1]
     vhost.server.ctl("delete_queue", "-p", vhost.vhost, queue)
     outage.assert_recovered()
-    assert "the queue is gone" in outage.exporter.log()
+    assert "consumer cancelled (queue deleted)" in outage.exporter.log()
 
 
 @pytest.mark.short_form
-def test_exchange_is_deleted(services, vhost):
-    """Nobody tells a consumer: it is declared and bound again within `enable_interval`."""
+def test_deleted_event_exchange_is_declared_again(services, vhost):
+    """RabbitMQ does not notify consumers. The exporter declares and binds it again within `enable_interval`."""
     harness = services.harness(vhost, {"events": {"enable_interval": "1s"}})
     harness.publish(ev.heartbeat(active=5), ev.received("a"))
     with vhost.connection() as connection:
@@ -271,11 +271,11 @@ def test_exchange_is_deleted(services, vhost):
     wait_until(counted, 1 + 1, harness.exporter.log)
     harness.publisher = publisher
     assert harness.publish(ev.received("b")).events("received", W) == 2
-    assert harness.exporter.log().count("listening for events") == 1, "the connection is still the same"
+    assert harness.exporter.log().count("subscribed to") == 1, "the connection stays the same"
 
 
-def test_credentials_are_put_right(services, broker):
-    """`url_file` is read again on every attempt: a password that has become wrong, and right again."""
+def test_url_file_is_read_on_every_attempt(services, broker):
+    """The password in `url_file` becomes wrong, and is corrected later."""
     if broker.name == "redis":
         broker.password = "p@ss/w:rd%"
         broker.client().config_set("requirepass", broker.password)
@@ -293,8 +293,8 @@ def test_credentials_are_put_right(services, broker):
 
 
 @pytest.mark.short_form
-def test_master_behind_an_address_is_demoted(services, redis):
-    """Events come from a replica, too, but what is published there reaches no worker: the new master is sought."""
+def test_reconnects_when_server_is_demoted(services, redis):
+    """A replica also delivers events, but broadcasts published there reach no worker: the exporter reconnects to the new master."""
     old, new, path = redis, services.redis(), services.proxy(redis)
     with old.client().pubsub() as worker:
         worker.subscribe("/0.celery.pidbox")
@@ -303,35 +303,35 @@ def test_master_behind_an_address_is_demoted(services, redis):
     path.redirect_to(new)
     old.client().replicaof("127.0.0.1", new.port)
     wait_until(lambda: new.client().pubsub_numpat() == 1, 10, harness.exporter.log)
-    assert "the server has become a replica" in harness.exporter.log()
+    assert "server demoted to replica" in harness.exporter.log()
     harness.publisher = services.publisher(new, harness.exchange)
     assert harness.publish(ev.received("b")).events("received", W) == 1
 
 
-def test_replica_by_choice(services, redis):
-    """Its events are counted, and it is not left for a master that nobody named."""
+def test_configured_replica_is_kept(services, redis):
+    """Its events are counted, and the exporter does not look for another master."""
     redis.client().replicaof("127.0.0.1", services.redis().port)
     harness = services.harness(redis, {"events": {"enable_interval": "100ms"}})
     broadcasts = lambda: redis.client().info("commandstats").get("cmdstat_publish", {"calls": 0})["calls"]  # noqa: E731
     before = broadcasts()
     wait_until(lambda: broadcasts() >= before + 5, 10, "broadcasts")
     assert harness.publish(ev.received()).events("received", W) == 1
-    assert harness.exporter.log().count("listening for events") == 1
+    assert harness.exporter.log().count("subscribed to") == 1
 
 
-def named(broker):
-    """The file of addresses of `broker.test`, the environment that has it read, and the broker's URL by that name."""
+def hosts_file(broker):
+    """The hosts file of `broker.test`, the environment that makes the exporter use it, and the broker's URL with that name."""
     hosts = directory("hosts") / "hosts"
     env = {"LD_PRELOAD": "libnss_wrapper.so", "NSS_WRAPPER_HOSTS": hosts}
     return hosts, env, broker.url.replace("127.0.0.1", "broker.test")
 
 
-def test_name_that_does_not_resolve_yet(services, broker):
-    """Asked for again on every attempt, until it is there."""
-    hosts, env, url = named(broker)
+def test_host_name_is_resolved_on_every_attempt(services, broker):
+    """The name does not resolve at first."""
+    hosts, env, url = hosts_file(broker)
     hosts.write_text("")
-    os.utime(hosts, (0, 0))  # the library looks at whole seconds to see that it has changed
-    settings = {"broker": {"url": url, "reconnect_max": f"{RECONNECT_MAX}s"}}
+    os.utime(hosts, (0, 0))  # the library compares modification times in whole seconds
+    settings = {"broker": {"url": url, "reconnect_backoff_max": f"{RECONNECT_MAX}s"}}
     exporter = services.exporter(None, settings, env=env)
     wait_until(lambda: "lookup" in exporter.log(), 5, exporter.log)
     assert exporter.healthz()[0] == 200 and exporter.healthz(ready=True)[0] == 503
@@ -341,13 +341,13 @@ def test_name_that_does_not_resolve_yet(services, broker):
     exporter.wait_for(lambda m: m.events("received") == 1)
 
 
-def test_one_of_several_addresses_is_silent(services, broker):
-    """The first that the name stands for drops packets; the next one answers."""
+def test_unreachable_address_is_skipped(services, broker):
+    """The first address of the host name drops packets, and the next one responds."""
     port = int(re.search(r"127\.0\.0\.1:(\d+)/", broker.url)[1])
-    hosts, env, url = named(broker)
+    hosts, env, url = hosts_file(broker)
     hosts.write_text("127.0.0.9 broker.test\n127.0.0.1 broker.test\n")
     with socket.create_server(("127.0.0.9", port), backlog=0), contextlib.ExitStack() as full:
-        for _ in range(2):  # a full backlog lets nobody in
+        for _ in range(2):  # a full backlog accepts no connection
             waiting = full.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(("127.0.0.9", port))
@@ -358,9 +358,9 @@ def test_one_of_several_addresses_is_silent(services, broker):
 
 
 @pytest.mark.short_form
-def test_next_of_the_list(services, broker):
-    """The first broker dies, the second is used, its sets empty; and back again when that dies, too."""
-    second = services.redis() if broker.name == "redis" else broker  # two nodes of a cluster have the same virtual hosts
+def test_fails_over_to_the_next_broker(services, broker):
+    """The first broker fails and the second one is used, with cleared sets; and the other way around later."""
+    second = services.redis() if broker.name == "redis" else broker  # two nodes of a RabbitMQ cluster have the same virtual hosts
     paths = [services.proxy(broker), services.proxy(second)]
     outage = Outage(services, broker, {"broker": {"url": ";".join(path.url for path in paths)}}, path=paths[0])
     paths[0].refuse()

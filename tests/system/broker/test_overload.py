@@ -1,6 +1,6 @@
-"""More events than can be read: what is lost is a number, memory has a bound, and the log tells without being flooded.
+"""More events than the exporter can read: losses are counted, memory is bounded, and log lines are throttled.
 
-`tests/run.sh -rP broker/test_overload.py --sustained 60` shows the figures of this machine.
+`tests/run.sh -rP broker/test_overload.py --sustained 60` prints the throughput of this machine.
 """
 
 import signal
@@ -13,46 +13,46 @@ from support.flood import BUFFER_FULL, CONNECTION_LOST, flood, sample_buffer, se
 from support.resources import MIB, cpu_seconds, peak_memory
 
 
-def test_sustained(services, broker, request):
-    """As fast as this machine can send for --sustained seconds, or at --sustained-rate, where all must count."""
+def test_sustained_load_is_accounted(services, broker, request):
+    """Events at full speed for --sustained seconds, or at --sustained-rate, where all must be counted."""
     seconds, rate = (request.config.getoption(name) for name in ("--sustained", "--sustained-rate"))
     backlog = 16 * MIB
-    harness = services.harness(broker, {"events": {"max_backlog": backlog}, **SELF_METRICS})
+    harness = services.harness(broker, {"events": {"buffer_max_bytes": backlog}, **SELF_METRICS})
     memory, cpu, start = peak_memory(harness.exporter), cpu_seconds(harness.exporter), time.monotonic()
     with sample_buffer(harness.exporter) as sizes:
         sent = send_for(flood(harness), seconds, 3000, rate)
-        took = time.monotonic() - start
+        elapsed = time.monotonic() - start
         samples = wait_until_accounted(harness, sent, 60 + 2 * seconds)
     spent = (cpu_seconds(harness.exporter) - cpu) / samples.total(EVENTS)
     print(
-        f"{sent / took:.0f} events a second, CPU {spent * 1e6:.1f} µs each, backlog at most {max(sizes) / MIB:.2f} MiB"
+        f"{sent / elapsed:.0f} events per second, CPU {spent * 1e6:.1f} µs per event, buffer at most {max(sizes) / MIB:.2f} MiB"
     )
     if broker.name == "rabbitmq" or rate:
         assert samples.total(EVENTS) == sent
-    assert max(sizes) < backlog + 2000, "one message more at the most"
+    assert max(sizes) < backlog + 2000, "at most one message more"
     assert peak_memory(harness.exporter) - memory < 2 * backlog + 16 * MIB
     for text in (BUFFER_FULL, CONNECTION_LOST):
-        assert len(harness.exporter.log_lines(text)) <= 1 + took // 60, "once a minute"
+        assert len(harness.exporter.log_lines(text)) <= 1 + elapsed // 60, "once a minute"
     assert harness.publish(ev.heartbeat("after@tests")).one("flower_worker_online", worker="after@tests") == 1
 
 
-def test_large_messages_in_a_full_queue(services, broker):
-    """They exceed `max_backlog` by one message, not by one for each that is taken."""
-    harness = services.harness(broker, {"events": {"max_backlog": MIB}, **SELF_METRICS})
+def test_large_messages_exceed_the_buffer_by_one(services, broker):
+    """They exceed `buffer_max_bytes` by one message, not by one for each message that is read."""
+    harness = services.harness(broker, {"events": {"buffer_max_bytes": MIB}, **SELF_METRICS})
     stream = flood(harness)
-    # NaN makes them take longer to read than to send.
+    # NaN makes them slower to parse than to send.
     messages = [stream.message(list(task_events(tasks, custom=float("nan")))) for tasks in range(20, 200, 7)]
     with sample_buffer(harness.exporter) as sizes:
         start = time.monotonic()
-        while (took := time.monotonic() - start) < 3 or (max(sizes) <= MIB / 2 and took < 30):
+        while (elapsed := time.monotonic() - start) < 3 or (max(sizes) <= MIB / 2 and elapsed < 30):
             stream.send(b"".join(messages))
         stream.finish()
     assert MIB / 2 < max(sizes) < MIB + len(messages[-1])
 
 
-def test_prefetch_bounds_what_lies_beneath_the_queue(services, vhost):
-    """So many unacknowledged messages, however fast RabbitMQ is and however slow we are."""
-    limits = {"events": {"max_backlog": MIB}, "broker": {"amqp": {"prefetch": 20}}}
+def test_prefetch_count_bounds_unacknowledged_messages(services, vhost):
+    """The bound holds when RabbitMQ is much faster than the exporter."""
+    limits = {"events": {"buffer_max_bytes": MIB}, "broker": {"amqp": {"prefetch_count": 20}}}
     harness = services.harness(vhost, {**limits, **SELF_METRICS})
     memory, stream = peak_memory(harness.exporter), flood(harness)
     body = list(task_events(150, custom=float("nan")))
@@ -63,26 +63,26 @@ def test_prefetch_bounds_what_lies_beneath_the_queue(services, vhost):
     assert peak_memory(harness.exporter) - memory < MIB + 20 * len(encoded) + 8 * MIB < count * len(encoded) / 2
 
 
-def test_what_rabbitmq_drops_is_told(services, vhost):
-    """A queue that has reached `queue_max_bytes` loses its oldest messages: nobody can count them, but it is said."""
-    amqp = {"queue_max_bytes": "64KiB", "prefetch": 1}
+def test_queue_overflow_at_rabbitmq_is_logged(services, vhost):
+    """A queue that reaches `queue_max_bytes` loses its oldest messages. They cannot be counted, but the log has one line."""
+    amqp = {"queue_max_bytes": "64KiB", "prefetch_count": 1}
     harness = services.harness(vhost, {"broker": {"amqp": amqp}, "events": {"enable_interval": "200ms"}})
     sent = send_for(flood(harness), 2, 3000)
     assert 0 < harness.publish().total(EVENTS) < sent
     assert len(harness.exporter.log_lines("queue_max_bytes")) == 1
 
 
-def cut_off(harness, kill):
-    """Has the server end the subscription, and waits for the next one."""
-    before = harness.exporter.metrics().one("flower_exporter_reconnects_total")
+def disconnect(harness, kill):
+    """Lets the server close the subscription, and waits for the next one."""
+    before = harness.exporter.metrics().one("flower_exporter_broker_reconnects_total")
     kill()
-    harness.exporter.wait_for(lambda m: m.one("flower_exporter_reconnects_total") == before + 1, 20, "subscribed again")
+    harness.exporter.wait_for(lambda m: m.one("flower_exporter_broker_reconnects_total") == before + 1, 20, "subscribed again")
 
 
-def test_a_cut_off_is_counted(services, redis):
-    """A subscriber that lags is disconnected; what that has cost is known in seconds."""
+def test_disconnect_of_a_slow_subscriber_is_counted(services, redis):
+    """Redis disconnects a slow subscriber. The exporter counts the seconds until it is connected again."""
     redis.client().config_set("client-output-buffer-limit", "pubsub 1mb 0 0")
-    harness = services.harness(redis, {"broker": {"reconnect_max": "1s"}, **SELF_METRICS})
+    harness = services.harness(redis, {"broker": {"reconnect_backoff_max": "1s"}, **SELF_METRICS})
     stream = flood(harness)
     encoded, rounds = b"".join(map(stream.message, task_events(100))), 0
 
@@ -94,26 +94,26 @@ def test_a_cut_off_is_counted(services, redis):
             rounds += 1
         harness.exporter.send(signal.SIGCONT)
 
-    cut_off(harness, lag)
+    disconnect(harness, lag)
     samples = harness.publish(ev.received("after", "after@tests"))
-    assert samples.one("flower_exporter_cutoffs_total") == samples.one("flower_exporter_reconnects_total") == 1
-    assert 0 < samples.one("flower_exporter_blind_seconds_total") < 5
+    assert samples.one("flower_exporter_broker_disconnects_total") == samples.one("flower_exporter_broker_reconnects_total") == 1
+    assert 0 < samples.one("flower_exporter_broker_disconnected_seconds_total") < 5
     assert samples.one("flower_exporter_dropped_messages_total") == 0
-    assert 0 < samples.total(EVENTS) - 1 < rounds * 300, "the rest is what the server threw away"
+    assert 0 < samples.total(EVENTS) - 1 < rounds * 300, "the server discarded the rest"
     assert len(harness.exporter.log_lines(CONNECTION_LOST)) == 1
 
 
-def test_cut_offs_are_logged_once_a_minute(services, broker):
-    """One after the other, with good times between: each is counted, the first is logged."""
+def test_disconnects_are_logged_once_a_minute(services, broker):
+    """Each of several disconnects is counted, but only the first one is logged."""
     if broker.name == "redis":
         kill = lambda: broker.client().execute_command("CLIENT", "KILL", "TYPE", "pubsub")  # noqa: E731
     else:
         kill = lambda: broker.server.ctl("close_all_connections", "-p", broker.vhost, "test")  # noqa: E731
-    harness = services.harness(broker, {"broker": {"reconnect_max": "500ms"}, **SELF_METRICS})
+    harness = services.harness(broker, {"broker": {"reconnect_backoff_max": "500ms"}, **SELF_METRICS})
     for number in range(1, 4):
-        cut_off(harness, kill)
+        disconnect(harness, kill)
         harness.publisher.connection.release()
         harness.publisher = services.publisher(broker, harness.exchange)
         harness.publish(ev.received(f"{number}"))
-        assert harness.exporter.metrics().one("flower_exporter_cutoffs_total") == number
+        assert harness.exporter.metrics().one("flower_exporter_broker_disconnects_total") == number
     assert len(harness.exporter.log_lines(CONNECTION_LOST)) == 1

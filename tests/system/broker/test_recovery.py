@@ -1,4 +1,4 @@
-"""A broker that is not there: at the start, for a while, or for a worker's whole life."""
+"""A broker that is not available: at the start, for a while, or silently."""
 
 import json
 import signal
@@ -20,14 +20,16 @@ RECONNECT_MAX = 2
 
 @pytest.fixture
 def restartable_broker(services, broker_release):
-    """One that can be stopped."""
+    """A broker that the test can stop and start."""
     return services.redis() if broker_release.family == "redis" else services.rabbitmq().wait().vhost()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_outage(services, restartable_broker, request, number):
-    """Counters kept, /healthz 200 and /healthz?ready 503 meanwhile, counting goes on within reconnect_max + 1 s."""
-    harness = services.harness(restartable_broker, {"broker": {"reconnect_max": f"{RECONNECT_MAX}s"}, "state": {"worker_timeout": 0}})
+def test_counting_resumes_after_a_broker_restart(services, restartable_broker, request, number):
+    """Counters are kept. During the outage /healthz is 200 and /healthz?ready is 503. Counting resumes within
+    reconnect_backoff_max + 1 s.
+    """
+    harness = services.harness(restartable_broker, {"broker": {"reconnect_backoff_max": f"{RECONNECT_MAX}s"}, "state": {"worker_timeout": 0}})
     before = harness.publish(ev.heartbeat(), ev.received("a"), ev.received("b"), ev.succeeded("c", runtime=1.5))
     assert before.one(PREFETCHED, worker=W, task="add") == 2
 
@@ -45,7 +47,7 @@ def test_outage(services, restartable_broker, request, number):
     publisher = services.publisher(restartable_broker, harness.exchange)
     publisher.send(ev.received("d", at=9))
     after = harness.exporter.wait_for(lambda m: m.events("received", W) == 3, 2)
-    assert after.one(PREFETCHED, worker=W, task="add") == 1, "sets start empty after a gap"
+    assert after.one(PREFETCHED, worker=W, task="add") == 1, "sets are cleared after a gap"
     assert after.one(ONLINE, worker=W) == 1
     assert after.one(f"{RUNTIME}_sum", worker=W, task="") == 1.5
     assert after.total(EVENTS) == before.total(EVENTS) + 1
@@ -54,10 +56,10 @@ def test_outage(services, restartable_broker, request, number):
     assert after.one(PREFETCHED, worker=W, task="add") == 1
 
 
-def test_started_before_its_broker(services, restartable_broker):
-    """It waits, serves, and goes on by itself."""
+def test_exporter_started_before_its_broker(services, restartable_broker):
+    """It serves metrics, waits for the broker, and connects."""
     restartable_broker.stop(signal.SIGKILL)
-    exporter = services.exporter(None, {"broker": {"url": restartable_broker.url, "reconnect_max": "1s"}})
+    exporter = services.exporter(None, {"broker": {"url": restartable_broker.url, "reconnect_backoff_max": "1s"}})
     assert exporter.healthz()[0] == 200 and exporter.healthz(ready=True)[0] == 503
     restartable_broker.start()
     exporter.ready(3)
@@ -66,10 +68,10 @@ def test_started_before_its_broker(services, restartable_broker):
 
 
 @pytest.mark.short_form
-def test_worker_and_exporter_find_each_other_again(services, restartable_broker):
-    """A real worker, told to send events only by our broadcasts, after its broker has come back."""
+def test_worker_events_resume_after_a_broker_restart(services, restartable_broker):
+    """A real worker that sends events only because of broadcasts, after a restart of its broker."""
     worker = services.worker(restartable_broker).ready()
-    exporter = services.exporter(restartable_broker, {"broker": {"reconnect_max": "1s"}, "events": {"enable_interval": "500ms"}})
+    exporter = services.exporter(restartable_broker, {"broker": {"reconnect_backoff_max": "1s"}, "events": {"enable_interval": "500ms"}})
     with client(restartable_broker) as app:
         wait_until(lambda: "enabled by remote" in worker.log(), 20, worker.log)
         app.send_task("add", (1, 2))
@@ -83,9 +85,9 @@ def test_worker_and_exporter_find_each_other_again(services, restartable_broker)
         exporter.wait_for(lambda m: m.events("succeeded", task="add") == 2, 60)
 
 
-def test_silent_redis(services, redis):
-    """A server that neither closes nor answers is an outage, too."""
-    harness = services.harness(redis, {"broker": {"reconnect_max": "1s", "connect_timeout": "1s"}})
+def test_frozen_redis_is_an_outage(services, redis):
+    """The server neither closes connections nor responds."""
+    harness = services.harness(redis, {"broker": {"reconnect_backoff_max": "1s", "connect_timeout": "1s"}})
     redis.process.send(signal.SIGSTOP)
     wait_until(lambda: harness.exporter.healthz(ready=True)[0] == 503, 60, "not ready")
     assert harness.exporter.healthz()[0] == 200
@@ -95,9 +97,9 @@ def test_silent_redis(services, redis):
 
 
 @pytest.mark.short_form
-def test_connections_are_killed(services, redis):
-    """As an administrator or a firewall does: back at once, and said in the log."""
-    harness = services.harness(redis, {"broker": {"reconnect_max": "1s"}})
+def test_killed_connections_are_restored(services, redis):
+    """An administrator or a firewall closes them."""
+    harness = services.harness(redis, {"broker": {"reconnect_backoff_max": "1s"}})
     harness.publish(ev.received())
     for kind in ("pubsub", "normal"):
         redis.client().execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
@@ -110,13 +112,13 @@ def test_connections_are_killed(services, redis):
 
 
 @pytest.mark.short_form
-def test_cut_off_by_the_server(services, redis):
-    """A subscriber that lags is disconnected, and what it had not read is gone: known, so that sets start empty.
+def test_disconnect_of_a_slow_subscriber_is_a_gap(services, redis):
+    """Redis disconnects a slow subscriber and discards its unread messages, so the sets are cleared.
 
     The messages have 14 KB: Valkey 9 does not count those above about 16 KB towards the limit.
     """
     redis.client().config_set("client-output-buffer-limit", "pubsub 1mb 0 0")
-    harness = services.harness(redis, {"broker": {"reconnect_max": "1s"}})
+    harness = services.harness(redis, {"broker": {"reconnect_backoff_max": "1s"}})
     assert harness.publish(ev.received("before")).one(PREFETCHED, worker=W, task="add") == 1
     message = json.dumps(envelope(json.dumps([ev.received(f"{n}") for n in range(40)]), exchange=harness.exchange))
     assert 12_000 < len(message) < 15_000
@@ -128,16 +130,16 @@ def test_cut_off_by_the_server(services, redis):
         "the server has disconnected the subscriber",
     )
     harness.exporter.send(signal.SIGCONT)
-    wait_until(lambda: redis.client().pubsub_numpat(), 10, "it has subscribed again")
+    wait_until(lambda: redis.client().pubsub_numpat(), 10, "subscribed again")
     harness.exporter.ready(10)
     assert harness.publish(ev.received("after")).one(PREFETCHED, worker=W, task="add") == 1
 
 
-def test_exchange_that_differs(services, vhost):
-    """A declaration that is refused (406): not ready, and the log says what the server says."""
+def test_different_exchange_is_refused(services, vhost):
+    """RabbitMQ refuses the declaration (406): not ready, and the log contains the server's error."""
     with vhost.connection() as connection:
         connection.channel().exchange_declare("celeryev", "fanout", durable=True, auto_delete=False)
-        exporter = services.exporter(None, {"broker": {"url": vhost.url, "reconnect_max": "500ms"}})
+        exporter = services.exporter(None, {"broker": {"url": vhost.url, "reconnect_backoff_max": "500ms"}})
         wait_until(
             lambda: "celeryev" in exporter.log() and "406" in exporter.log() or "PRECONDITION" in exporter.log(),
             15,
@@ -148,8 +150,8 @@ def test_exchange_that_differs(services, vhost):
         exporter.ready(10)
 
 
-def test_queue_of_our_own(services, vhost):
-    """Exclusive, bounded in bytes, without a TTL that loses events; gone with us."""
+def test_exclusive_queue_properties(services, vhost):
+    """The queue is exclusive, bounded in bytes, has no message TTL, and is deleted with the exporter."""
     exporter = services.exporter(vhost)
     columns = "name", "exclusive", "durable", "arguments"
     listed = [

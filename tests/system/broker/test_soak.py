@@ -1,4 +1,4 @@
-"""Random faults under load; afterwards everything is as it was: nothing stuck, nothing leaked."""
+"""Random faults under load. Afterwards no task is stuck, and no memory, thread or descriptor has leaked."""
 
 import contextlib
 import os
@@ -21,16 +21,16 @@ from support.processes import wait_until
 from support.publish import Publisher
 from support.resources import descriptors_and_threads
 
-#: Each task of this fixed set comes again and again, so that the state is of one size.
+#: The tasks of this fixed set repeat, so that the size of the state is constant.
 TASKS, WORKERS, NAMES = 240, 4, 3
-#: With so many faults RabbitMQ is restarted, too: that takes its time.
+#: From this number of faults RabbitMQ is restarted, too, which takes long.
 LONG = 50
-#: An allocator that tells how many bytes are in use, each time that so many were allocated.
+#: An allocator that prints how many bytes are in use, each time that 1 MiB was allocated.
 JEMALLOC = {
     "LD_PRELOAD": "libjemalloc.so.2",
     "MALLOC_CONF": f"tcache:false,narenas:1,stats_interval:{1 << 20},stats_interval_opts:Jgmdablxe",
 }
-#: Bytes by which that varies: scrapes under way, and what is kept of the last complaints.
+#: Bytes by which that number varies: scrapes in progress, and retained log throttles.
 NOISE = 32 << 10
 
 
@@ -38,14 +38,14 @@ class Soak:
     def __init__(self, services, broker, seed):
         self.services, self.broker, self.path, self.random = services, broker, services.proxy(broker), random.Random(seed)
         settings = {
-            "broker": {"reconnect_max": "1s"},
+            "broker": {"reconnect_backoff_max": "1s"},
             "state": {"max_tasks": 2 * TASKS, "worker_timeout": 0},
             "metrics": {"self_metrics": True},
         }
         self.harness = services.harness(broker, settings, path=self.path, env=JEMALLOC)
         self.exporter, self.steps = self.harness.exporter, 0
 
-    # Load: each step one task is received, an earlier one started, a still earlier one ended.
+    # Load: in each step one task is received, an earlier one starts, and a still earlier one ends.
 
     def event(self, make, step, after=0.0, **fields):
         return make(f"{step % TASKS:032x}", f"w{step % WORKERS}@tests", step + after, **fields)
@@ -62,7 +62,7 @@ class Soak:
 
     @contextlib.contextmanager
     def load(self):
-        """Events come all the time, straight to the broker, which may be away."""
+        """Publishes events directly to the broker, which may be unavailable."""
         over = threading.Event()
 
         def send():
@@ -84,7 +84,7 @@ class Soak:
 
     # Faults.
 
-    def a_moment(self):
+    def pause(self):
         time.sleep(self.random.random())
 
     def cut(self):
@@ -95,17 +95,17 @@ class Soak:
 
     def stall(self):
         self.path.stall(*self.random.choice([(True, True), (True, False), (False, True)]))
-        self.a_moment()
+        self.pause()
         self.path.resume()
 
     def drop(self):
         self.path.drop()
         self.path.cut()
-        self.a_moment()
+        self.pause()
         self.path.resume()
 
     def kill(self):
-        """As an administrator does."""
+        """Closes connections as an administrator does."""
         if self.broker.name == "redis":
             kind = self.random.choice(["pubsub", "normal"])
             self.broker.client().execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
@@ -115,35 +115,35 @@ class Soak:
     def freeze(self):
         process = self.broker.process if self.broker.name == "redis" else self.broker.server.processes[-1]
         os.killpg(process.pid, signal.SIGSTOP)
-        self.a_moment()
+        self.pause()
         os.killpg(process.pid, signal.SIGCONT)
 
     def restart(self):
         self.broker.stop(self.random.choice([signal.SIGTERM, signal.SIGKILL]))
-        self.a_moment()
+        self.pause()
         self.broker.start()
 
-    def strike(self, kind):
-        """Whether the exporter is back before the next fault is left to chance."""
+    def inject(self, kind):
+        """Causes a fault. At random, waits until the exporter is ready again."""
         getattr(self, kind)()
-        self.a_moment()
+        self.pause()
         if self.random.random() < 0.5:
             self.exporter.ready()
 
-    # Quiet.
+    # Without faults.
 
     def settle(self):
-        """Counts every task once through, and returns what the exporter holds: descriptors, threads, bytes.
+        """Publishes every task once, and returns the exporter's descriptors, threads and bytes.
 
-        On a fresh connection: buffers grow with what they have read.
+        It first reconnects, because the buffers of a connection grow with the data that they have read.
         """
         self.exporter.ready()
         self.harness.publisher = self.services.publisher(self.broker, self.harness.exchange)
-        self.harness.settle()  # the last fault may not have been noticed yet
+        self.harness.settle()  # the last fault may not be detected yet
         first = self.steps
         self.steps += TASKS
         tasks = range(first, self.steps)
-        before = self.harness.publish().total(EVENTS)  # with the last events of the load, which may still be on their way
+        before = self.harness.publish().total(EVENTS)  # with the last events of the load, which may still be in flight
         all_ = self.harness.publish([self.received(step) for step in tasks], ev.heartbeat(active=3))
         assert all_.total(PREFETCHED) == TASKS
         assert (all_.one(ONLINE, worker=W), all_.one(EXECUTING, worker=W)) == (1, 3)
@@ -157,29 +157,29 @@ class Soak:
         return *self.settled_descriptors_and_threads(), self.allocated()
 
     def settled_descriptors_and_threads(self):
-        """Once that has not changed for a second and a half: what broke must be seen first, and made anew."""
+        """The numbers once they are constant for 1.5 s: the exporter must first detect broken connections and reopen them."""
         seen = []
         wait_until(lambda: seen.append(descriptors_and_threads(self.exporter)) or seen[-75:] == seen[-1:] * 75, 20, lambda: seen)
         return seen[-1]
 
     def allocated(self, samples=10):
-        """The least of so many figures: scrapes make the allocator speak."""
+        """The minimum of several numbers of allocated bytes: scrapes make the allocator print them."""
 
-        def said():
+        def printed():
             return [int(number) for number in re.findall(r'"allocated":(\d+)', self.exporter.err.read_text())]
 
-        def speak():
+        def scrape():
             for _ in range(10):
                 self.exporter.text()
-            return len(said()) >= before + samples
+            return len(printed()) >= before + samples
 
-        before = len(said())
-        wait_until(speak, 30, "the allocator speaks")
-        return min(said()[before:])
+        before = len(printed())
+        wait_until(scrape, 30, "the allocator prints its statistics")
+        return min(printed()[before:])
 
 
 @pytest.fixture(params=["redis", "rabbitmq"])
-def soaked(request, services):
+def soaked_broker(request, services):
     if request.param == "redis":
         return services.redis()
     if request.config.getoption("--faults") < LONG:
@@ -188,30 +188,30 @@ def soaked(request, services):
 
 
 @pytest.mark.timeout(3600)
-def test_soak(services, soaked, request):
-    """At the end all is counted, no task is stuck; bytes, threads and descriptors are what they were after warm-up."""
+def test_random_faults_leak_nothing(services, soaked_broker, request):
+    """At the end all events are counted and no task is stuck. Bytes, threads and descriptors are as after the warm-up."""
     faults, seed = request.config.getoption("--faults"), request.config.getoption("--fault-seed")
     seed = random.SystemRandom().randrange(10**9) if seed is None else seed
     print(f"--faults {faults} --fault-seed {seed}")
-    soak = Soak(services, soaked, seed)
+    soak = Soak(services, soaked_broker, seed)
     kinds = {"cut": 5, "reset": 5, "stall": 5, "drop": 3, "kill": 3, "freeze": 3, "restart": 3}
-    if soaked.name == "rabbitmq":
+    if soaked_broker.name == "rabbitmq":
         kinds |= {"kill": 1, "restart": 0.5 if faults >= LONG else 0}
     drawn = soak.random.choices([*kinds], kinds.values(), k=faults)
 
     with soak.load():
         for kind in kinds:
             if kinds[kind]:
-                soak.strike(kind)
+                soak.inject(kind)
     first = soak.settle()
     started = time.monotonic()
     with soak.load():
         for kind in drawn:
-            soak.strike(kind)
-    took = time.monotonic() - started
+            soak.inject(kind)
+    elapsed = time.monotonic() - started
     last = soak.settle()
-    reconnects = re.search(r"flower_exporter_reconnects_total (\d+)", soak.exporter.text())[1]
-    print(f"{soaked.name}: {faults} faults in {took:.0f} s, {reconnects} reconnects, {soak.steps} tasks")
+    reconnects = re.search(r"flower_exporter_broker_reconnects_total (\d+)", soak.exporter.text())[1]
+    print(f"{soaked_broker.name}: {faults} faults in {elapsed:.0f} s, {reconnects} reconnects, {soak.steps} tasks")
     print(f"descriptors, threads, bytes: {first} after warm-up, {last} at the end")
     assert int(reconnects) > faults / 3
     assert last[2] <= first[2] + NOISE, (first, last)

@@ -1,4 +1,4 @@
-"""TLS against real listeners: who is let in, and what is said of everyone else."""
+"""TLS against real servers: which settings connect, and what the log contains for the others."""
 
 import contextlib
 import re
@@ -16,7 +16,7 @@ from support.cli import Run
 from support.exporter import merge, nested, toml
 from support.processes import directory, free_port, wait_until
 from support.rabbitmq import USER
-from support.tls import FAST, Secure, rabbitmq_with_tls, redis_over_tls
+from support.tls import FAST, TlsBroker, rabbitmq_with_tls, redis_over_tls
 from support.worker import client
 
 pytestmark = pytest.mark.every_release
@@ -27,117 +27,117 @@ def secure(services, shared, pki, broker_release):
         return redis_over_tls(services, pki)
     node, port = shared.get(broker_release, "TLS", lambda services: rabbitmq_with_tls(services, pki))
     vhost = node.vhost()
-    return Secure(pki, vhost, "amqps", f"{USER}:p%40ss%2Fw%3Ard%25@", f"/{vhost.vhost}", port, node.port)
+    return TlsBroker(pki, vhost, "amqps", f"{USER}:p%40ss%2Fw%3Ard%25@", f"/{vhost.vhost}", port, node.port)
 
 
-def counts(services, secure, settings):
+def assert_counts(services, secure, settings):
     exporter = services.exporter(None, settings).ready()
     services.publisher(secure.broker).send(ev.received())
     exporter.wait_for(lambda m: m.events("received") == 1)
     return exporter
 
 
-def refused(services, settings, *said):
-    """One line of the log holds all that is said, in time, and the program goes on trying."""
+def assert_refused(services, settings, *patterns):
+    """One line of the log matches all patterns, in time, and the exporter continues to retry."""
     exporter = services.exporter(None, settings)
 
-    def complaint():
-        return [line for line in exporter.log().splitlines() if all(re.search(part, line) for part in said)]
-    wait_until(complaint, 4, lambda: f"{said}\n{exporter.log()}")
+    def matching_lines():
+        return [line for line in exporter.log().splitlines() if all(re.search(pattern, line) for pattern in patterns)]
+    wait_until(matching_lines, 4, lambda: f"{patterns}\n{exporter.log()}")
     assert exporter.healthz(ready=True)[0] == 503 and exporter.healthz()[0] == 200
     return exporter
 
 
 @pytest.mark.short_form
-def test_settings_let_in(services, secure):
-    """Own CA and client certificate. Nothing is warned of."""
-    assert "WARN" not in counts(services, secure, secure.settings()).log()
+def test_ca_and_client_certificate_from_settings(services, secure):
+    """The connection succeeds without a warning."""
+    assert "WARN" not in assert_counts(services, secure, secure.settings()).log()
 
 
-def test_parameters_let_in(services, secure, pki):
-    """As Celery users write them; they win over the settings."""
+def test_ca_and_client_certificate_from_url_parameters(services, secure, pki):
+    """Celery's own parameters override the settings."""
     url = secure.url(cert_reqs="required", ca_certs=pki.ca, certfile=pki.client.cert, keyfile=pki.client.key)
-    counts(services, secure, merge({"broker": {"url": url, "tls": {"ca_file": str(pki.other), "cert_file": str(pki.server.cert)}}}, FAST))
+    assert_counts(services, secure, merge({"broker": {"url": url, "tls": {"ca_file": str(pki.other), "cert_file": str(pki.server.cert)}}}, FAST))
 
 
 def test_certificate_and_key_in_one_file(services, secure, pki):
-    counts(services, secure, secure.settings(cert_file=pki.client.both, key_file=None))
+    assert_counts(services, secure, secure.settings(cert_file=pki.client.both, key_file=None))
 
 
-def test_plain_scheme_with_parameters(services, secure, pki):
-    """An ssl_ parameter turns TLS on, as in kombu; so does the setting."""
+def test_plain_scheme_with_tls_enabled(services, secure, pki):
+    """An ssl_ parameter enables TLS, as in kombu, and so does the setting."""
     url = secure.url().replace("rediss:", "redis:").replace("amqps:", "amqp:")
-    counts(services, secure, secure.settings(f"{url}?ssl_cert_reqs=required"))
-    counts(services, secure, secure.settings(url, enabled=True))
+    assert_counts(services, secure, secure.settings(f"{url}?ssl_cert_reqs=required"))
+    assert_counts(services, secure, secure.settings(url, enabled=True))
 
 
 @pytest.mark.parametrize("where", ["setting", "parameter"])
-def test_any_host_name(services, secure, where):
-    """The name is not looked at; the chain still is."""
+def test_check_hostname_false_still_verifies_the_chain(services, secure, where):
+    """The host name is not verified, but the certificate chain is."""
     if where == "setting":
         def settings(**tls):
             return secure.settings(secure.url("localhost"), check_hostname=False, **tls)
     else:
         def settings(**tls):
             return secure.settings(secure.url("localhost", check_hostname="false"), **tls)
-    counts(services, secure, settings())
-    refused(services, settings(ca_file=secure.pki.other), "unknown issuer", "broker.tls.ca_file")
+    assert_counts(services, secure, settings())
+    assert_refused(services, settings(ca_file=secure.pki.other), "unknown issuer", "broker.tls.ca_file")
 
 
 @pytest.mark.parametrize("where", ["setting", "parameter"])
-def test_verify_nothing(services, secure, where):
-    """It is warned of, once."""
+def test_skipped_verification_is_logged_once(services, secure, where):
+    """There is one warning."""
     if where == "setting":
         settings = secure.settings(secure.url("localhost"), ca_file=secure.pki.other, insecure_skip_verify=True)
     else:
         settings = secure.settings(secure.url("localhost", cert_reqs="none"), ca_file=secure.pki.other)
-    assert counts(services, secure, settings).log().count("is not verified") == 1
+    assert assert_counts(services, secure, settings).log().count("is not verified") == 1
 
 
-def test_optional_is_required(services, secure):
-    refused(services, secure.settings(secure.url(cert_reqs="optional"), ca_file=secure.pki.other, insecure_skip_verify=True),
+def test_optional_verification_is_required(services, secure):
+    assert_refused(services, secure.settings(secure.url(cert_reqs="optional"), ca_file=secure.pki.other, insecure_skip_verify=True),
             "unknown issuer")
 
 
 @pytest.mark.short_form
-def test_wrong_ca(services, secure):
-    refused(services, secure.settings(ca_file=secure.pki.other), "unknown issuer", "broker.tls.ca_file")
+def test_wrong_ca_is_refused(services, secure):
+    assert_refused(services, secure.settings(ca_file=secure.pki.other), "unknown issuer", "broker.tls.ca_file")
 
 
-def test_bare_url_verifies(services, secure):
-    """Against the system's roots. The line names what turns it off."""
-    refused(services, secure.settings(ca_file=None), "unknown issuer", "insecure_skip_verify", "ssl_cert_reqs=none")
+def test_system_roots_are_the_default(services, secure):
+    """The log line contains the settings that disable verification."""
+    assert_refused(services, secure.settings(ca_file=None), "unknown issuer", "insecure_skip_verify", "ssl_cert_reqs=none")
 
 
-def test_wrong_host_name(services, secure):
-    refused(services, secure.settings(secure.url("localhost")), "another host name", "localhost", "broker.tls.check_hostname")
+def test_wrong_host_name_is_refused(services, secure):
+    assert_refused(services, secure.settings(secure.url("localhost")), "another host name", "localhost", "broker.tls.check_hostname")
 
 
-def test_plaintext_port(services, secure):
-    refused(services, secure.settings(secure.url(port=secure.plain_port)), "speak TLS on this port")
+def test_plaintext_port_is_explained(services, secure):
+    assert_refused(services, secure.settings(secure.url(port=secure.plain_port)), "use TLS on this port")
 
 
 @pytest.mark.short_form
-def test_no_client_certificate(services, secure):
-    refused(services, secure.settings(cert_file=None, key_file=None), "client certificate", "broker.tls.cert_file")
+def test_missing_client_certificate_is_explained(services, secure):
+    assert_refused(services, secure.settings(cert_file=None, key_file=None), "client certificate", "broker.tls.cert_file")
 
 
-def test_client_certificate_of_another(services, secure):
-    stranger = Authority("stranger").issue("client")
-    refused(services, secure.settings(cert_file=stranger.cert, key_file=stranger.key), "client certificate", "may not accept",
+def test_client_certificate_of_another_ca_is_explained(services, secure):
+    other = Authority("unknown").issue("client")
+    assert_refused(services, secure.settings(cert_file=other.cert, key_file=other.key), "client certificate", "may not accept",
             "broker.tls.cert_file")
 
 
 @pytest.mark.usefixtures("redis_release")
-def test_no_client_certificate_in_tls_1_2(services, pki):
+def test_missing_client_certificate_in_tls_1_2_is_explained(services, pki):
     secure = redis_over_tls(services, pki, "--tls-protocols", "TLSv1.2")
-    counts(services, secure, secure.settings())
-    refused(services, secure.settings(cert_file=None, key_file=None), "client certificate", "broker.tls.cert_file")
+    assert_counts(services, secure, secure.settings())
+    assert_refused(services, secure.settings(cert_file=None, key_file=None), "client certificate", "broker.tls.cert_file")
 
 
 @contextlib.contextmanager
 def listener(files):
-    """A port where somebody shakes hands with this certificate."""
+    """A TLS server with this certificate that closes every connection after the handshake."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(files.cert, files.key)
     with socket.create_server(("127.0.0.1", free_port())) as server:
@@ -153,14 +153,14 @@ def listener(files):
 
 
 @pytest.mark.parametrize("url", ["rediss://127.0.0.1:{}/0", "amqps://127.0.0.1:{}//"])
-def test_expired(services, pki, url):
+def test_expired_certificate_is_explained(services, pki, url):
     with listener(pki.expired) as port:
-        refused(services, merge({"broker": {"url": url.format(port), "tls": {"ca_file": str(pki.ca)}}}, FAST), "has expired", "renewed")
+        assert_refused(services, merge({"broker": {"url": url.format(port), "tls": {"ca_file": str(pki.ca)}}}, FAST), "has expired", "renewed")
 
 
 @pytest.mark.short_form
-def test_real_worker(services, secure, pki):
-    """Over TLS itself, and told by us to send events."""
+def test_real_worker_over_tls(services, secure, pki):
+    """The worker itself connects over TLS, and sends events because of broadcasts."""
     if secure.name == "redis":
         url = secure.url(cert_reqs="required", ca_certs=pki.ca, certfile=pki.client.cert, keyfile=pki.client.key)
         conf = {}
@@ -177,7 +177,7 @@ def test_real_worker(services, secure, pki):
         wait_until(counted, 30, exporter.log)
 
 
-MISTAKES = {
+INVALID_FILES = {
     "ca_file": {"ca_file": "{missing}"}, "cert_file": {"cert_file": "{missing}", "key_file": "{key}"},
     "key_file": {"cert_file": "{cert}", "key_file": "{missing}"},
     "ca_file without PEM": {"ca_file": "{junk}"}, "cert_file without PEM": {"cert_file": "{junk}", "key_file": "{key}"},
@@ -188,12 +188,12 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("what", MISTAKES)
-def test_files_that_cannot_be_used(pki, what):
-    """At the start: code 2 and one line with key and file; --check-config says the same."""
+@pytest.mark.parametrize("what", INVALID_FILES)
+def test_invalid_files_are_refused_at_start(pki, what):
+    """Exit code 2 and one line with key and file, also with --check-config."""
     names = {"missing": "/nowhere/file.pem", "junk": junk(), "directory": directory("tls"), "cert": pki.client.cert,
              "key": pki.client.key, "other": pki.server.key}
-    tls = {name: value.format(**names) for name, value in MISTAKES[what].items()}
+    tls = {name: value.format(**names) for name, value in INVALID_FILES[what].items()}
     parameters = {"ca_file": "ssl_ca_certs", "cert_file": "ssl_certfile", "key_file": "ssl_keyfile"}
     wrong = what.split()[0]
     environment = {f"FLOWER_EXPORTER_BROKER__TLS__{name.upper()}": value for name, value in tls.items()}
@@ -207,12 +207,12 @@ def test_files_that_cannot_be_used(pki, what):
 
 
 @pytest.mark.usefixtures("redis_release")
-def test_file_that_goes_later(services, pki):
-    """An attempt that fails, like any other; and read again on the next one."""
+def test_missing_file_is_read_again_on_every_attempt(services, pki):
+    """The CA file is removed while the exporter runs. Attempts fail until it is back."""
     file = directory("tls") / "ca.pem"
     file.write_bytes(pki.ca.read_bytes())
     secure = redis_over_tls(services, pki)
-    exporter = counts(services, secure, secure.settings(ca_file=file))
+    exporter = assert_counts(services, secure, secure.settings(ca_file=file))
     file.unlink()
     secure.broker.client().execute_command("CLIENT", "KILL", "TYPE", "pubsub")
     wait_until(lambda: "broker.tls.ca_file" in exporter.log() and str(file) in exporter.log(), 10, exporter.log)
@@ -220,16 +220,16 @@ def test_file_that_goes_later(services, pki):
     exporter.ready(5)
 
 
-@pytest.mark.parametrize("settings, said", [
+@pytest.mark.parametrize("settings, pattern", [
     ({"broker": {"url": "rediss://h/0", "tls": {"enabled": False}}}, "broker.url"),
     ({"broker": {"url": "amqps://h//", "tls": {"enabled": False}}}, "broker.url"),
     ({"broker": {"url": "redis://h/0?ssl_cert_reqs=none", "tls": {"enabled": False}}}, "broker.url"),
     ({"broker": {"url": "redis+socket:///run/redis.sock", "tls": {"enabled": True}}}, "redis\\+socket"),
 ], ids=str)
-def test_contradictions(settings, said):
+def test_contradictory_settings_are_refused(settings, pattern):
     line = Run("-c", junk(toml(settings))).error_line()
-    assert "broker.tls.enabled" in line and re.search(said, line)
+    assert "broker.tls.enabled" in line and re.search(pattern, line)
 
 
-def test_tls_may_be_off(services, shared_redis):
+def test_enabled_false_is_accepted(services, shared_redis):
     services.exporter(shared_redis, nested("broker.tls.enabled", False))

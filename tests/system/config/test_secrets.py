@@ -1,6 +1,5 @@
-"""Passwords and keys that are planted everywhere, and looked for in all that the program says.
-
-Single mistakes in the settings are in test_settings.py, too.
+"""Passwords and keys in all places, which must not occur in any output of the program.
+\ntest_settings.py contains simpler cases.
 """
 
 import base64
@@ -18,11 +17,11 @@ from support.processes import directory, free_port, wait_until
 from support.sentinel import MASTER, Sentinel
 from support.tls import redis_over_tls
 
-#: In each of its parts, so that half of a password is found as well.
+#: Occurs in each part of the secret, so that a part of a password is also found.
 TRACE = "zXq7"
 SECRET = f"{TRACE}p@ss{TRACE}:w/{TRACE}rd%21{TRACE}é;{TRACE}?#&{TRACE}"
 ENCODED = quote(SECRET, safe="")
-LOUD = {"log": {"level": "trace"}, "metrics": {"self_metrics": True}}
+TRACE_SETTINGS = {"log": {"level": "trace"}, "metrics": {"self_metrics": True}}
 
 
 def lower(encoded):
@@ -35,24 +34,24 @@ FORMS = {
 }  # fmt: skip
 
 
-def clean(text):
-    """Nothing of the secret is in it, in whatever form or case."""
+def assert_clean(text):
+    """The text does not contain any part of the secret in any form or case."""
     found = [form for form in FORMS if form.lower() in text.lower()]
     assert not found, [line for line in text.splitlines() if any(form.lower() in line.lower() for form in found)]
     return text
 
 
-def told(exporter):
-    """All that a running exporter says."""
+def assert_running_exporter_clean(exporter):
+    """Checks the log and all responses of a running exporter."""
     answers = [exporter.request(path) for path in ("/metrics", "/healthz", "/healthz?ready", f"/{ENCODED}")]
-    return clean(exporter.log() + "".join(f"{headers}{body.decode()}" for _, headers, body in answers))
+    return assert_clean(exporter.log() + "".join(f"{headers}{body.decode()}" for _, headers, body in answers))
 
 
-def clean_run(*args, code=2, env=None):
-    """What the program says when it is run to its end."""
+def run_clean(*args, code=2, env=None):
+    """The checked output of a run of the program."""
     run = Run(*args, env=env)
     assert run.code == code, (run.code, run.out, run.err)
-    return clean(run.out + run.err)
+    return assert_clean(run.out + run.err)
 
 
 @pytest.fixture
@@ -60,8 +59,8 @@ def home():
     return directory("secrets")
 
 
-def user(vhost):
-    """The URL of a user of RabbitMQ with this password."""
+def add_user(vhost):
+    """The URL of a new RabbitMQ user with the secret as its password."""
     vhost.server.ctl("add_user", vhost.vhost, SECRET)
     vhost.server.ctl("set_permissions", "-p", vhost.vhost, vhost.vhost, ".*", ".*", ".*")
     return f"amqp://{vhost.vhost}:{ENCODED}@127.0.0.1:{vhost.server.port}/{vhost.vhost}"
@@ -71,8 +70,8 @@ SOURCES = ["file", "url_file", "environment", "command line"]
 
 
 @pytest.mark.parametrize("source, form", [*zip(SOURCES, ["text", "json", "json", "text"])], ids=SOURCES)
-def test_while_it_runs(services, vhost, home, source, form):
-    """Refused connections, refused passwords, failed TLS, a subscription at last, reloads, an outage, the end."""
+def test_running_exporter_keeps_the_secret(services, vhost, home, source, form):
+    """Refused connections and passwords, failed TLS, a subscription, reloads, an outage, and the end."""
     redis, other = services.redis(password=SECRET), services.redis(password="right")
     urls = [
         f"redis://:{lower(ENCODED)}@127.0.0.1:{free_port()}/0",
@@ -81,30 +80,30 @@ def test_while_it_runs(services, vhost, home, source, form):
         f"redis://user:{ENCODED}@127.0.0.1:{other.port}/0",
         f"rediss://:{ENCODED}@127.0.0.1:{other.port}/0",
         redis.url,
-        user(vhost),
+        add_user(vhost),
     ]
-    said = (
+    patterns = (
         "redis://:.*refused",
         "amqp:.*ACCESS.?REFUSED",
         "amqps:.*TLS",
         "user:.*WRONGPASS",
         "rediss:.*TLS",
-        "listening",
+        "subscribed to",
     )
     url, url_file = ";".join(urls), home / "url"
     url_file.write_text(url)
     broker = {"file": {"url": url}, "url_file": {"url_file": str(url_file)}}.get(source, {})
-    broker |= {"reconnect_max": "200ms"}
-    settings = {**LOUD, "broker": broker, "log": {"level": "trace", "format": form}}
+    broker |= {"reconnect_backoff_max": "200ms"}
+    settings = {**TRACE_SETTINGS, "broker": broker, "log": {"level": "trace", "format": form}}
     exporter = services.exporter(
         None, settings, ready=False,
         env={"FLOWER_EXPORTER_BROKER__URL": url} if source == "environment" else None,
         args=["-b", url] if source == "command line" else [],
     ).ready()  # fmt: skip
-    assert all(re.search(word, exporter.log(), re.I) for word in said), exporter.log()
+    assert all(re.search(pattern, exporter.log(), re.I) for pattern in patterns), exporter.log()
     services.publisher(redis).send(ev.received())
     exporter.wait_for(lambda m: m.events("received") == 1)
-    told(exporter)
+    assert_running_exporter_clean(exporter)
 
     good = exporter.config.read_text()
     bad = (
@@ -115,59 +114,59 @@ def test_while_it_runs(services, vhost, home, source, form):
     for number, text in enumerate([*bad, good.replace(TRACE, TRACE + "new")], 1):
         exporter.write(text)
         exporter.send(signal.SIGHUP)
-        wait_until(lambda: exporter.log().count("read again") == number, 10, exporter.log)
+        wait_until(lambda: len(re.findall("configuration reloaded|failed to reload configuration", exporter.log())) == number, 10, exporter.log)
     exporter.write(good)
     url_file.write_text(f"{url};{TRACE}")
     redis.stop(signal.SIGKILL)
-    wait_until(lambda: "is lost" in exporter.log(), 10, exporter.log)
+    wait_until(lambda: "lost connection to broker" in exporter.log(), 10, exporter.log)
     if source == "url_file":
-        wait_until(lambda: "URL cannot be read" in exporter.log(), 10, exporter.log)
+        wait_until(lambda: "failed to read broker URL" in exporter.log(), 10, exporter.log)
         url_file.write_text(url)
-    wait_until(lambda: exporter.log().count("listening for events") == 2, 20, exporter.log)
-    told(exporter)
+    wait_until(lambda: exporter.log().count("subscribed to") == 2, 20, exporter.log)
+    assert_running_exporter_clean(exporter)
     exporter.terminate()
-    clean(exporter.log())
+    assert_clean(exporter.log())
 
 
-def test_a_server_that_repeats_what_it_refuses(services):
-    """Redis quotes the arguments of a command that it does not know, and an administrator may have taken AUTH away."""
+def test_quoted_arguments_of_the_server_are_masked(services):
+    """Redis quotes the arguments of an unknown command, and an administrator may have removed AUTH."""
     redis = services.redis(args=["--rename-command", "AUTH", ""])
     for userinfo in (f":{ENCODED}", f"user:{ENCODED}"):
-        settings = {**LOUD, "broker": {"url": f"redis://{userinfo}@127.0.0.1:{redis.port}/0", "reconnect_max": "100ms"}}
+        settings = {**TRACE_SETTINGS, "broker": {"url": f"redis://{userinfo}@127.0.0.1:{redis.port}/0", "reconnect_backoff_max": "100ms"}}
         exporter = services.exporter(None, settings)
         wait_until(lambda: exporter.log().count("unknown command") >= 2, 10, exporter.log)
-        told(exporter)
+        assert_running_exporter_clean(exporter)
 
 
 SENTINELS = {
-    "nobody there": ({}, None, "refused"),
+    "not running": ({}, None, "refused"),
     "wrong password": ({"password": "right"}, None, "WRONGPASS"),
-    "AUTH taken away": ({"conf": ['rename-command AUTH ""']}, None, "unknown command"),
-    "unknown master": ({"password": SECRET}, None, "knows no master"),
+    "AUTH removed": ({"conf": ['rename-command AUTH ""']}, None, "unknown command"),
+    "unknown master": ({"password": SECRET}, None, "no master named"),
     "wrong password of the master": ({"password": SECRET}, "right", "WRONGPASS"),
-    "all is well": ({"password": SECRET}, SECRET, "listening"),
+    "connected": ({"password": SECRET}, SECRET, "subscribed to"),
 }
 
 
-@pytest.mark.parametrize("options, password, said", SENTINELS.values(), ids=SENTINELS)
-def test_sentinels(services, options, password, said):
-    """Theirs and the master's, whichever is refused."""
+@pytest.mark.parametrize("options, password, pattern", SENTINELS.values(), ids=SENTINELS)
+def test_passwords_of_sentinels_and_master_stay_secret(services, options, password, pattern):
+    """Neither one is printed, whichever is refused."""
     port = free_port()
     if options:
         sentinel = Sentinel(services.redis(password=password), **options)
         services.callback(sentinel.stop)
-        wait_until(lambda: sentinel.knows(0, 0), 10, "the Sentinel answers")
+        wait_until(lambda: sentinel.has_discovered(0, 0), 10, "the Sentinel responds")
         port = sentinel.port
-    name = "another" if "no master" in said else MASTER
+    name = "another" if "no master" in pattern else MASTER
     broker = {
         "url": f"sentinel://:{ENCODED}@127.0.0.1:{port}/0",
         "redis": {"master_name": name, "sentinel_password": SECRET},
-        "reconnect_max": "100ms",
+        "reconnect_backoff_max": "100ms",
     }
-    exporter = services.exporter(None, {**LOUD, "broker": broker})
-    wait_until(lambda: said in exporter.log(), 10, exporter.log)
-    told(exporter)
-    shown = clean_run("-c", exporter.config, "--check-config", code=0)
+    exporter = services.exporter(None, {**TRACE_SETTINGS, "broker": broker})
+    wait_until(lambda: pattern in exporter.log(), 10, exporter.log)
+    assert_running_exporter_clean(exporter)
+    shown = run_clean("-c", exporter.config, "--check-config", code=0)
     assert shown.count("***") == 2
 
 
@@ -175,66 +174,66 @@ def test_sentinels(services, options, password, said):
 
 
 def pieces(key_file):
-    """Each line of the key, and its bytes as numbers."""
+    """The lines of the key, and its bytes in hexadecimal and decimal."""
     lines = key_file.read_text().splitlines()[1:-1]
     raw = base64.b64decode("".join(lines))
     return [*lines, raw.hex(), ", ".join(map(str, raw[-32:]))]
 
 
-def key_is_not_in(text, key_file):
+def assert_key_not_in(text, key_file):
     found = [piece for piece in pieces(key_file) if piece[:20] in text or piece[-20:] in text]
-    assert not found, "the key shows"
+    assert not found, "the output contains the key"
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_key_while_it_runs(services, pki, form):
-    """Let in, and refused for another CA; at every level of talk."""
+def test_running_exporter_keeps_the_key(services, pki, form):
+    """The connection succeeds, or fails because of the CA. The log level is trace."""
     secure = redis_over_tls(services, pki)
     for settings in (secure.settings(), secure.settings(ca_file=pki.other)):
         exporter = services.exporter(None, {**settings, "log": {"level": "trace", "format": form}})
-        wait_until(lambda: re.search("listening|unknown issuer", exporter.log()), 10, exporter.log)
-        key_is_not_in(exporter.log() + str(exporter.healthz()), pki.client.key)
+        wait_until(lambda: re.search("subscribed to|unknown issuer", exporter.log()), 10, exporter.log)
+        assert_key_not_in(exporter.log() + str(exporter.healthz()), pki.client.key)
         run = Run("-c", exporter.config, "--check-config")
-        key_is_not_in(run.out + run.err, pki.client.key)
+        assert_key_not_in(run.out + run.err, pki.client.key)
 
 
 KEYS = {
     "damaged": lambda text: text.replace("\n", "\n*", 2),
-    "cut short": lambda text: text[: len(text) // 2],
+    "truncated": lambda text: text[: len(text) // 2],
     "without its end": lambda text: text[: text.index("-----END")],
-    "no PEM": lambda text: "".join(text.splitlines()[1:-1]),
-    "another's": lambda text: text,
+    "not PEM": lambda text: "".join(text.splitlines()[1:-1]),
+    "of another certificate": lambda text: text,
     "of another kind": lambda text: text.replace("PRIVATE KEY", "RSA PRIVATE KEY"),
 }
 
 
 @pytest.mark.parametrize("spoil", KEYS.values(), ids=KEYS)
-def test_keys_that_cannot_be_used(home, spoil):
+def test_errors_of_invalid_keys_do_not_print_them(home, spoil):
     files, other = (Authority().issue(name) for name in ("one", "other"))
     spoilt = home / "key.pem"
     spoilt.write_text(spoil(other.key.read_text()))
     url = f"rediss://127.0.0.1/0?ssl_certfile={files.cert}&ssl_keyfile={spoilt}"
     for run in (Run("-b", url), Run("-b", url, "--check-config")):
         assert run.code == 2 and len(run.err.splitlines()) == 1, run.err
-        key_is_not_in(run.out + run.err, other.key)
+        assert_key_not_in(run.out + run.err, other.key)
 
 
 @pytest.mark.parametrize("setting", ["key_file", "cert_file", "ca_file"])
 @pytest.mark.parametrize("url", ["redis://127.0.0.1/0", "rediss://127.0.0.1/0"])
-def test_a_key_where_its_path_belongs(home, url, setting):
-    """As happens where secrets are handed over in the environment."""
+def test_key_in_place_of_its_path_is_not_printed(home, url, setting):
+    """This happens when secrets are in environment variables."""
     files = Authority().issue("one")
     tls = {"cert_file": str(files.cert), "key_file": str(files.key), setting: files.key.read_text()}
     (home / "settings.toml").write_text(toml({"broker": {"url": url, "tls": tls}}))
     for args in ([], ["--check-config"]):
         if args or url.startswith("rediss"):
             run = Run("-c", home / "settings.toml", *args)
-            key_is_not_in(run.out + run.err, files.key)
+            assert_key_not_in(run.out + run.err, files.key)
 
 
-# -- mistakes
+# -- invalid settings
 
-#: In a user name or password, or around them.
+#: Errors in a user name or password, or next to them.
 URLS = [
     f"redis://u:{ENCODED}@127.0.0.1:port/0",
     f"redis://u:{ENCODED}@127.0.0.1:/0/1",
@@ -263,8 +262,8 @@ URLS = [
 
 
 @pytest.mark.parametrize("url", URLS, ids=range(len(URLS)))
-def test_mistakes_in_urls(home, url):
-    """From each source: one line that says what is wrong."""
+def test_errors_of_invalid_urls_contain_no_secret(home, url):
+    """One line on stderr for each source of the URL."""
     (home / "url").write_text(url)
     (home / "url_file.toml").write_text(toml(nested("broker.url_file", str(home / "url"))))
     (home / "url.toml").write_text(toml(nested("broker.url", url)))
@@ -273,7 +272,7 @@ def test_mistakes_in_urls(home, url):
     files = [["-c", home / name] for name in ("url_file.toml", "url.toml", "list.toml")]
     for args, env in [*((args, None) for args in files), (["-b", url], None), ([], environment)]:
         for check in ([], ["--check-config"]):
-            assert len(clean_run(*args, *check, env=env).splitlines()) == 1
+            assert len(run_clean(*args, *check, env=env).splitlines()) == 1
 
 
 TOMLS = [
@@ -309,13 +308,13 @@ TOMLS = [
 
 
 @pytest.mark.parametrize("text", TOMLS, ids=range(len(TOMLS)))
-def test_mistakes_around_secrets(home, text):
-    """One line that says where."""
+def test_errors_of_invalid_toml_contain_no_secret(home, text):
+    """One line with the file."""
     path = home / "settings.toml"
     path.write_text(text)
     for check in ([], ["--check-config"], ["--healthcheck"]):
-        said = clean_run("-c", path, *check)
-        assert len(said.splitlines()) == 1 and str(path) in said
+        output = run_clean("-c", path, *check)
+        assert len(output.splitlines()) == 1 and str(path) in output
 
 
 @pytest.mark.parametrize(
@@ -323,46 +322,46 @@ def test_mistakes_around_secrets(home, text):
     ["broker.url_file", "broker.tls.ca_file", "broker.amqp.queue", "broker.redis.master_name", "events.exchange",
      "broker.redis.fanout_prefix", "broker.redis.sentinel_username", "broker.redis.global_keyprefix", "state.db"],
 )  # fmt: skip
-def test_a_url_where_none_belongs(home, name):
-    """In another text setting, it is masked like anywhere."""
+def test_url_in_another_setting_is_masked(home, name):
+    """The password is masked in every text setting."""
     (home / "settings.toml").write_text(toml(nested(name, f"redis://u:{ENCODED}@h/0")))
     run = Run("-c", home / "settings.toml", "--check-config")
-    clean(run.out + run.err)
+    assert_clean(run.out + run.err)
 
 
 ARGUMENTS = {
-    "a blank in the password": ["-b", "redis://u:p", f"{ENCODED}@h/0"],
-    "an option misspelt": ["--brokr", f"redis://u:{ENCODED}@h/0"],
-    "an option misspelt, with =": [f"--brokr=redis://u:{ENCODED}@h/0"],
-    "two of them": ["-b", f"redis://u:{ENCODED}@h/0", "-b", f"redis://u:{ENCODED}@h/1"],
-    "no option": [f"redis://u:{ENCODED}@h/0"],
-    "another's place": ["--log-level", f"redis://u:{ENCODED}@h/0"],
-    "the place of the file": ["-c", f"redis://u:{ENCODED}@h/0"],
-    "the place of the address": ["-l", f"redis://u:{ENCODED}@h/0"],
+    "whitespace in the password": ["-b", "redis://u:p", f"{ENCODED}@h/0"],
+    "misspelled option": ["--brokr", f"redis://u:{ENCODED}@h/0"],
+    "misspelled option with =": [f"--brokr=redis://u:{ENCODED}@h/0"],
+    "repeated option": ["-b", f"redis://u:{ENCODED}@h/0", "-b", f"redis://u:{ENCODED}@h/1"],
+    "missing option": [f"redis://u:{ENCODED}@h/0"],
+    "value of another option": ["--log-level", f"redis://u:{ENCODED}@h/0"],
+    "value of --config": ["-c", f"redis://u:{ENCODED}@h/0"],
+    "value of --listen": ["-l", f"redis://u:{ENCODED}@h/0"],
 }
 
 
 @pytest.mark.parametrize("args", ARGUMENTS.values(), ids=ARGUMENTS)
-def test_mistakes_on_the_command_line(args):
-    clean_run(*args)
-    clean_run(*args, "--check-config")
+def test_errors_of_command_lines_contain_no_secret(args):
+    run_clean(*args)
+    run_clean(*args, "--check-config")
 
 
-def test_environment(home):
-    """A variable that does not exist, one in a wrong place, and one that is no text."""
+def test_errors_of_environment_variables_contain_no_secret(home):
+    """An unknown variable, a URL in a wrong one, and invalid text."""
     for name in ("BROKER__PASSWORD", "BROKER__REDIS__SENTINEL_PASSWORDS", "LOG__LEVEL", "STATE__MAX_TASKS"):
-        clean_run(env={f"FLOWER_EXPORTER_{name}": f"redis://u:{ENCODED}@h/0"})
-    clean_run(env={"FLOWER_EXPORTER_CONFIG": f"redis://u:{ENCODED}@h/0"})
-    clean_run(env={"FLOWER_EXPORTER_BROKER__URL": f"redis://u:{TRACE}\udcff@h/0"})
+        run_clean(env={f"FLOWER_EXPORTER_{name}": f"redis://u:{ENCODED}@h/0"})
+    run_clean(env={"FLOWER_EXPORTER_CONFIG": f"redis://u:{ENCODED}@h/0"})
+    run_clean(env={"FLOWER_EXPORTER_BROKER__URL": f"redis://u:{TRACE}\udcff@h/0"})
 
 
-def test_all_is_well(home):
-    """The settings in force, from each source; and the question how a running exporter is."""
+def test_check_config_and_healthcheck_mask_passwords(home):
+    """--check-config with each source, and --healthcheck."""
     url = f"redis://u:{ENCODED}@127.0.0.1:1/0;amqp://u:{lower(ENCODED)}@127.0.0.1:1//;rediss://{ENCODED}@127.0.0.1:1/2"
     path = home / "settings.toml"
     broker = {"url": url, "redis": {"sentinel_password": SECRET}}
     path.write_text(toml({"broker": broker, "http": {"listen": "127.0.0.1:1"}}))
-    assert clean_run("-c", path, "--check-config", code=0).count("***") == 4
-    assert clean_run("-b", url, "--check-config", code=0).count("***") == 3
-    assert clean_run("--check-config", code=0, env={"FLOWER_EXPORTER_BROKER__URL": url}).count("***") == 3
-    clean_run("-c", path, "--healthcheck", code=1)
+    assert run_clean("-c", path, "--check-config", code=0).count("***") == 4
+    assert run_clean("-b", url, "--check-config", code=0).count("***") == 3
+    assert run_clean("--check-config", code=0, env={"FLOWER_EXPORTER_BROKER__URL": url}).count("***") == 3
+    run_clean("-c", path, "--healthcheck", code=1)

@@ -1,4 +1,4 @@
-"""Settings end to end: a wrong one is one line and code 2; what is in force can be seen; no secret ever can."""
+"""Settings end to end: an invalid one is one line and exit code 2. --check-config prints them without secrets."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def file():
     return write
 
 
-WRONG = [
+INVALID = [
     # unknown
     ("broker.uri", "redis://127.0.0.1/0"),
     ("brokers", {"url": "redis://127.0.0.1/0"}),
@@ -59,14 +59,14 @@ WRONG = [
     ("state.max_tasks", -5),
     ("events.enable_interval", "5 parsecs"),
     ("events.enable_interval", -1),
-    ("events.max_message", "16 MiBs"),
-    ("events.max_backlog", -1),
-    ("broker.reconnect_max", "soon"),
+    ("events.message_max_bytes", "16 MiBs"),
+    ("events.buffer_max_bytes", -1),
+    ("broker.reconnect_backoff_max", "soon"),
     ("metrics.task_runtime_metric_buckets", [1.0, 0.5]),
     ("metrics.task_runtime_metric_buckets", [1.0, 1.0]),
     ("events.hostnames", ["[a"]),
-    ("broker.amqp.prefetch", 70_000),
-    ("broker.amqp.prefetch", -1),
+    ("broker.amqp.prefetch_count", 70_000),
+    ("broker.amqp.prefetch_count", -1),
     ("events.enable_interval", 0),
     # URLs
     ("broker.url", "nonsense"),
@@ -84,9 +84,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("path, value", WRONG, ids=[f"{path}={value!r}" for path, value in WRONG])
-def test_wrong_in_the_file(file, path, value):
-    """One line that names the source and the key."""
+@pytest.mark.parametrize("path, value", INVALID, ids=[f"{path}={value!r}" for path, value in INVALID])
+def test_invalid_setting_in_a_file(file, path, value):
+    """One line with the file and the key."""
     source = file(nested(path, value))
     line = Run("-c", source).error_line()
     assert str(source) in line
@@ -107,10 +107,10 @@ def test_wrong_in_the_file(file, path, value):
         ("LOG__LEVEL", "loud"),
         ("BROKER__URL", "nonsense"),
         ("BROKER__CONNECT_TIMEOUT", "soon"),
-        ("EVENTS__MAX_MESSAGE", "large"),
+        ("EVENTS__MESSAGE_MAX_BYTES", "large"),
     ],
 )
-def test_wrong_in_the_environment(name, value):
+def test_invalid_setting_in_the_environment(name, value):
     assert f"FLOWER_EXPORTER_{name}" in Run(env={f"FLOWER_EXPORTER_{name}": value}).error_line()
 
 
@@ -128,14 +128,14 @@ def test_wrong_in_the_environment(name, value):
         ["-b", "redis://127.0.0.1:port/0"],
     ],
 )
-def test_wrong_on_the_command_line(args):
-    """Code 2; where it is a value, in one line that names the option."""
+def test_invalid_command_line(args):
+    """Exit code 2, and the output contains the option."""
     run = Run(*args)
     assert run.code == 2
     assert args[0] in run.err or {"-b": "--broker", "-l": "--listen"}.get(args[0], args[0]) in run.err
 
 
-def test_wrong_value_on_the_command_line_is_one_line():
+def test_invalid_value_on_the_command_line_is_one_line():
     for args in (["-b", "nonsense"], ["-l", "nowhere"], ["--log-level", "loud"]):
         Run(*args).error_line()
 
@@ -153,8 +153,8 @@ UNKNOWN_TRANSPORTS = [
 
 
 @pytest.mark.parametrize("url", UNKNOWN_TRANSPORTS)
-def test_transports_we_do_not_have(url):
-    """Refused by name, with the list of those we have."""
+def test_unsupported_transport_is_refused(url):
+    """The line contains its name and the supported transports."""
     line = Run("-b", url.format(SECRET)).error_line()
     assert url.split(";")[-1].split(":")[0] in line
     assert all(name in line for name in ("redis", "redis+socket", "amqp", "pyamqp"))
@@ -182,23 +182,23 @@ SECRETS = [
 
 
 @pytest.mark.parametrize("settings", SECRETS, ids=lambda settings: str(settings).replace(SECRET, "SECRET"))
-def test_secrets_stay_secret_in_complaints(file, settings):
-    """`complaint` looks for the secret."""
+def test_errors_contain_no_secrets(file, settings):
+    """`error_line` checks the output."""
     Run("-c", file(settings)).error_line()
 
 
-def test_secrets_stay_secret_in_the_environment():
+def test_errors_of_environment_variables_contain_no_secrets():
     for value in (f"redis://u:{SECRET}@h:port/0", f"redis://u:{SECRET}@h/x", f"u:{SECRET}@h"):
         Run(env={"FLOWER_EXPORTER_BROKER__URL": value}).error_line()
     Run(env={"FLOWER_EXPORTER_BROKER__PASSWORD": SECRET}).error_line()
 
 
 @pytest.mark.parametrize("url", ["redis://user:{}@127.0.0.1:{}/0", "amqp://user:{}@127.0.0.1:{}//"])
-def test_secrets_stay_secret_while_it_runs(services, url):
-    """In the log of failing attempts, at the most talkative level, and in /healthz."""
+def test_running_exporter_prints_no_secrets(services, url):
+    """Neither in the trace log of failing attempts nor in /healthz."""
     exporter = services.exporter(
         None,
-        {"broker": {"url": url.format(SECRET, free_port()), "reconnect_max": "100ms"}},
+        {"broker": {"url": url.format(SECRET, free_port()), "reconnect_backoff_max": "100ms"}},
         args=["--log-level", "trace"],
     )
     attempts = exporter.log().count("127.0.0.1:")
@@ -209,23 +209,23 @@ def test_secrets_stay_secret_while_it_runs(services, url):
 
 
 @pytest.mark.parametrize(
-    "url, said",
+    "url, pattern",
     [
         ("redis://:{secret}@127.0.0.1:{redis}/0", "WRONGPASS|invalid|auth"),
         ("amqp://tester:{secret}@127.0.0.1:{rabbitmq}/v0", "ACCESS.?REFUSED|403"),
         ("amqp://tester:p%40ss%2Fw%3Ard%25@127.0.0.1:{rabbitmq}/nowhere", "NOT.?ALLOWED|530|vhost"),
     ],
 )
-def test_wrong_credentials(services, rabbitmq_node, url, said):
-    """An outage like any other: it goes on trying, and says why."""
+def test_wrong_credentials_are_logged(services, rabbitmq_node, url, pattern):
+    """The exporter keeps retrying, and the log contains the reason."""
     url = url.format(secret=SECRET, redis=services.redis(password="right").port, rabbitmq=rabbitmq_node.port)
-    exporter = services.exporter(None, {"broker": {"url": url, "reconnect_max": "200ms"}})
-    wait_until(lambda: re.search(said, exporter.log(), re.I), 15, exporter.log)
+    exporter = services.exporter(None, {"broker": {"url": url, "reconnect_backoff_max": "200ms"}})
+    wait_until(lambda: re.search(pattern, exporter.log(), re.I), 15, exporter.log)
     assert exporter.healthz(ready=True)[0] == 503 and SECRET not in exporter.log()
 
 
 @pytest.mark.parametrize("what", ["missing", "a directory", "not TOML", "not UTF-8", "missing, by environment"])
-def test_unreadable_file(file, what):
+def test_unreadable_file_is_an_error(file, what):
     path = file("[broker")
     if what.startswith("missing"):
         path = path.with_name("missing.toml")
@@ -239,14 +239,14 @@ def test_unreadable_file(file, what):
 
 
 def shown(run, name):
-    """The line of --check-config that tells about a key."""
+    """The line of --check-config with this key."""
     assert run.code == 0, run.err
     [line] = [line for line in run.out.splitlines() if re.search(rf"(^|[\s.\[]){re.escape(name)}\b", line)]
     return line
 
 
-def test_later_sources_win(file):
-    """Default, file, environment, command line; --check-config tells where each value comes from."""
+def test_later_sources_override_earlier_ones(file):
+    """Default, file, environment, command line. --check-config prints the source of each value."""
     source = file(
         {
             "log": {"level": "warn"},
@@ -284,20 +284,20 @@ def test_check_config_masks_secrets(file):
     assert "***" in shown(run, "url") and "user" in shown(run, "url") and "***" in shown(run, "sentinel_password")
 
 
-def test_check_config_complains_as_a_start_does(file):
+def test_check_config_fails_like_a_start(file):
     Run("-c", file(nested("state.max_workers", "x")), "--check-config").error_line()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.toml")), ids=lambda path: path.stem)
-def test_ready_settings(path):
-    """Each file of config/ is accepted, and says something."""
+def test_shipped_config_files_are_valid(path):
+    """Each file of config/ is accepted, and sets at least one value."""
     run = Run("-c", path, "--check-config")
     assert run.code == 0, run.err
     assert f"# {path}" in run.out
 
 
-def test_example_file():
-    """Every key with its default: it is accepted, and changes nothing."""
+def test_example_file_contains_the_defaults():
+    """It has every key with its default, so it changes nothing."""
 
     def values(run):
         return {
@@ -315,8 +315,8 @@ def test_example_file():
 @pytest.mark.parametrize(
     "spelling",
     [
-        {"broker": {"connect_timeout": 5, "reconnect_max": 0.5}, "events": {"max_message": 1048576}},
-        {"broker": {"connect_timeout": "5s", "reconnect_max": "500ms"}, "events": {"max_message": "1MiB"}},
+        {"broker": {"connect_timeout": 5, "reconnect_backoff_max": 0.5}, "events": {"message_max_bytes": 1048576}},
+        {"broker": {"connect_timeout": "5s", "reconnect_backoff_max": "500ms"}, "events": {"message_max_bytes": "1MiB"}},
         {"state": {"worker_timeout": "10m", "purge_offline_workers": 0}, "events": {"hostnames": ["*"]}},
         {"broker": {"url": ["redis://127.0.0.1/0", "amqp://127.0.0.1//"]}},
         {"broker": {"redis": {"fanout_prefix": False}}},
@@ -327,12 +327,12 @@ def test_example_file():
         {"broker": {"url": "redis://"}},
     ],
 )
-def test_good_spellings(file, spelling):
+def test_valid_spellings(file, spelling):
     assert Run("-c", file(spelling), "--check-config").code == 0
 
 
-def test_environment_of_kubernetes(file):
-    """Names without a double underscore are injected for a Service of this name, and not ours."""
+def test_kubernetes_service_variables_are_ignored(file):
+    """Kubernetes injects variables without a double underscore for a Service of this name."""
     env = {
         "FLOWER_EXPORTER_PORT": "tcp://10.0.0.1:9555",
         "FLOWER_EXPORTER_SERVICE_HOST": "10.0.0.1",
@@ -343,7 +343,7 @@ def test_environment_of_kubernetes(file):
     assert run.code == 0 and "10.0.0.1" not in run.out + run.err
 
 
-def test_environment_reaches_every_depth():
+def test_environment_sets_nested_keys():
     run = Run(
         "--check-config",
         env={
@@ -373,8 +373,8 @@ def test_version_and_help(option, expected):
     assert run.code == 0 and expected in run.out and not run.err
 
 
-def test_healthcheck(services, shared_redis):
-    """0 with a running exporter, 1 without."""
+def test_healthcheck_exit_code(services, shared_redis):
+    """0 if an exporter is running, otherwise 1."""
     exporter = services.exporter(shared_redis)
     assert Run("-c", exporter.config, "--healthcheck").code == 0
     assert Run("-l", f"127.0.0.1:{exporter.port}", "--healthcheck").code == 0
@@ -392,32 +392,32 @@ def test_healthcheck_of_a_wildcard_address(services, shared_redis):
 
 @pytest.mark.parametrize("as_list", [False, True], ids=["semicolons", "list"])
 def test_brokers_are_tried_in_turn(services, broker, as_list):
-    """The first that answers is taken."""
+    """The exporter uses the first one that responds."""
     urls = [f"redis://127.0.0.1:{free_port()}/0", f"amqp://guest:guest@127.0.0.1:{free_port()}//", broker.url]
-    settings = {"broker": {"url": urls if as_list else ";".join(urls), "reconnect_max": "500ms"}}
+    settings = {"broker": {"url": urls if as_list else ";".join(urls), "reconnect_backoff_max": "500ms"}}
     exporter = services.exporter(None, settings).ready(30)
     services.publisher(broker).send(ev.received())
     exporter.wait_for(lambda m: m.events("received") == 1)
 
 
-def test_url_from_a_file(services, redis, file):
-    """Read again on every attempt: a mounted secret that changes is picked up."""
+def test_url_file_is_read_on_every_attempt_to_connect(services, redis, file):
+    """The exporter detects that a mounted secret has changed."""
     source = file(f"redis://127.0.0.1:{free_port()}/0\n", "url")
-    exporter = services.exporter(None, {"broker": {"url_file": str(source), "reconnect_max": "300ms"}})
+    exporter = services.exporter(None, {"broker": {"url_file": str(source), "reconnect_backoff_max": "300ms"}})
     assert exporter.healthz(ready=True)[0] == 503
     file(redis.url + "\n", "url")
     exporter.ready()
 
 
-def test_command_line_alone(services, redis):
-    """No file at all."""
+def test_command_line_without_file(services, redis):
+    """No configuration file is needed."""
     port = free_port()
     exporter = services.exporter(None, config=False, ready=False, args=["-b", redis.url, "-l", f"127.0.0.1:{port}"])
     exporter.port = port
     exporter.ready()
 
 
-def test_environment_alone(services, redis):
+def test_environment_without_file(services, redis):
     port = free_port()
     exporter = services.exporter(
         None,
@@ -429,8 +429,8 @@ def test_environment_alone(services, redis):
     exporter.ready()
 
 
-def test_json_log(services, redis):
-    """Every line is an object; nothing but the log is on stderr, and nothing on stdout."""
+def test_json_log_lines_are_objects(services, redis):
+    """Every line on stderr is a JSON object, and stdout is empty."""
     exporter = services.exporter(redis, args=["--log-format", "json"])
     exporter.terminate()
     lines = exporter.err.read_text().splitlines()
@@ -438,11 +438,11 @@ def test_json_log(services, redis):
     assert exporter.out.read_text() == ""
 
 
-def test_log_names_what_it_listens_on(services, broker):
-    """The exact exchange and queue, or channel."""
+def test_log_contains_the_subscription(services, broker):
+    """The exact exchange or channel."""
     exporter = services.exporter(broker, {"events": {"exchange": "my.events"}})
     assert ("/0.my.events/*" if broker.name == "redis" else "my.events") in exporter.log()
 
 
-def test_sentinel_needs_a_master_name():
+def test_sentinel_requires_a_master_name():
     assert "broker.redis.master_name" in Run("-b", "sentinel://127.0.0.1:26379/0").error_line()

@@ -1,4 +1,4 @@
-"""The Compose file, as far as it goes without images, which cannot be pulled here."""
+"""The Compose file, tested without its images, which cannot be pulled here."""
 
 import ipaddress
 import json
@@ -27,7 +27,7 @@ STATE = "/var/lib/flower-exporter"
 
 @pytest.fixture(scope="module")
 def compose():
-    """The file as docker-compose reads it. This release of it does not know `name` yet."""
+    """The services as docker-compose reads them. This release does not support `name` yet."""
     file = directory("compose") / "compose.yml"
     lines = (HERE / "compose.yml").read_text().splitlines(keepends=True)
     assert "name: flower-exporter\n" in lines
@@ -45,7 +45,7 @@ def compose():
     return services
 
 
-#: As version 1 of docker-compose writes what version 2 takes apart.
+#: The form of docker-compose version 1 for the fields of version 2.
 PORT = "{host_ip}:{published}:{target}/{protocol}"
 
 
@@ -54,20 +54,20 @@ def mode(volume):
 
 
 def mounts(service):
-    """What of the repository is mounted into it: {path inside: path here}."""
+    """The mounted paths of the repository: {path in the container: path in the repository}."""
     volumes = [volume.split(":") for volume in service["volumes"]]
     assert all(options == "ro" for source, _, options in volumes if source.startswith("/"))
     return {target: source for source, target, _ in volumes if source.startswith("/")}
 
 
-def here(service, path):
+def mounted_file(service, path):
     """The file of the repository that the service has at `path`."""
     [found] = [source + path[len(target) :] for target, source in mounts(service).items() if path.startswith(target)]
     return ROOT / found
 
 
-def test_compose_is_for_this_machine_alone(compose):
-    """All ports are on loopback, every image has its release in its tag, and the exporter may do nothing."""
+def test_compose_is_local_pinned_and_restricted(compose):
+    """All ports are on loopback, every image tag contains a release, and the exporter has no privileges."""
     ports = [port for service in compose.values() for port in service["ports"]]
     assert {port.split(":", 1)[1] for port in ports} == {"9555:9555/tcp", "9090:9090/tcp", "3000:3000/tcp"}
     assert all(ipaddress.ip_address(port.split(":")[0]).is_loopback for port in ports)
@@ -80,8 +80,8 @@ def test_compose_is_for_this_machine_alone(compose):
     assert exporter["security_opt"] == ["no-new-privileges:true"] and exporter["healthcheck"]["test"][1:] == CHECK
 
 
-def test_compose_exporter(compose):
-    """The environment is valid, the broker is the service of that name, and the state's place is a volume."""
+def test_compose_exporter_environment_is_valid(compose):
+    """The URL contains the name of the broker's service, and the state is in a volume."""
     service = compose["exporter"]
     environment = service["environment"]
     done = Run("--check-config", env=environment)
@@ -91,8 +91,8 @@ def test_compose_exporter(compose):
     assert '"0.0.0.0:9555"' in done.out and f'"{STATE}/' in done.out
 
 
-def test_compose_prometheus(compose):
-    """Prometheus finds its settings and our rules where they are mounted, and asks the exporter."""
+def test_compose_prometheus_config_is_valid(compose):
+    """Prometheus loads its configuration and the shipped rules from their mounts, and scrapes the exporter."""
     service, inside = compose["prometheus"], directory("compose-prometheus")
     for target, source in mounts(service).items():
         path = inside / target[1:]
@@ -103,31 +103,31 @@ def test_compose_prometheus(compose):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("rules found") == len(FILES)
-    ours = yaml.safe_load((HERE / "prometheus.yml").read_text())
+    config = yaml.safe_load((HERE / "prometheus.yml").read_text())
     shipped = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
-    assert ours["scrape_configs"][0].pop("static_configs") == [{"targets": ["exporter:9555"]}]
+    assert config["scrape_configs"][0].pop("static_configs") == [{"targets": ["exporter:9555"]}]
     assert shipped["scrape_configs"][0].pop("static_configs")
-    assert ours.pop("rule_files") == [f"rules/{name}" for name in shipped.pop("rule_files")]
-    assert ours == shipped
+    assert config.pop("rule_files") == [f"rules/{name}" for name in shipped.pop("rule_files")]
+    assert config == shipped
 
 
-def test_compose_grafana(compose):
-    """The data source is Prometheus, and the dashboard lies where the provider and the home page look for it."""
+def test_compose_grafana_provisioning(compose):
+    """The data source is Prometheus, and the provider and the home page use the path of the mounted dashboard."""
     service = compose["grafana"]
     assert all((ROOT / source).exists() for source in mounts(service).values())
     path = "datasources/prometheus.yml"
-    ours = yaml.safe_load(here(service, f"/etc/grafana/provisioning/{path}").read_text())
+    config = yaml.safe_load(mounted_file(service, f"/etc/grafana/provisioning/{path}").read_text())
     shipped = yaml.safe_load((ROOT / "deploy/grafana/provisioning" / path).read_text())
-    assert ours["datasources"][0].pop("url") == "http://prometheus:9090" and shipped["datasources"][0].pop("url")
-    assert ours == shipped
-    provider = yaml.safe_load(here(service, "/etc/grafana/provisioning/dashboards/flower-exporter.yml").read_text())
+    assert config["datasources"][0].pop("url") == "http://prometheus:9090" and shipped["datasources"][0].pop("url")
+    assert config == shipped
+    provider = yaml.safe_load(mounted_file(service, "/etc/grafana/provisioning/dashboards/flower-exporter.yml").read_text())
     dashboard = f"{provider['providers'][0]['options']['path']}/flower-exporter.json"
-    assert here(service, dashboard) == ROOT / "deploy/grafana/flower-exporter.json"
+    assert mounted_file(service, dashboard) == ROOT / "deploy/grafana/flower-exporter.json"
     assert service["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"] == dashboard
 
 
-def test_compose_worker_and_tasks(compose, services, redis):
-    """Their commands, run here: all six series come of them."""
+def test_compose_worker_and_tasks_produce_all_metrics(compose, services, redis):
+    """Their commands, run outside of containers, produce all six metrics."""
     exporter, worker = services.exporter(redis), compose["worker"]
     assert Path(worker["build"]["context"], worker["build"]["dockerfile"]).resolve() == WORKER
     assert compose["tasks"]["build"] == worker["build"]

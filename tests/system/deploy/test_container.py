@@ -1,6 +1,6 @@
-"""The container image, built and run by podman as documented; the Compose file, as far as it goes without images.
+"""The container image, built from the shipped Containerfile and run by podman as documented.
 
-No image can be pulled here, so both bases are made of this machine's files; the Containerfile is the shipped one.
+No image can be pulled here, so both base images are made of this machine's files.
 """
 
 import json
@@ -24,10 +24,10 @@ STATE = "/var/lib/flower-exporter"
 
 @pytest.fixture(scope="module")
 def podman(shared):
-    """With the base that the image runs on."""
+    """A podman with the runtime base image."""
     podman = Podman()
     shared.callback(podman.close)
-    if reason := podman.cannot():
+    if reason := podman.unavailable():
         pytest.skip(reason)
     return podman
 
@@ -39,7 +39,7 @@ def image(podman):
 
 
 @pytest.fixture
-def contained(services, podman, image):
+def start_container(services, podman, image):
     """Starts the exporter in a container."""
 
     def start(broker, settings=None, **options):
@@ -54,8 +54,8 @@ def contained(services, podman, image):
 # --- the image ---------------------------------------------------------------------
 
 
-def test_context(podman):
-    """No target/, no .git, no tests: the sources, and what Cargo.toml names."""
+def test_build_context_contains_only_sources(podman):
+    """It has no target/, .git or tests: only the sources and the files that Cargo.toml names."""
     file = directory("context") / "Containerfile"
     file.write_text("FROM scratch\nCOPY . /context\n")
     podman.build("context", file, ROOT)
@@ -65,7 +65,7 @@ def test_context(podman):
     assert {name for name in found if not name.startswith("etc/")} == {str(path.relative_to(ROOT)) for path in wanted}
 
 
-def test_metadata(image):
+def test_image_metadata(image):
     config = image["Config"]
     assert config["User"] == "65532:65532"
     assert config["Entrypoint"] == ["/usr/bin/flower-exporter"] and not config.get("Cmd")
@@ -85,8 +85,8 @@ def test_metadata(image):
     }
 
 
-def test_content(podman, image):
-    """Beside its base, which has no shell, there is the program, and a place for its state."""
+def test_image_adds_program_and_state_directory(podman, image):
+    """The base image has no shell."""
     base, files = podman.files("runtime"), podman.files("flower-exporter")
     added = {path: files[path] for path in files.keys() - base.keys() - {"usr/bin"}}
     assert added.keys() == {"usr/bin/flower-exporter", STATE[1:]}
@@ -96,9 +96,9 @@ def test_content(podman, image):
     assert all((files[path].uid, files[path].mode) == (base[path].uid, base[path].mode) for path in base)
 
 
-def test_runs(redis, services, contained):
-    """Read-only, without capabilities, as its own user: counts an event, is healthy, and ends at its signal."""
-    container = contained(redis)
+def test_container_counts_and_stops(redis, services, start_container):
+    """Read-only, without capabilities and as a separate user it counts an event, is healthy, and stops at the stop signal."""
+    container = start_container(redis)
     services.publisher(redis).send(ev.sent())
     container.wait_for(lambda metrics: metrics.events("sent") == 1)
     status = dict(line.split(":\t", 1) for line in open(f"/proc/{container.inner}/status").read().splitlines())
@@ -112,36 +112,36 @@ def test_runs(redis, services, contained):
     assert "stopping" in container.log()
 
 
-def test_unhealthy(redis, contained):
-    """Nobody answers where the settings say: that is a code, and a line."""
-    container = contained(redis)
+def test_healthcheck_fails_without_an_exporter(redis, start_container):
+    """Exit code 1 and one line if nothing listens on the configured address."""
+    container = start_container(redis)
     done = container.podman.run(
         "exec", "--env", "FLOWER_EXPORTER_HTTP__LISTEN=127.0.0.1:9", container.container, *CHECK
     )
-    assert done.returncode == 1 and "no exporter at 127.0.0.1:9" in done.stderr
+    assert done.returncode == 1 and "failed to connect to 127.0.0.1:9" in done.stderr
 
 
 @pytest.mark.parametrize("source", ["environment", "file"])
-def test_wrong_setting(podman, image, source):
-    """Code 2, and the one line that says where."""
+def test_invalid_setting_is_one_line(podman, image, source):
+    """Exit code 2, and the line contains the source."""
     file = directory("settings") / "flower-exporter.toml"
     file.write_text('[state]\nmax_tasks = "x"\n')
-    options, where = {
+    options, location = {
         "environment": (["--env", "FLOWER_EXPORTER_STATE__MAX_TASKS=x"], "FLOWER_EXPORTER_STATE__MAX_TASKS"),
         "file": (["--volume", f"{file}:/etc/flower-exporter/flower-exporter.toml:ro"], "/etc/flower-exporter/"),
     }[source]
     done = podman.run("run", "--rm", *RUN, "--read-only", *options, "flower-exporter")
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
-    assert where in line and '"x"' in line
+    assert location in line and '"x"' in line
 
 
-def test_state(redis, services, podman, contained):
-    """A new volume belongs to the exporter's user, and the next container goes on with what is in it."""
+def test_state_in_a_volume_survives(redis, services, podman, start_container):
+    """A new volume belongs to the exporter's user, and the next container restores the state in it."""
     podman("volume", "create", "state")
     options = {"settings": {"STATE__PERSISTENT": "true"}, "volumes": [f"state:{STATE}"]}
-    before = contained(redis, **options)
+    before = start_container(redis, **options)
     services.publisher(redis).send(ev.sent())
     before.wait_for(lambda metrics: metrics.events("sent") == 1)
     before.terminate()
-    assert contained(redis, **options).metrics().events("sent") == 1
+    assert start_container(redis, **options).metrics().events("sent") == 1

@@ -1,4 +1,4 @@
-"""The dashboard in deploy/grafana: each of its queries, asked of a real Prometheus as Grafana would ask it."""
+"""The dashboard in deploy/grafana: each of its queries is sent to a real Prometheus in the form that Grafana sends."""
 
 import json
 import re
@@ -23,9 +23,9 @@ DASHBOARD = json.loads(FILE.read_text())
 VARIABLES = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 
-#: What the dashboard and the alerts published with Flower ask for.
+#: The queries of the dashboard and the alerts that are published with Flower.
 SELECTED = 'worker=~"$worker", task=~"$task"'
-FLOWERS_QUERIES = [
+FLOWER_QUERIES = [
     'count(flower_worker_online{worker=~"$worker"} == 1) or vector(0)',
     'count(flower_worker_online{worker=~"$worker"} == 0) or vector(0)',
     f'sum(increase(flower_events_total{{{SELECTED}, type=~"task-(succeeded|failed)"}}[$__range])) or vector(0)',
@@ -60,14 +60,14 @@ class Viewer:
 
     @staticmethod
     def choice(values):
-        """What Grafana makes of a variable of several values in a query of Prometheus."""
+        """The text that Grafana inserts into a Prometheus query for a variable with several values."""
         escaped = [re.sub(r"[$^*{}\[\]'+?.()|]", r"\\\\\g<0>", value.replace("\\", "\\\\\\\\")) for value in values]
         return escaped[0] if len(escaped) == 1 else f"({'|'.join(escaped)})"
 
     def fill(self, query):
         return re.sub(r"\$(\w+)", lambda found: self.values[found[1]], query)
 
-    def ask(self, query, instant=False):
+    def query(self, query, instant=False):
         if instant:
             return [(labels, [value]) for labels, value in self.server.instant(self.fill(query), self.end)]
         return self.server.range(self.fill(query), self.start, self.end)
@@ -76,18 +76,18 @@ class Viewer:
         return self.server.label_values(self.fill(variable["query"]["query"]), self.start, self.end)
 
     def panel(self, title, reduce=lambda values: values[-1]):
-        """Each query's answer: {labels: last value}."""
+        """The result of each query: {labels: last value}."""
         [panel] = [panel for panel in PANELS if panel["title"] == title]
         return [
-            {tuple(labels.values()): reduce(values) for labels, values in self.ask(target["expr"], target["instant"])}
+            {tuple(labels.values()): reduce(values) for labels, values in self.query(target["expr"], target["instant"])}
             for target in panel["targets"]
         ]
 
     def missing(self):
-        """What shows no data, or not what its legend says."""
+        """Panels without data, or without a label of their legend."""
         for panel in PANELS:
             for target in panel["targets"]:
-                found = self.ask(target["expr"], target["instant"])
+                found = self.query(target["expr"], target["instant"])
                 legend = set(re.findall(r"{{(\w+)}}", target["legendFormat"])) - {"broker"}
                 if not found or not all(legend <= set(labels) for labels, _ in found):
                     yield panel["title"], target["expr"], found
@@ -101,18 +101,18 @@ def start_flower(services, broker):
     return port
 
 
-def test_every_query_has_data(services, redis, prometheus_release):
-    """Every panel, variable and rule on two exporters of one broker, and on Flower; and Flower's queries on ours.
+def test_every_query_returns_data(services, redis, prometheus_release):
+    """Every panel, variable and rule on two exporters of one broker and on Flower, and Flower's queries on the exporters.
 
-    All tasks run after the servers have begun to scrape, so the counts of the time range are exact: first events count,
-    and each once, though two exporters have seen it.
+    All tasks run after the servers have started to scrape, so that the counts are exact: first events are counted, and
+    each event once although two exporters receive it.
     """
     workers = [services.worker(redis) for _ in range(2)]
     settings = {"events": {"enable_interval": "500ms"}, "metrics": {"self_metrics": True}}
     exporters = [services.exporter(redis, settings, ready=False) for _ in range(2)]
     flower = start_flower(services, redis)
     ports = [exporter.port for exporter in exporters], [flower]
-    ours, flowers = servers = [Prometheus(these, release=prometheus_release) for these in ports]
+    exporters_server, _ = servers = [Prometheus(these, release=prometheus_release) for these in ports]
     for server in servers:
         services.callback(server.kill)
         server.ready()
@@ -137,7 +137,7 @@ def test_every_query_has_data(services, redis, prometheus_release):
         def load():
             for name, arguments in [*[("add", (1, 2))] * 50, ("fail", ()), ("retry", ())]:
                 app.send_task(name, arguments)
-            for _ in range(8):  # more than two workers of two processes can start
+            for _ in range(8):  # more than two workers with two processes each can start
                 app.send_task("nap", (2,))
 
         load()
@@ -170,10 +170,10 @@ def test_every_query_has_data(services, redis, prometheus_release):
         assert one.panel("Workers online") == [{(): 1}]
         assert one.panel("Failure ratio") == [{(): 0}]
         assert {("add",)} <= set(one.panel("Finished tasks, by task")[0]) <= {("add",), ("nap",)}
-        wait_until(lambda server=server: not [*unsettled(server)], 20, lambda server=server: [*unsettled(server)])
+        wait_until(lambda server=server: not [*unhealthy_rules(server)], 20, lambda server=server: [*unhealthy_rules(server)])
 
-    viewer = Viewer(ours, begin, int(time.time()) + 1)
-    assert [query for query in FLOWERS_QUERIES if not viewer.ask(query)] == []
+    viewer = Viewer(exporters_server, begin, int(time.time()) + 1)
+    assert [query for query in FLOWER_QUERIES if not viewer.query(query)] == []
 
 
 def holds(server, query):
@@ -184,16 +184,16 @@ def state(server, query):
     return "\n".join([query, *(f"{labels}: {value}" for labels, value in server.instant('{__name__=~"flower_.*", le=""}'))])
 
 
-def unsettled(server):
-    """Rules with an error, recording rules without data, and alerts that fire or are about to: the cluster is well."""
+def unhealthy_rules(server):
+    """Rules with an error, recording rules without data, and pending or firing alerts."""
     for rule in server.rules():
-        silent = rule["type"] == "recording" and not server.instant(rule["name"])
-        if rule["health"] != "ok" or silent or rule.get("state", "inactive") != "inactive":
+        empty = rule["type"] == "recording" and not server.instant(rule["name"])
+        if rule["health"] != "ok" or empty or rule.get("state", "inactive") != "inactive":
             yield {key: rule.get(key) for key in ("name", "health", "lastError", "state", "alerts")}
 
 
-def test_dashboard_is_complete_and_readable():
-    """What Grafana and its reader need: ids, variables, units, descriptions, thresholds; the same form at each change."""
+def test_dashboard_is_complete():
+    """It has ids, variables, units, descriptions and thresholds, and the file has a stable format."""
     assert FILE.read_text() == json.dumps(DASHBOARD, indent=2, ensure_ascii=False) + "\n"
     assert "__inputs" not in DASHBOARD and DASHBOARD["id"] is None and DASHBOARD["uid"]
     assert list(VARIABLES) == ["datasource", "broker", "worker", "task"]
@@ -201,12 +201,12 @@ def test_dashboard_is_complete_and_readable():
     assert all(VARIABLES[name]["multi"] and VARIABLES[name]["includeAll"] for name in ("broker", "worker", "task"))
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(set(ids)) == len(ids)
-    taken = set()
+    used = set()
     for panel in DASHBOARD["panels"]:
-        place = panel["gridPos"]
-        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
-        assert not cells & taken and max(cells)[0] < 24, panel["title"]
-        taken |= cells
+        position = panel["gridPos"]
+        cells = {(position["x"] + x, position["y"] + y) for x in range(position["w"]) for y in range(position["h"])}
+        assert not cells & used and max(cells)[0] < 24, panel["title"]
+        used |= cells
     datasource = {"type": "prometheus", "uid": "${datasource}"}
     for panel in PANELS:
         defaults = panel["fieldConfig"]["defaults"]
@@ -216,33 +216,33 @@ def test_dashboard_is_complete_and_readable():
             assert all(f'{name}=~"${name}"' in target["expr"] for name in ("broker", "worker")), target["expr"]
 
 
-def unknown(ours, read, path=""):
-    """Where what Grafana has read is not what we wrote."""
-    if isinstance(ours, dict) and isinstance(read, dict):
-        return [place for key in ours for place in unknown(ours[key], read.get(key), f"{path}.{key}")]
-    if isinstance(ours, list) and isinstance(read, list) and len(ours) == len(read):
-        return [place for item, other in zip(ours, read) for place in unknown(item, other, f"{path}[]")]
-    return [] if ours == read else [path]
+def differing_paths(written, read, path=""):
+    """The paths where Grafana's parsed value differs from the file."""
+    if isinstance(written, dict) and isinstance(read, dict):
+        return [found for key in written for found in differing_paths(written[key], read.get(key), f"{path}.{key}")]
+    if isinstance(written, list) and isinstance(read, list) and len(written) == len(read):
+        return [found for item, other in zip(written, read) for found in differing_paths(item, other, f"{path}[]")]
+    return [] if written == read else [path]
 
 
-def test_schema():
-    """Grafana's own library reads every field of every panel, of the type that it expects there: it drops others."""
+def test_dashboard_matches_grafanas_schema():
+    """Grafana's own library drops fields that are unknown or of a wrong type. It drops none of the dashboard."""
 
-    def drops(dashboard):
+    def dropped(dashboard):
         read = JSONEncoder(sort_keys=True).encode(Dashboard.from_json(dashboard))
-        return set(unknown(dashboard, json.loads(read)))
+        return set(differing_paths(dashboard, json.loads(read)))
 
     plugins.register_default_plugins()
-    written_by_grafana_alone = {".templating.list[].definition"}
-    assert drops(DASHBOARD) == written_by_grafana_alone
+    only_written_by_grafana = {".templating.list[].definition"}
+    assert dropped(DASHBOARD) == only_written_by_grafana
     wrong = json.loads(FILE.read_text())
     wrong["panels"][1]["fieldConfig"]["defaults"]["decimal"] = 1
     wrong["panels"][2]["options"]["graphMod"] = "area"
-    assert len(drops(wrong)) == len(written_by_grafana_alone) + 2
+    assert len(dropped(wrong)) == len(only_written_by_grafana) + 2
 
 
-def test_provisioning():
-    """The examples are YAML of the form that Grafana reads, and name what the dashboard needs."""
+def test_provisioning_examples():
+    """The examples have the structure that Grafana reads, and the values that the dashboard needs."""
     [source] = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yml").read_text())["datasources"]
     assert source["type"] == "prometheus" and source["jsonData"]["timeInterval"]
     [provider] = yaml.safe_load((GRAFANA / "provisioning/dashboards/flower-exporter.yml").read_text())["providers"]

@@ -1,4 +1,4 @@
-"""What deploy/kubernetes ships: built by kubectl, checked against the API's schemas, and given to the exporter."""
+"""The manifests of deploy/kubernetes: built by kubectl, validated against the API's schemas, and used by the exporter."""
 
 import base64
 import copy
@@ -15,11 +15,11 @@ import yaml
 from support import events as ev
 from support.cli import Run
 from support.exposition import EVENTS, ONLINE
-from support.kubernetes import MANIFESTS, OURS, build, containers, environment, kubectl, mib, only, overlay
+from support.kubernetes import MANIFESTS, NAME, build, containers, environment, kubectl, mib, only, overlay
 from support.processes import ROOT, directory, wait_until
 from support.prometheus import FILES, RULES
 
-#: Every way to build it, and the oldest and newest Kubernetes that it is for.
+#: Every documented build, and its oldest and newest supported Kubernetes.
 BUILDS = {
     "base": ("base", (), "1.25"),
     "overlay": ("overlay", (), "1.25"),
@@ -42,14 +42,14 @@ def documents(request, built):
 
 
 @pytest.fixture
-def ours(documents):
-    """(pod's spec, our container) of a build."""
+def exporter_container(documents):
+    """(pod's spec, exporter container) of a build."""
     ((pod, container),) = containers(only(documents, "Deployment"))
     return pod, container
 
 
 class Pod:
-    """Our container's files and variables, as the kubelet would lay them out for a pod of this name."""
+    """The files and variables of the exporter container, as the kubelet provides them for a pod with this name."""
 
     def __init__(self, documents, url, name="worker-6f7c-x2x"):
         ((pod, container),) = containers(only(documents, "Deployment"))
@@ -85,7 +85,7 @@ class Pod:
 
 
 def seconds(text):
-    """Of 1m 30s."""
+    """The seconds of a duration such as 1m 30s."""
     return sum(int(number) * {"s": 1, "m": 60, "h": 3600}[unit] for number, unit in re.findall(r"(\d+)([smh])", text))
 
 
@@ -97,47 +97,47 @@ def covers(selector, labels):
 # -- the files
 
 
-def test_every_file_is_built_in():
-    """Each manifest is named by the kustomization beside it: by one that is built here."""
+def test_every_file_is_part_of_a_build():
+    """Each manifest is in the kustomization of its directory, and each component in a build of these tests."""
     for path in MANIFESTS.rglob("kustomization.yaml"):
         text = path.read_text()
         for other in path.parent.iterdir():
-            assert other == path or re.search(rf"^ .*\b{re.escape(other.name)}\b", text, re.M), f"{other} is an orphan"
+            assert other == path or re.search(rf"^ .*\b{re.escape(other.name)}\b", text, re.M), f"{other} is unused"
     components = {path.name for path in (MANIFESTS / "components").iterdir()}
     assert components == {name for _, names, _ in BUILDS.values() for name in names}
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_schemas(built, name):
-    """Every manifest is what the API of the oldest and the newest version takes, with no unknown field."""
+def test_manifests_match_the_schemas(built, name):
+    """Every manifest is valid in the oldest and the newest version, without unknown fields."""
     for version in (BUILDS[name][2], NEWEST):
         for document in built[name]:
             if document["apiVersion"] != OPERATOR:
                 assert kubernetes_validate.validate(document, version, strict=True) == version
 
 
-def test_schemas_refuse_a_misspelt_field(built):
-    """In each manifest, at each depth."""
+def test_schemas_reject_a_misspelled_field(built):
+    """In each manifest, at several levels."""
     for document in (one for name in BUILDS for one in built[name] if one["apiVersion"] != OPERATOR):
         spots = [document, document["metadata"]]
         if document["kind"] == "Deployment":
             ((pod, container),) = containers(document)
             spots += [document["spec"], pod, container, container["livenessProbe"], container["securityContext"]]
         for spot in spots:
-            spot["misspelt"] = "x"
-            with pytest.raises(kubernetes_validate.ValidationError, match="misspelt"):
+            spot["misspelled"] = "x"
+            with pytest.raises(kubernetes_validate.ValidationError, match="misspelled"):
                 kubernetes_validate.validate(document, NEWEST, strict=True)
-            del spot["misspelt"]
+            del spot["misspelled"]
 
 
-def test_a_native_sidecar_needs_its_version(built):
-    """What the sidecar's oldest version brought is refused by the version that the base is for."""
+def test_native_sidecar_requires_its_version(built):
+    """The base's oldest version rejects the field that the sidecar's oldest version introduced."""
     with pytest.raises(kubernetes_validate.ValidationError, match="restartPolicy"):
         kubernetes_validate.validate(only(built["sidecar"], "Deployment"), BUILDS["base"][2], strict=True)
 
 
-def test_selectors_and_ports(built):
-    """Deployment, Service, NetworkPolicy and monitors mean the same pods, and the same port, by labels and names."""
+def test_selectors_and_ports_match(built):
+    """Deployment, Service, NetworkPolicy and ServiceMonitor select the same pods and the same port."""
     documents = built["base with state"]
     deployment, service = only(documents, "Deployment"), only(documents, "Service")
     policy, monitor = only(documents, "NetworkPolicy")["spec"], only(documents, "ServiceMonitor")["spec"]
@@ -149,30 +149,30 @@ def test_selectors_and_ports(built):
     assert service_port["targetPort"] == port["name"] and service_port["port"] == port["containerPort"]
     assert policy["ingress"][0]["ports"] == [{"port": port["containerPort"], "protocol": "TCP"}]
     assert covers(monitor["selector"], service["metadata"]["labels"]) and endpoint == {"port": service_port["name"]}
-    # The alerts look for this job, by the monitor's label and by the operator's default, the Service's name.
-    assert service["metadata"]["labels"][monitor["jobLabel"]] == service["metadata"]["name"] == OURS
+    # The alerts use this job name: from the monitor's label, and from the operator's default, the Service's name.
+    assert service["metadata"]["labels"][monitor["jobLabel"]] == service["metadata"]["name"] == NAME
 
 
-def test_pod_monitor(built):
-    """It means the pods that the patch has labelled, our port alone, and names the job as the alerts have it."""
+def test_pod_monitor_selects_the_sidecar(built):
+    """It selects the pods that the patch labels and only the exporter's port, and sets the job name of the alerts."""
     labels = only(built["sidecar"], "Deployment")["spec"]["template"]["metadata"]["labels"]
     monitor = only(built["sidecar"], "PodMonitor")["spec"]
     ((_, container),) = containers(only(built["sidecar"], "Deployment"))
-    assert covers(monitor["selector"], labels) and labels[monitor["jobLabel"]] == OURS
+    assert covers(monitor["selector"], labels) and labels[monitor["jobLabel"]] == NAME
     assert monitor["podMetricsEndpoints"] == [{"port": container["ports"][0]["name"]}]
 
 
-def test_egress(built):
-    """The NetworkPolicy lets out what every broker needs by its usual port, and DNS."""
+def test_network_policy_allows_brokers_and_dns(built):
+    """Egress is allowed to the default port of every broker, and to DNS."""
     policy = only(built["base"], "NetworkPolicy")["spec"]
     ports = {(port["protocol"], port["port"]) for rule in policy["egress"] for port in rule["ports"]}
     assert policy["policyTypes"] == ["Ingress", "Egress"]
     assert ports == {("UDP", 53), *(("TCP", number) for number in (53, 5672, 5671, 6379, 6380, 26379))}
 
 
-def test_restricted(ours):
-    """Pod Security Standard "restricted", by our container alone or with its pod; nothing is written to its image."""
-    pod, container = ours
+def test_pod_security_standard_restricted(exporter_container):
+    """Pod Security Standard "restricted", for the container or its pod, with a read-only root filesystem."""
+    pod, container = exporter_container
     context = pod.get("securityContext", {}) | container["securityContext"]
     assert context["runAsNonRoot"] is True and context["runAsUser"] == context["runAsGroup"] == 65532
     assert context["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -184,8 +184,8 @@ def test_restricted(ours):
 
 
 @pytest.mark.parametrize("name", ["base", "overlay", "base with state"])
-def test_pod_and_strategy(built, name):
-    """One at a time, no service variables, no token, and time to stop: more than the 5 s it takes."""
+def test_pod_options_and_strategy(built, name):
+    """One pod at a time, no service variables, no token, and a grace period of more than the 5 s that a stop takes."""
     spec = only(built[name], "Deployment")["spec"]
     pod = spec["template"]["spec"]
     assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
@@ -193,23 +193,23 @@ def test_pod_and_strategy(built, name):
     assert pod["terminationGracePeriodSeconds"] > 5
 
 
-def test_sidecar_neither_holds_up_nor_outruns_its_worker(built):
-    """A native sidecar is stopped after the worker; no probe of it delays the worker or makes the pod unready."""
+def test_sidecar_does_not_delay_its_worker(built):
+    """A native sidecar stops after the worker. None of its probes delays the worker or makes the pod unready."""
     ((pod, container),) = containers(only(built["sidecar"], "Deployment"))
     assert container in pod["initContainers"] and container["restartPolicy"] == "Always"
     assert not {"startupProbe", "readinessProbe"} & set(container)
     assert [other["name"] for other in pod["containers"]] == ["worker"]
 
 
-def test_sidecars_do_not_ask_for_events(built):
-    """Each would ask all workers; so the example's workers send them unasked."""
+def test_sidecars_do_not_enable_events(built):
+    """Each broadcast would reach all workers, so the example's workers send events without a request."""
     assert Pod(built["sidecar"], "redis://redis.example/0").settings()["events"]["enable_events"] is False
     (worker,) = only(built["sidecar"], "Deployment")["spec"]["template"]["spec"]["containers"]
     assert "-E" in worker["command"]
 
 
-def test_overlay(built):
-    """Its image, namespace and Secret reach the Deployment; a new URL does not rename the Secret."""
+def test_overlay_sets_image_namespace_and_secret(built):
+    """The Secret has a fixed name, which a new URL does not change."""
     documents = built["overlay"]
     ((pod, container),) = containers(only(documents, "Deployment"))
     assert container["image"] == "registry.example.com/flower-exporter:0.1.0"
@@ -221,8 +221,8 @@ def test_overlay(built):
 # -- the settings
 
 
-def test_settings(documents):
-    """The exporter takes the ConfigMap and the container's variables; port and URL file are where they should be."""
+def test_config_map_and_variables_are_valid(documents):
+    """The exporter accepts the ConfigMap and the container's variables, with the container's port and URL file."""
     ((_, container),) = containers(only(documents, "Deployment"))
     pod = Pod(documents, "redis://redis.example/0\n")
     settings = pod.settings()
@@ -231,8 +231,8 @@ def test_settings(documents):
     assert settings["metrics"]["self_metrics"] is True
 
 
-def test_a_mistake_in_the_settings_is_found(built):
-    """So the test above can fail: a wrong key in the ConfigMap, and a wrong name of a variable."""
+def test_invalid_settings_are_detected(built):
+    """The test above can fail: with a wrong key in the ConfigMap, and with a wrong variable name."""
     documents = copy.deepcopy(built["base"])
     settings = only(documents, "ConfigMap")["data"]
     settings["flower-exporter.toml"] += "self_metric = true\n"
@@ -243,32 +243,32 @@ def test_a_mistake_in_the_settings_is_found(built):
     assert Pod(documents, "redis://redis.example/0").check().code == 2
 
 
-def test_placeholder_is_refused(built):
-    """The overlay as shipped starts nothing: one line that names the file, and not what is in it."""
+def test_placeholder_url_is_refused(built):
+    """The overlay as shipped does not start. The error contains the file name but not its content."""
     url = base64.b64decode(only(built["overlay"], "Secret")["data"]["url"]).decode()
     pod = Pod(built["overlay"], url)
     line = pod.check().error_line()
     assert str(pod.broker_url) in line and url.strip() not in line
 
 
-def test_workers_are_forgotten_before_their_alert(built):
-    """Pods have new names after each rollout: the old ones' series go before CeleryWorkerDown fires."""
+def test_workers_are_purged_before_their_alert_fires(built):
+    """Pods have new names after each rollout, so the old series must be purged before CeleryWorkerDown fires."""
     state = Pod(built["base"], "redis://redis.example/0").settings()["state"]
     rules = yaml.safe_load((RULES / "flower.alerts.yml").read_text())["groups"][0]["rules"]
     (alert,) = [rule for rule in rules if rule.get("alert") == "CeleryWorkerDown"]
     assert seconds(state["worker_timeout"]) < seconds(state["purge_offline_workers"]) < seconds(alert["for"])
 
 
-def test_memory(documents, ours):
-    """The limit has room for an overload: 2.5 times the backlog, and 24 MiB for 100,000 tasks. CPU has none."""
-    resources = ours[1]["resources"]
-    backlog = Pod(documents, "redis://redis.example/0").settings()["events"]["max_backlog"]
-    assert mib(resources["limits"]["memory"]) >= 2.5 * mib(backlog.removesuffix("B")) + 24
+def test_memory_limit_covers_an_overload(documents, exporter_container):
+    """The limit is at least 2.5 times the buffer plus 24 MiB for 100,000 tasks. CPU has no limit."""
+    resources = exporter_container[1]["resources"]
+    buffer = Pod(documents, "redis://redis.example/0").settings()["events"]["buffer_max_bytes"]
+    assert mib(resources["limits"]["memory"]) >= 2.5 * mib(buffer.removesuffix("B")) + 24
     assert mib(resources["requests"]["memory"]) >= 24 and set(resources["limits"]) == {"memory"}
 
 
-def test_saved_state(built):
-    """The component's volume is where state.db is, and writable to the group that the exporter runs in."""
+def test_persistent_state_is_on_the_volume(built):
+    """The component's volume contains state.db, and the exporter's group can write to it."""
     documents = built["base with state"]
     ((pod, container),) = containers(only(documents, "Deployment"))
     (volume,) = [one for one in pod["volumes"] if "persistentVolumeClaim" in one]
@@ -284,9 +284,9 @@ def test_saved_state(built):
 # -- a running exporter
 
 
-def test_probes(services, shared_redis, documents, ours):
-    """Every probe's path answers 200 at a connected exporter, and asks for the port that the exporter has."""
-    container = ours[1]
+def test_probes_succeed_on_a_connected_exporter(services, shared_redis, documents, exporter_container):
+    """Every probe's path returns 200, and its port is that of the exporter."""
+    container = exporter_container[1]
     exporter = Pod(documents, shared_redis.url).start(services)
     probes = {key: probe for key, probe in container.items() if key.endswith("Probe")}
     for probe in probes.values():
@@ -297,8 +297,8 @@ def test_probes(services, shared_redis, documents, ours):
     assert paths in (sidecar, sidecar | {"startupProbe": "/healthz", "readinessProbe": "/healthz?ready"})
 
 
-def test_liveness_bears_an_outage(services, redis, built):
-    """While the broker is away the pod is not ready, and it is not restarted."""
+def test_liveness_probe_tolerates_an_outage(services, redis, built):
+    """During a broker outage the pod is not ready, but it is not restarted."""
     ((_, container),) = containers(only(built["base"], "Deployment"))
     exporter = Pod(built["base"], redis.url).start(services)
     redis.stop()
@@ -307,8 +307,8 @@ def test_liveness_bears_an_outage(services, redis, built):
     assert exporter.request(path["livenessProbe"])[0] == 200
 
 
-def test_sidecar_counts_its_own_worker(services, redis, built):
-    """Of all workers' events those of its own pod count, also beside a pod whose name begins alike."""
+def test_sidecar_counts_only_its_worker(services, redis, built):
+    """Only events of the pod's worker are counted, even if the name of another pod has the same prefix."""
     publisher = services.publisher(redis)
     exporter = Pod(built["sidecar"], redis.url, name="worker-1").start(services)
     for worker in ("celery@worker-12", "celery@worker-2", "celery@worker-1"):
@@ -321,12 +321,12 @@ def test_sidecar_counts_its_own_worker(services, redis, built):
 
 
 @pytest.mark.parametrize("name", ["base", "sidecar"])
-def test_scrape_job(built, name):
-    """The job without the operator finds our container alone, and tells pods and brokers apart."""
+def test_scrape_job_finds_the_exporter(built, name):
+    """The job without the operator finds only the exporter container, and labels pods and brokers."""
     deployment = only(built[name], "Deployment")
     pod = deployment["spec"]["template"]["spec"]
     (job,) = yaml.safe_load((MANIFESTS / "prometheus.yml").read_text())["scrape_configs"]
-    # Debian's Prometheus has no discovery of Kubernetes: the targets are listed as it would find them.
+    # Debian's Prometheus has no Kubernetes service discovery, so the targets are static.
     assert job.pop("kubernetes_sd_configs") == [{"role": "pod"}]
     about = {"namespace": "celery", "pod_name": "pod-1", "pod_label_broker": "orders"}
     targets = []
@@ -339,18 +339,18 @@ def test_scrape_job(built, name):
                 targets.append({"targets": [f"10.0.0.1:{port.get('containerPort', 80)}"], "labels": labels})
     config = directory("prometheus") / "prometheus.yml"
     config.write_text(json.dumps({"scrape_configs": [{**job, "static_configs": targets}]}))
-    command = ["promtool", "check", "service-discovery", "--timeout=500ms", config, OURS]
+    command = ["promtool", "check", "service-discovery", "--timeout=500ms", config, NAME]
     done = subprocess.run(command, text=True, capture_output=True, timeout=30)
     assert done.returncode == 0, done.stdout + done.stderr
     (kept,) = [target["labels"] for target in json.loads(done.stdout) if target["labels"]]
     visible = {key: value for key, value in kept.items() if not key.startswith("__")}
-    wanted = {"job": OURS, "instance": "10.0.0.1:9555", "namespace": "celery", "pod": "pod-1", "broker": "orders"}
+    wanted = {"job": NAME, "instance": "10.0.0.1:9555", "namespace": "celery", "pod": "pod-1", "broker": "orders"}
     assert visible == wanted and kept["__metrics_path__"] == "/metrics"
 
 
 @pytest.mark.parametrize("label", [{}, {"release": "kube-prometheus-stack"}])
-def test_prometheus_rules(label):
-    """The script makes each file a PrometheusRule: the same rules word for word, and the label asked for."""
+def test_prometheus_rules_script(label):
+    """The script converts each file to a PrometheusRule with the same rules and the requested label."""
     arguments = [f"{key}={value}" for key, value in label.items()]
     done = subprocess.run([MANIFESTS / "prometheus-rules.sh", *arguments], text=True, capture_output=True, timeout=10)
     assert done.returncode == 0, done.stderr
@@ -358,11 +358,11 @@ def test_prometheus_rules(label):
     for document, name in zip(documents, FILES, strict=True):
         assert (document["apiVersion"], document["kind"]) == (OPERATOR, "PrometheusRule")
         assert document["spec"] == yaml.safe_load((RULES / name).read_text())
-        labels = label or {"app.kubernetes.io/name": OURS}
+        labels = label or {"app.kubernetes.io/name": NAME}
         assert document["metadata"] == {"name": name.removesuffix(".yml"), "labels": labels}
 
 
-def test_prometheus_rules_refuses_what_is_no_label():
+def test_prometheus_rules_script_rejects_an_invalid_label():
     done = subprocess.run([MANIFESTS / "prometheus-rules.sh", "release"], text=True, capture_output=True, timeout=10)
     assert (done.returncode, done.stdout) == (2, "") and "expected a label as in release=" in done.stderr
 
@@ -374,8 +374,8 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", (MANIFESTS / "README.md").read_text(), re.M | re.S)
 
 
-def test_readme_commands(built):
-    """The Secret it makes is the one that the pods mount, by name and key; every file that it names is there."""
+def test_readme_commands_create_the_secret(built):
+    """The Secret has the name and key that the pods mount, and every named file exists."""
     (commands,) = blocks("sh")
     (create,) = [line for line in commands.splitlines() if line.startswith("kubectl create secret")]
     arguments = shlex.split(create)[1:]
@@ -398,7 +398,7 @@ def test_readme_commands(built):
 
 
 def test_readme_several_brokers():
-    """Overlays as it describes them: none takes another's pods, and one ServiceMonitor means them all."""
+    """In the described overlays no Service selects another's pods, and one ServiceMonitor selects all Services."""
     (block,) = blocks("yaml")
     brokers = {}
     for broker in ("orders", "mail"):
@@ -414,6 +414,6 @@ def test_readme_several_brokers():
         assert service["metadata"]["labels"][monitor["targetLabels"][0]] == broker
         assert deployment["spec"]["template"]["metadata"]["labels"]["broker"] == broker
         assert covers(monitor["selector"], service["metadata"]["labels"])
-        assert service["metadata"]["labels"][monitor["jobLabel"]] == OURS
+        assert service["metadata"]["labels"][monitor["jobLabel"]] == NAME
         (secret,) = [v["secret"] for v in deployment["spec"]["template"]["spec"]["volumes"] if "secret" in v]
         assert secret["secretName"].startswith(f"flower-exporter-broker-{broker}-")

@@ -1,4 +1,4 @@
-"""The Debian package and its unit: on a clean Debian, under a real systemd."""
+"""The Debian package and its unit, on a clean Debian with a real systemd."""
 
 import contextlib
 import ctypes
@@ -29,7 +29,7 @@ DEFAULT_URL = "amqp://guest:guest@localhost:5672//\n"
 
 @pytest.fixture(scope="session")
 def package(testrun_uid):
-    """Of the sources, built quickly rather than well, and once for all processes of this run."""
+    """The package, built without optimization, and once for all processes of this run."""
     with open(TEST_ENV / "package", "a+") as note:
         fcntl.flock(note, fcntl.LOCK_EX)
         note.seek(0)
@@ -67,7 +67,7 @@ def debian(package):
 
 @pytest.fixture
 def service(debian):
-    """Installed where nothing was, and started; what it listens on is set, as other secrets would be, beside the unit."""
+    """Installed on a clean system and started. /etc/default sets the address, as it would set secrets."""
     service = Service(debian, free_port())
     debian.put("/etc/default/flower-exporter", f"FLOWER_EXPORTER_HTTP__LISTEN=127.0.0.1:{service.port}\n", 0o600)
     debian("dpkg", "--install", "/mnt/package.deb")
@@ -76,7 +76,7 @@ def service(debian):
 
 @pytest.fixture
 def connected(service, shared_redis):
-    """The same at a real broker."""
+    """The service, connected to a real broker."""
     service.debian.put(URL, shared_redis.url, 0o600)
     service.debian("systemctl", "restart", service.NAME)
     return service.ready()
@@ -91,14 +91,14 @@ def drop_in(service, *lines):
 
 
 def files(debian):
-    """Everything but what lives in memory, and the package manager's and systemd's own books."""
+    """All files on disk except the databases of the package manager and systemd."""
     found = debian("find", "/", "-xdev", "-not", "-path", "/tmp/*", "-not", "-path", "/mnt/*").splitlines()
-    books = re.compile(r"/var/(cache|log)/|/var/lib/(dpkg|systemd)/|/var/lib/private$|/etc/\.updated|/var/\.updated")
-    return {path for path in found if not books.match(path)}
+    databases = re.compile(r"/var/(cache|log)/|/var/lib/(dpkg|systemd)/|/var/lib/private$|/etc/\.updated|/var/\.updated")
+    return {path for path in found if not databases.match(path)}
 
 
-def test_install_and_remove(debian):
-    """Removed, it leaves settings and state; purged, nothing. Both are what they were when it is installed again."""
+def test_install_remove_and_purge(debian):
+    """Removal keeps configuration and state, which the next installation uses. Purging removes everything."""
     before = files(debian)
     debian("dpkg", "--install", "/mnt/package.deb")
     version = debian("flower-exporter", "--version")
@@ -120,7 +120,7 @@ def test_install_and_remove(debian):
     debian("dpkg", "--remove", "flower-exporter")
     left = {SETTINGS, URL, f"{STATE}/state"}
     folders = {str(Path(path).parent) for path in left} | {"/var/lib/flower-exporter"}
-    # Debian's way to keep whether the unit is enabled.
+    # Debian keeps whether the unit is enabled in these files.
     kept = {f"/etc/systemd/system/{path}flower-exporter.service" for path in ("", "multi-user.target.wants/")}
     assert files(debian) - before - folders == left | kept
     debian("dpkg", "--install", "/mnt/package.deb")
@@ -130,8 +130,8 @@ def test_install_and_remove(debian):
     assert files(debian) == before
 
 
-def test_upgrade(connected):
-    """The new one takes over; the settings are those of before."""
+def test_upgrade_keeps_the_configuration(connected):
+    """The upgrade restarts the service."""
     main = connected.main
     connected.debian.put(SETTINGS, "[state]\nmax_tasks = 7\n")
     connected.debian("dpkg", "--install", "--force-confold", "/mnt/package.deb")
@@ -143,8 +143,8 @@ def test_upgrade(connected):
 # --- the unit ----------------------------------------------------------------------
 
 
-def test_exposure():
-    """The unit is locked up as far as an exporter can be."""
+def test_unit_is_hardened():
+    """`systemd-analyze security` reports an exposure of at most 1.5."""
     done = subprocess.run(
         ["systemd-analyze", "security", "--offline=true", "--threshold=15", "--no-pager", UNIT],
         capture_output=True,
@@ -154,29 +154,29 @@ def test_exposure():
     assert float(re.search(r"Overall exposure level .*: ([0-9.]+)", done.stdout)[1]) <= 1.5
 
 
-def test_verify(service):
-    """systemd has nothing to say against the unit: its program and its manual page are there."""
+def test_systemd_verifies_the_unit(service):
+    """There is no warning: the program and the manual page exist."""
     done = service.debian.run("systemd-analyze", "verify", "--man=yes", "/lib/systemd/system/flower-exporter.service")
     assert (done.stdout + done.stderr, done.returncode) == ("", 0)
 
 
-def test_life(connected, services, shared_redis):
-    """Started, connected, reloaded, stopped: systemd knows at each step, and shows how it stands."""
+def test_systemd_follows_start_reload_and_stop(connected, services, shared_redis):
+    """At each step systemd has the right state, and displays the exporter's status."""
     services.publisher(shared_redis).send([ev.heartbeat(), ev.sent()])
     connected.wait_for(lambda metrics: metrics.one(ONLINE, worker=W) == 1)
     wait_until(
-        lambda: re.fullmatch(r"connected to the broker; \d+ events, the last \d s ago", connected.show("StatusText")),
+        lambda: re.fullmatch(r"connected to broker; \d+ events, last one \d s ago", connected.show("StatusText")),
         20,
         lambda: connected.show("StatusText"),
     )
     assert connected.show("ActiveState", "NRestarts") == ["active", "0"]
     user = Path(f"/proc/{connected.main}").stat().st_uid
-    assert 61184 <= user <= 65519, "a user of systemd's own making"
+    assert 61184 <= user <= 65519, "a dynamic user of systemd"
 
     main = connected.main
     connected.debian.put(SETTINGS, "[log]\nlevel = 'debug'\n")
     connected.debian("systemctl", "reload", connected.NAME)
-    wait_until(lambda: "settings read again" in connected.log(), 10, connected.log)
+    wait_until(lambda: "configuration reloaded" in connected.log(), 10, connected.log)
     wait_until(lambda: connected.show("ActiveState") == "active", 10, connected.log)
     assert connected.main == main
 
@@ -185,8 +185,8 @@ def test_life(connected, services, shared_redis):
     assert connected.own_lines()[-1] == "INFO stopping"
 
 
-def test_state(connected, services, shared_redis):
-    """Counters outlive a restart, in the directory that systemd made; and the process is seen by its own metrics."""
+def test_state_survives_a_service_restart(connected, services, shared_redis):
+    """The state is in the directory that systemd created. The process metrics are available under the unit's restrictions."""
     connected.debian.put(SETTINGS, "[state]\npersistent = true\n[metrics]\nself_metrics = true\n")
     connected.debian("systemctl", "restart", connected.NAME)
     connected.ready()
@@ -201,10 +201,10 @@ def test_state(connected, services, shared_redis):
     assert stat.S_IMODE(state.stat().st_mode) == 0o700 and stat.S_IMODE((state / "state").stat().st_mode) == 0o600
 
 
-def test_journal(connected):
-    """Each line once, with its priority and without a clock of its own."""
+def test_journal_lines_have_priorities(connected):
+    """Each line occurs once, with its priority and without a timestamp."""
     [warning] = connected.own_lines("-p", "warning")
-    assert "cannot connect to the broker" in warning
+    assert "failed to connect to broker" in warning
     assert all(re.match(r"(INFO|WARN) [a-z]", line) for line in connected.own_lines()), connected.own_lines()
 
 
@@ -212,8 +212,8 @@ PTRACE_ATTACH, PTRACE_DETACH, WALL = 16, 17, 0x40000000
 
 
 @contextlib.contextmanager
-def standing_still(thread):
-    """One thread, while the others go on."""
+def stopped(thread):
+    """Stops one thread while the others continue."""
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.ptrace(PTRACE_ATTACH, thread, 0, 0) == 0, os.strerror(ctypes.get_errno())
     try:
@@ -226,32 +226,32 @@ def standing_still(thread):
         pid, status = os.waitpid(thread, WALL | os.WNOHANG)
         return pid and not os.WIFSTOPPED(status)
 
-    wait_until(ended, 10, "the thread, which was killed, ends: its process does when we have seen it")
+    wait_until(ended, 10, "the killed thread ends: its process only ends after its tracer has waited for it")
 
 
 @pytest.mark.parametrize("name", ["flower-ingest", "flower-broker", "flower-exporter"])
-def test_watchdog(connected, name):
-    """Whichever loop stands still, systemd kills the exporter and starts it again. While all turn it does not."""
+def test_watchdog_restarts_a_stuck_exporter(connected, name):
+    """If any loop is stuck, systemd kills and restarts the exporter. Otherwise it does not."""
     drop_in(connected, "WatchdogSec=6s", "RestartSec=100ms")
     connected.debian("systemctl", "restart", connected.NAME)
     connected.ready()
     main = connected.main
     before = connected.show("WatchdogTimestampMonotonic")
-    wait_until(lambda: connected.show("WatchdogTimestampMonotonic") != before, 10, "the watchdog is fed")
+    wait_until(lambda: connected.show("WatchdogTimestampMonotonic") != before, 10, "the watchdog is notified")
     [thread] = [
         int(task.name) for task in Path(f"/proc/{main}/task").iterdir() if (task / "comm").read_text().strip() == name
     ]
-    with standing_still(thread):
+    with stopped(thread):
         wait_until(lambda: "Watchdog timeout" in connected.log(), 30, connected.log)
     wait_until(lambda: connected.show("NRestarts") == "1", 20, connected.log)
     connected.ready()
     assert connected.main != main
 
 
-# --- mistakes ----------------------------------------------------------------------
+# --- invalid settings --------------------------------------------------------------
 
 
-def taken_port(service):
+def port_in_use(service):
     service.debian.put("/etc/default/flower-exporter", f"FLOWER_EXPORTER_HTTP__LISTEN=127.0.0.1:{service.blocked}\n")
 
 
@@ -264,32 +264,32 @@ def url(text):
 
 
 @pytest.mark.parametrize(
-    ("mistake", "said"),
+    ("make_invalid", "message"),
     [
         (url("reddis://secret@host"), "expected a broker URL|reddis"),
         (url(""), "broker-url.*expected a broker URL"),
         (settings("[state]\npersistant = true\n"), f"{SETTINGS}.*unknown key state.persistant"),
-        (taken_port, "http.listen = .*cannot listen there.*in use"),
+        (port_in_use, "failed to bind .*in use"),
     ],
     ids=["URL", "empty URL", "unknown key", "port"],
 )
-def test_mistakes(service, shared_redis, mistake, said):
-    """One line in the journal says what and where; systemd shows it as the status, and does not try again."""
+def test_invalid_settings_are_one_journal_line(service, shared_redis, make_invalid, message):
+    """The line contains cause and location. systemd displays it as the status and does not restart the service."""
     service.debian("systemctl", "stop", service.NAME)
     service.blocked = shared_redis.port
     service.debian.put(URL, shared_redis.url, 0o600)
-    mistake(service)
+    make_invalid(service)
     lines = len(service.own_lines())
     assert service.debian.run("systemctl", "start", service.NAME).returncode == 1
     [line] = service.own_lines()[lines:]
-    assert re.search(said, line) and "secret" not in line, line
+    assert re.search(message, line) and "secret" not in line, line
     assert service.show("Result", "ExecMainStatus", "NRestarts") == ["exit-code", "2", "0"]
     assert service.show("StatusText") == line.removeprefix("flower-exporter: ")
     assert service.own_lines("-p", "err") == [line]
 
 
-def test_missing_credential(service, shared_redis):
-    """Nothing is started, and the journal says in one line what to do; done, systemd starts it by itself."""
+def test_missing_url_file_is_explained(service, shared_redis):
+    """The service does not start, and one journal line contains the remedy. systemd starts it when the file exists."""
     service.debian("systemctl", "stop", service.NAME)
     service.debian("rm", URL)
     assert service.debian.run("systemctl", "start", service.NAME).returncode == 1
@@ -299,21 +299,21 @@ def test_missing_credential(service, shared_redis):
     service.ready()
 
 
-def test_missing_state_directory(connected):
-    """Metrics are served; the journal says in one line that they will not outlive a restart, and so does /healthz."""
-    connected.debian.put(SETTINGS, "[state]\npersistent = true\ndb = '/var/lib/elsewhere/state'\n")
+def test_missing_state_directory_is_a_warning(connected):
+    """Metrics are served. One journal line and /healthz contain a warning that the state is not saved."""
+    connected.debian.put(SETTINGS, "[state]\npersistent = true\ndb = '/var/lib/missing/state'\n")
     lines = len(connected.own_lines())
     connected.debian("systemctl", "restart", connected.NAME)
     connected.ready()
-    said = "the state cannot be saved to /var/lib/elsewhere/state and would not survive a restart"
-    [line] = [line for line in connected.own_lines()[lines:] if "saved" in line]
-    assert line.startswith(f"WARN {said}") and "No such file" in line
+    [line] = [line for line in connected.own_lines()[lines:] if "failed to save state" in line]
+    assert line.startswith("WARN failed to save state") and "No such file" in line
     [warning] = connected.healthz()[1]["warnings"]
-    assert warning.startswith(said)
+    assert warning.startswith("failed to save state")
+    assert all("/var/lib/missing/state" in text for text in (line, warning))
 
 
-def test_build_says_what_is_missing():
-    """Without cargo-deb the script ends before it builds anything, and says how to get it."""
+def test_build_script_explains_missing_tools():
+    """Without cargo-deb the script exits before it builds anything, and prints how to install it."""
     tools = {Path(shutil.which(name)).parent for name in ("bash", "cargo")}
     path = ":".join(map(str, tools))
     assert shutil.which("cargo-deb", path=path) is None

@@ -1,4 +1,4 @@
-"""What deploy/prometheus ships: read, checked and tested by Prometheus' own tools."""
+"""The files of deploy/prometheus, loaded, checked and tested by Prometheus' own tools."""
 
 import json
 import re
@@ -14,7 +14,7 @@ TESTS = sorted(path.name for path in (RULES / "tests").iterdir())
 
 @pytest.fixture(scope="module")
 def groups(prometheus_release):
-    """All rule groups, as a server has read them."""
+    """All rule groups, as a server has loaded them."""
     server = Prometheus(release=prometheus_release).ready()
     yield {group["file"].rpartition("/")[2]: group for group in server.api("rules")["groups"]}
     server.kill()
@@ -26,14 +26,14 @@ def alerts(groups):
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in RULES.glob("prometheus*.yml")))
-def test_config(prometheus_release, name):
-    """The examples are valid, and so are the rules they name: all that there are."""
+def test_example_configs_are_valid(prometheus_release, name):
+    """They include all rule files, which are also valid."""
     done = promtool(prometheus_release, "check", "config", name, cwd=RULES)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {line.removeprefix("Checking ") for line in done.stdout.splitlines() if "Checking" in line} == {name, *FILES}
 
 
-def test_rules(prometheus_release):
+def test_rules_pass_promtool(prometheus_release):
     done = promtool(prometheus_release, "check", "rules", "--lint-fatal", *FILES, cwd=RULES)
     assert done.returncode == 0, done.stdout + done.stderr
     done = promtool(prometheus_release, "test", "rules", *(f"tests/{name}" for name in TESTS), cwd=RULES)
@@ -41,7 +41,7 @@ def test_rules(prometheus_release):
 
 
 def test_every_alert_is_tested_firing_and_not_firing(prometheus_release, groups, alerts):
-    """By mutation: alerts that never fire fail their tests, each by name, and so do those that fire when they need not."""
+    """By mutation: an alert that never fires fails its tests, and so does an alert that always fires."""
 
     def failing(mutate):
         home = directory("rules")
@@ -60,20 +60,20 @@ def test_every_alert_is_tested_firing_and_not_firing(prometheus_release, groups,
     def same(rule):
         return {"expr": rule["query"], "for": f"{rule['duration']}s"}
 
-    def mute(rule):
+    def never_firing(rule):
         return {**same(rule), "expr": f"({rule['query']}) unless on () vector(1)"}
 
-    def shrill(rule):
-        """There is one more alert where there was none; cases that expect an alert still get it alone."""
+    def always_firing(rule):
+        """Adds an alert to cases that expect none. Cases that expect an alert are not changed."""
         return {**same(rule), "expr": f"({rule['query']}) or on () vector(1)"}
 
     assert failing(same) == set()
-    assert set(alerts) - failing(mute) == set()
-    assert set(alerts) - failing(shrill) == set()
+    assert set(alerts) - failing(never_firing) == set()
+    assert set(alerts) - failing(always_firing) == set()
 
 
-def test_annotations_and_runbook(alerts):
-    """Each alert has a summary, a description, a severity, and a runbook entry with what to do; no entry lacks an alert."""
+def test_every_alert_has_annotations_and_a_runbook_entry(alerts):
+    """Each alert has a summary, a description, a severity and a runbook entry with a remedy. Each entry has an alert."""
     entries = dict(re.findall(r"^### (\w+)$(.*?)(?=^##|\Z)", (RULES / "RUNBOOK.md").read_text(), re.M | re.S))
     assert set(entries) == set(alerts)
     for name, rule in alerts.items():

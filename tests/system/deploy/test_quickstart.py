@@ -10,8 +10,8 @@ from support.exposition import FAMILIES
 from support.processes import ROOT, free_port
 
 
-def test_quickstart():
-    """It shows all six series of a real worker, and leaves nothing running."""
+def test_quickstart_prints_all_metrics():
+    """It prints all six metrics of a real worker, and stops all its processes."""
     port = free_port()
     done = subprocess.run(
         [ROOT / "deploy/quickstart.sh", "--once", "--port", str(port)],
@@ -28,7 +28,7 @@ def test_quickstart():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "code", "said"),
+    ("arguments", "environment", "code", "message"),
     [
         (["--twice"], {}, 2, "unknown option: --twice"),
         (["--port"], {}, 2, "--port: expected a number from 1 to 65535, not ''"),
@@ -38,9 +38,10 @@ def test_quickstart():
         ([], {"PATH": "/usr/bin:/bin", "HOME": "/nowhere"}, 1, "there is no cargo: install Rust"),
     ],
 )
-def test_quickstart_says_what_is_wrong(arguments, environment, code, said, shared_redis):
-    """An option, a program, a port."""
-    arguments, said = [text.format(taken=shared_redis.port) for text in arguments], said.format(taken=shared_redis.port)
+def test_quickstart_reports_errors(arguments, environment, code, message, shared_redis):
+    """Invalid options, a missing program, and a port in use."""
+    port = shared_redis.port
+    arguments, message = [text.format(taken=port) for text in arguments], message.format(taken=port)
     done = subprocess.run(
         [ROOT / "deploy/quickstart.sh", *arguments],
         env={**os.environ, **environment},
@@ -49,5 +50,5 @@ def test_quickstart_says_what_is_wrong(arguments, environment, code, said, share
         text=True,
         timeout=240,
     )
-    assert done.returncode == code and said in done.stderr, done.stderr
+    assert done.returncode == code and message in done.stderr, done.stderr
     assert done.stdout == ""

@@ -1,4 +1,4 @@
-"""The documents: what they link to and name is there, what they quote is said, what they show is accepted."""
+"""The documents: links and names exist, quoted log lines are in the program, and examples are accepted."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def prose(text):
 
 
 def spans(text):
-    """What stands in backticks."""
+    """The texts in backticks."""
     return re.findall(r"`([^`\n]+)`", prose(text))
 
 
@@ -41,19 +41,19 @@ def headings(text, level="#+"):
 
 
 def anchors(text):
-    """As GitHub makes them of headings."""
+    """The anchors that GitHub derives from headings."""
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings(text)}
 
 
 def section(heading):
-    """A section of the README with those below it."""
+    """A section of the README with its subsections."""
     level = re.search(rf"^(#+) {re.escape(heading)}$", README, re.M)
     return re.split(rf"^#{{1,{len(level[1])}}} ", README[level.end() :], maxsplit=1, flags=re.M)[0]
 
 
 @every_document
-def test_links(name):
-    """Each leads to a file that is there, and to a heading in it."""
+def test_links_lead_to_existing_files_and_headings(name):
+    """Anchors must be headings of the target."""
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(DOCUMENTS[name])):
         if "://" in link:
             continue
@@ -63,15 +63,15 @@ def test_links(name):
         assert not anchor or anchor in anchors(target.read_text()), link
 
 
-def test_table_of_contents():
-    """It has every section, in the order of the page."""
+def test_table_of_contents_lists_every_section():
+    """In the order of the page."""
     links = re.findall(r"\[([^\]]+)\]\(#[^)]+\)", README.split("\n## ")[0])
     assert links == headings(README, "##")
 
 
 @every_document
-def test_paths(name):
-    """What is named in a folder of ours is there, in commands too."""
+def test_named_paths_exist(name):
+    """All paths in the folders of the repository, also in commands."""
     folders = "|".join(re.escape(path.name) for path in ROOT.iterdir() if path.is_dir() and path.name not in BUILT)
     for path in re.findall(rf"(?<![\w./-])((?:{folders})/[\w./-]++)(?![<*{{])", DOCUMENTS[name]):
         found = [base / path.rstrip(".") for base in (ROOT, (ROOT / name).parent)]
@@ -79,7 +79,7 @@ def test_paths(name):
 
 
 def known_keys():
-    """Every `section.key` that --check-config shows."""
+    """Every `section.key` that --check-config prints."""
     table = None
     for line in Run("--check-config").out.splitlines():
         if line.startswith("["):
@@ -88,14 +88,14 @@ def known_keys():
             yield f"{table}.{key[1]}"
 
 
-def test_settings():
-    """Keys, variables and options that are named are those of the program; `*` stands for any end."""
+def test_named_settings_exist():
+    """Keys, variables and options in the documents are those of the program. `*` matches any suffix."""
     keys = set(known_keys())
     assert len(keys) > 40
     for name, text in DOCUMENTS.items():
         for key in re.findall(r"`((?:broker|events|state|metrics|http|log)\.[a-z_.*]+)(?: = [^`]*)?`", prose(text)):
-            ours = any(known.startswith(key[:-1]) for known in keys) if key.endswith("*") else key in keys
-            assert ours, (name, key)
+            exists = any(known.startswith(key[:-1]) for known in keys) if key.endswith("*") else key in keys
+            assert exists, (name, key)
         for variable in re.findall(r"\bFLOWER_EXPORTER_[A-Z]+__[A-Z_]+", text):
             assert variable.removeprefix("FLOWER_EXPORTER_").replace("__", ".").lower() in keys, (name, variable)
     for row in re.findall(r"^\| (`.*?) \|", section("Settings"), re.M):
@@ -106,49 +106,49 @@ def test_settings():
     assert sorted(re.findall(r"\[(-[\w-]+)", usage)) == sorted(options)
 
 
-def test_metrics(services):
-    """Every series of ours that a document names is served."""
-    told = services.exporter(None, {"metrics": {"self_metrics": True}, "broker": {"url": "redis://127.0.0.1:1/0"}}).text()
-    families = set(re.findall(r"^# TYPE (\S+)", told, re.M))
+def test_named_metrics_exist(services):
+    """The exporter serves every one of its metrics that a document names."""
+    text = services.exporter(None, {"metrics": {"self_metrics": True}, "broker": {"url": "redis://127.0.0.1:1/0"}}).text()
+    families = set(re.findall(r"^# TYPE (\S+)", text, re.M))
     for name, text in DOCUMENTS.items():
         for series in set(re.findall(r"(?<![\w:/.-])flower_[a-z_]+[a-z](?![\w:*.])", text)) - {"flower_exporter"}:
             assert {series, re.sub("_(bucket|sum|count)$", "", series)} & families, (name, series)
 
 
 def sources():
-    """The texts of the program, on one line each; … is what it fills in."""
+    """The source code with each string on one line; … stands for placeholders."""
     for path in sorted((ROOT / "src").rglob("*.rs")):
         text = re.sub(r"\\\n\s*", "", path.read_text()).replace('\\"', '"').replace("{OTHER}", "(other)")
         yield re.sub(r"\{[^{}\n]*\}", "…", text)
 
 
 def quoted():
-    """What the section on troubleshooting quotes: the first column, and sentences in the second one."""
+    """The quotations of the troubleshooting section: its first column, and sentences in the second one."""
     for first, second in re.findall(r"^\| (.*?) \| (.*) \|$", section("Troubleshooting"), re.M):
         yield from spans(first)
         yield from (span for span in spans(second) if span.count(" ") > 3 and " -" not in span)
 
 
-def test_quoted_lines():
-    """Every part of them is in the program."""
-    said, lines = "\n".join(sources()), list(quoted())
+def test_quoted_lines_are_in_the_program():
+    """All fixed parts of each line."""
+    source, lines = "\n".join(sources()), list(quoted())
     assert len(lines) > 35
     parts = [part.strip() for line in lines for part in line.split("…") if part.strip()]
-    assert [part for part in parts if part not in said] == []
+    assert [part for part in parts if part not in source] == []
 
 
 @pytest.mark.parametrize("url", ["redis://h", "sqs://", "redis://:a@b@h", "redis://h;x", "rediss://h", "sentinel://h"])
-def test_told_at_the_start(services, url):
-    """Ends with code 2 and a line that stands there: a port that is taken, and URLs that cannot be."""
-    taken = services.exporter(ready=False).listening()
+def test_start_errors_are_in_troubleshooting(services, url):
+    """A port that is in use, and invalid URLs: exit code 2 and a line that the section contains."""
+    blocker = services.exporter(ready=False).listening()
     env = {"FLOWER_EXPORTER_BROKER__TLS__CA_FILE": "/none"}
-    line = Run("-b", url, "-l", f"127.0.0.1:{taken.port}", env=env).error_line()
+    line = Run("-b", url, "-l", f"127.0.0.1:{blocker.port}", env=env).error_line()
     patterns = [".*".join(map(re.escape, text.split("…"))) for text in quoted()]
     assert any(re.search(pattern, line) for pattern in patterns) or "No such file or directory" in line, line
 
 
-def test_told_of_the_broker(services):
-    """Redis' own words, in italics, come in the line that stands there."""
+def test_broker_errors_are_in_troubleshooting(services):
+    """The line in the log contains the error of Redis, which the section has in italics."""
     redis = services.redis(password="right")
     redis.client().execute_command("ACL", "SETUSER", "few", "on", ">few", "+auth", "+ping")
     for userinfo, port, word in [
@@ -159,12 +159,12 @@ def test_told_of_the_broker(services):
     ]:
         assert f"*{word}*" in section("Troubleshooting")
         exporter = services.exporter(None, {"broker": {"url": f"redis://{userinfo}127.0.0.1:{port}/0"}})
-        line = rf"WARN cannot connect to the broker, trying again broker=.* error=.*{word}.* held_bytes=0"
+        line = rf"WARN failed to connect to broker; retrying broker=.* error=.*{word}.* suppressed=0"
         wait_until(lambda: re.search(line, exporter.log()), 10, exporter.log)  # noqa: B023
 
 
-def test_examples():
-    """TOML is accepted by the program, YAML is YAML."""
+def test_examples_are_valid():
+    """The program accepts the TOML examples, and the YAML examples can be parsed."""
     file = directory("documents") / "block.toml"
     for text in DOCUMENTS.values():
         for block in blocks(text, "toml"):

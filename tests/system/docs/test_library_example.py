@@ -1,4 +1,4 @@
-"""The crate as a library: the example of the README, as it is."""
+"""The crate as a library: the example of the README."""
 
 from support import events as ev
 from support.exporter import BINARY
@@ -6,7 +6,7 @@ from support.processes import Process, free_port, wait_until
 
 
 def test_failed_tasks_are_printed(services, redis):
-    """Every failed task with its exception, once, by an observer that reads the fields that the daemon skips."""
+    """An observer prints every failed task once, with the exception, a field that the daemon does not parse."""
     example = BINARY.parent / "examples" / "failed_tasks"
     address = f"127.0.0.1:{free_port()}"
     process = Process("example", ["sh", "-c", f"tail -f /dev/null | exec {example} {redis.url} {address}"])

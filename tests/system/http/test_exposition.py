@@ -1,4 +1,4 @@
-"""What /metrics says, to the letter: strict parsers, Flower's own text, and a Prometheus server."""
+"""The exact text of /metrics, checked with strict parsers, Flower's own text, and a Prometheus server."""
 
 import gzip
 import re
@@ -14,20 +14,20 @@ from support.prometheus import Prometheus, promtool
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
-NASTY = 'quo"te back\\slash new\nline räkna.算 {x="y"}'
+UNUSUAL = 'quo"te back\\slash new\nline räkna.算 {x="y"}'
 
 
 def events_for_all_families():
-    """A stream that fills all six families, odd labels and an odd number of everything."""
+    """Events for all six metrics, with unusual labels and values."""
     yield ev.heartbeat(active=3)
-    for number, (worker, name) in enumerate([(ev.W, "add"), (NASTY, NASTY), (ev.W, NASTY)]):
+    for number, (worker, name) in enumerate([(ev.W, "add"), (UNUSUAL, UNUSUAL), (ev.W, UNUSUAL)]):
         yield ev.sent(f"{number}", name=name)
         yield ev.received(f"{number}", worker, name=name)
         yield ev.received(f"{number}+", worker, name=name)
         yield ev.started(f"{number}", worker, at=0.1 + number)
         yield ev.succeeded(f"{number}", worker, at=9, runtime=[1e-7, 0.30000000000000004, 12345678.9][number])
         yield ev.started(f"{number}+", worker, at=1 / 3)
-    yield ev.heartbeat(NASTY, active=1)
+    yield ev.heartbeat(UNUSUAL, active=1)
     yield ev.offline("gone@tests")
 
 
@@ -43,35 +43,35 @@ def flower():
 
 
 def lines(text):
-    """Without the names that Flower's client library adds, and sorted: the order of series is nobody's promise."""
+    """The sorted lines without those that only Flower's client library adds. The order of series is not specified."""
     wanted = re.compile(rf"(?:# (?:HELP|TYPE) )?({'|'.join(FAMILIES)})(?:_bucket|_sum|_count)?[ {{]")
     return sorted(line for line in text.split("\n") if wanted.match(line))
 
 
-def test_text_is_flowers_to_the_letter(full, flower):
+def test_text_equals_flower_exactly(full, flower):
     """HELP, TYPE, the order of labels, escapes, the text of `le` and numbers as Python writes them."""
-    ours, flowers = lines(full.text()), lines(flower.text())
+    actual, expected = lines(full.text()), lines(flower.text())
     numbers = re.compile(r" \S+$")
-    assert [numbers.sub("", line) for line in ours] == [numbers.sub("", line) for line in flowers]
+    assert [numbers.sub("", line) for line in actual] == [numbers.sub("", line) for line in expected]
     assert parse_text(full.text()) == flower.metrics()
     assert full.text().endswith("\n") and "\r" not in full.text() and "\n\n" not in full.text()
 
 
-def test_le(full):
+def test_bucket_bounds_are_written_as_by_python(full):
     found = re.findall(r'le="([^"]*)"', full.text())
     assert found[:15] == "0.005 0.01 0.025 0.05 0.075 0.1 0.25 0.5 0.75 1.0 2.5 5.0 7.5 10.0 +Inf".split()
 
 
-def test_own_buckets(services, shared_redis):
-    """`task_runtime_metric_buckets`, written as Python writes floats."""
+def test_custom_buckets(services, shared_redis):
+    """The bounds of `task_runtime_metric_buckets` are written like Python floats."""
     harness = services.harness(shared_redis, {"metrics": {"task_runtime_metric_buckets": [1, 20.5, 300, 1000000]}})
     harness.publish(ev.sent(), ev.succeeded(runtime=20.5))
     found = [(le, float(number)) for le, number in re.findall(r'le="([^"]*)".*} (\S+)', harness.exporter.text())]
     assert found == [("1.0", 0), ("20.5", 1), ("300.0", 1), ("1e+06", 1), ("+Inf", 1)]
 
 
-def test_families_are_in_one_piece(full):
-    """HELP and TYPE once, then all series of that family."""
+def test_families_are_contiguous(full):
+    """HELP and TYPE once, then all series of the family."""
     families = [
         re.sub("_(bucket|sum|count)$", "", re.split("[ {]", line.removeprefix("# HELP ").removeprefix("# TYPE "))[0])
         for line in full.text().splitlines()
@@ -80,7 +80,7 @@ def test_families_are_in_one_piece(full):
     assert sorted(changes) == sorted(FAMILIES)
 
 
-def test_content_types(full):
+def test_accept_header_selects_the_format(full):
     for accept, expected in [
         (None, TEXT),
         ("*/*", TEXT),
@@ -97,7 +97,7 @@ def test_content_types(full):
         ("application/openmetrics-text;version=1.0.0;q=0,text/plain;q=0.1", TEXT),
         ("application/openmetrics-text;version=1.0.0;q=0", TEXT),
         ("text/html", TEXT),
-        # What Prometheus sends: 2.42, and 3.x with names that we need not know.
+        # Headers of Prometheus 2.42, and of 3.x with parameters that the exporter ignores.
         (
             "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
             "text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
@@ -114,8 +114,8 @@ def test_content_types(full):
         assert (body.endswith(b"# EOF\n")) == (expected is OPENMETRICS), accept
 
 
-def test_openmetrics(full, flower):
-    """Valid for the strict parser, and the same samples; the counter's family goes without `_total`."""
+def test_openmetrics_text(full, flower):
+    """The strict parser reads the same samples. The counter's family has no `_total`."""
     _, _, body = full.request(headers={"Accept": "application/openmetrics-text;version=1.0.0"})
     text = body.decode()
     assert parse_openmetrics(text) == flower.metrics()
@@ -124,7 +124,7 @@ def test_openmetrics(full, flower):
 
 
 @pytest.mark.parametrize("accept", [None, "application/openmetrics-text;version=1.0.0"])
-def test_gzip(full, accept):
+def test_accept_encoding_selects_gzip(full, accept):
     plain = full.request(headers={"Accept": accept} if accept else {})[2]
     for coding, packed in [
         (None, False),
@@ -144,24 +144,24 @@ def test_gzip(full, accept):
         assert (gzip.decompress(body) if packed else body) == plain, coding
 
 
-def test_nothing_heard_yet(services, shared_redis):
-    """All six families print HELP and TYPE, as Flower does."""
-    exporter = services.exporter(shared_redis, {"events": {"exchange": "silence"}})
+def test_families_without_events(services, shared_redis):
+    """All six metrics have HELP and TYPE, as in Flower."""
+    exporter = services.exporter(shared_redis, {"events": {"exchange": "unused"}})
     assert exporter.text() == "".join(line + "\n" for line in exporter.text().splitlines() if line.startswith("#"))
     assert lines(exporter.text()) == [line for line in lines(Flower().text()) if line.startswith("#")]
     assert parse_openmetrics(exporter.request(headers={"Accept": "application/openmetrics-text"})[2].decode()) == {}
 
 
-def test_promtool(full, prometheus_release):
-    """`promtool check metrics` has nothing to say against it but Flower's own names."""
+def test_promtool_accepts_the_text(full, prometheus_release):
+    """`promtool check metrics` reports only Flower's own names."""
     found = promtool(prometheus_release, "check", "metrics", input=full.text())
     assert "error" not in found.stderr.lower(), found.stderr
-    # Lint remarks make 3, an exposition that cannot be parsed makes 1.
+    # Exit code 3 means lint warnings, exit code 1 an invalid exposition.
     assert found.returncode in (0, 3), found.stderr
 
 
-def test_self_metrics(services, shared_redis, prometheus_release):
-    """flower_exporter_* and process_* come after the six, valid in both formats, and none of them without asking."""
+def test_self_metrics_follow_the_six_metrics(services, shared_redis, prometheus_release):
+    """flower_exporter_* and process_* are served on request, after the six metrics, and are valid in both formats."""
     harness = services.harness(shared_redis, {"metrics": {"self_metrics": True}})
     harness.publish(*events_for_all_families())
     text = harness.exporter.text()
@@ -171,16 +171,16 @@ def test_self_metrics(services, shared_redis, prometheus_release):
     assert all(name.startswith(("flower_exporter_", "process_")) for name in own)
     assert any(name.startswith("process_") for name in own)
     for about in (
-        "messages",
-        "events",
-        "rejected",
-        "dropped",
-        "reconnect",
-        "connected",
+        "received_messages",
+        "decoded_events",
+        "invalid_messages",
+        "dropped_messages",
+        "broker_reconnects",
+        "broker_connected",
         "lag",
-        "tasks",
-        "workers",
-        "pairs",
+        "tracked_tasks",
+        "tracked_workers",
+        "tracked_label_sets",
         "build_info",
     ):
         assert any(name.startswith("flower_exporter_") and about in name for name in own), about
@@ -192,8 +192,8 @@ def test_self_metrics(services, shared_redis, prometheus_release):
     assert found.returncode in (0, 3) and "flower_exporter" not in found.stderr, found.stderr
 
 
-def test_prometheus_scrapes_it(full, services, flower, prometheus_release):
-    """A real Prometheus answers a query for each family, odd labels and all."""
+def test_prometheus_stores_all_samples(full, services, flower, prometheus_release):
+    """A real Prometheus answers a query for each metric, including unusual labels."""
     prometheus = Prometheus([full.port], rules=(), release=prometheus_release)
     services.callback(prometheus.kill)
     prometheus.ready()

@@ -1,4 +1,4 @@
-"""The HTTP side: paths, methods, health, connections, and a port that is taken."""
+"""The HTTP server: paths, methods, health, connections, and a port that is in use."""
 
 import http.client
 import socket
@@ -17,8 +17,8 @@ def exporter(harness):
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/healthz", "/healthz?ready", "/metrics?name=x"])
-def test_head(exporter, path):
-    """As GET, without the body."""
+def test_head_equals_get_without_body(exporter, path):
+    """Status and content type are equal."""
     status, headers, body = exporter.request(path, "HEAD")
     get, same, content = exporter.request(path)
     assert (status, body) == (get, b"") == (200, b"")
@@ -39,34 +39,34 @@ def test_method_not_allowed(exporter, method, path):
     assert sorted(method.strip() for method in headers["Allow"].split(",")) == ["GET", "HEAD"]
 
 
-def test_healthz(harness):
+def test_healthz_reports_status_broker_and_warnings(harness):
     """A short JSON: status, broker, seconds since the last event, warnings."""
     harness.publish(ev.heartbeat())
     for ready in (False, True):
-        status, said = harness.exporter.healthz(ready)
+        status, health = harness.exporter.healthz(ready)
         assert status == 200
         for about in ("status", "broker", "event", "warning"):
-            assert any(about in key for key in said), (about, said)
-        assert [] in said.values(), "no warnings"
-        age = next(value for key, value in said.items() if "event" in key)
+            assert any(about in key for key in health), (about, health)
+        assert [] in health.values(), "no warnings"
+        age = next(value for key, value in health.items() if "event" in key)
         assert 0 <= age < 60
-        assert exporter_type(harness.exporter).startswith("application/json")
+        assert content_type(harness.exporter).startswith("application/json")
 
 
-def exporter_type(exporter):
+def content_type(exporter):
     return exporter.request("/healthz")[1]["Content-Type"]
 
 
 def test_healthz_before_any_event(services, shared_redis):
     exporter = services.exporter(shared_redis, {"events": {"exchange": "never"}})
-    status, said = exporter.healthz()
+    status, health = exporter.healthz()
     assert status == 200
-    assert next(value for key, value in said.items() if "event" in key) is None
+    assert next(value for key, value in health.items() if "event" in key) is None
 
 
 @pytest.mark.parametrize("scheme", ["redis://127.0.0.1:{}/0", "amqp://guest:guest@127.0.0.1:{}//"])
-def test_no_broker_yet(services, scheme):
-    """Alive and serving, but not ready; scrapes need no broker."""
+def test_serves_metrics_without_a_broker(services, scheme):
+    """Alive and serving metrics, but not ready."""
     exporter = services.exporter(None, {"broker": {"url": scheme.format(free_port())}}, ready=False).listening()
     assert exporter.healthz()[0] == 200
     assert exporter.healthz(ready=True)[0] == 503
@@ -74,8 +74,8 @@ def test_no_broker_yet(services, scheme):
     assert exporter.healthz(ready=True)[1].keys() == exporter.healthz()[1].keys()
 
 
-def test_port_that_is_taken(services, shared_redis):
-    """An error at once: code 2 and one line that names the address."""
+def test_port_in_use_is_an_error(services, shared_redis):
+    """Exit code 2 and one line with the address."""
     first = services.exporter(shared_redis)
     second = services.exporter(shared_redis, {"http": {"listen": f"127.0.0.1:{first.port}"}}, ready=False, terminate=False)
     assert second.wait(5) == 2
@@ -84,8 +84,8 @@ def test_port_that_is_taken(services, shared_redis):
     assert len(lines) == 1, lines
 
 
-def test_keep_alive(exporter):
-    """A scraper's connection serves many scrapes."""
+def test_keep_alive_serves_many_requests(exporter):
+    """All requests use the same connection."""
     connection = http.client.HTTPConnection("127.0.0.1", exporter.port, timeout=10)
     connection.connect()
     local = connection.sock.getsockname()
@@ -96,8 +96,8 @@ def test_keep_alive(exporter):
     connection.close()
 
 
-def test_scrapes_never_queue_behind_idle_connections(services, shared_redis):
-    """At `max_connections` the one that has waited longest without a complete request is closed."""
+def test_max_connections_closes_the_oldest_idle_connection(services, shared_redis):
+    """Scrapes never wait for idle connections. The one that is longest without a complete request is closed."""
     exporter = services.exporter(shared_redis, {"http": {"max_connections": 4}})
     idle = []
     for _ in range(20):
@@ -117,8 +117,8 @@ def test_scrapes_never_queue_behind_idle_connections(services, shared_redis):
     assert closed[:16] == [True] * 16 and not closed[-1], closed
 
 
-def test_request_timeout(services, shared_redis):
-    """A request that does not get complete is given up, and others are served meanwhile."""
+def test_request_timeout_closes_incomplete_requests(services, shared_redis):
+    """Other requests are served at the same time."""
     exporter = services.exporter(shared_redis, {"http": {"request_timeout": "1s"}})
     slow = socket.create_connection(("127.0.0.1", exporter.port))
     slow.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n")
@@ -129,48 +129,48 @@ def test_request_timeout(services, shared_redis):
     slow.close()
 
 
-def test_idle_timeout(services, shared_redis):
-    """A kept-alive connection may rest longer than a request may take, until `idle_timeout`."""
+def test_idle_timeout_is_separate_from_request_timeout(services, shared_redis):
+    """A kept-alive connection may be idle for longer than `request_timeout`, until `idle_timeout`."""
     exporter = services.exporter(shared_redis, {"http": {"request_timeout": "500ms", "idle_timeout": "3s"}})
-    resting = socket.create_connection(("127.0.0.1", exporter.port))
-    resting.settimeout(20)
+    idle = socket.create_connection(("127.0.0.1", exporter.port))
+    idle.settimeout(20)
 
     def scrape():
-        resting.sendall(b"HEAD /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
-        return resting.recv(4096)
+        idle.sendall(b"HEAD /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        return idle.recv(4096)
 
     assert b" 200 " in scrape()
-    # Another connection that began now and never completes is closed: by then the first has rested for as long.
+    # Another connection starts now and is closed after request_timeout: the first one is idle for at least as long.
     late = socket.create_connection(("127.0.0.1", exporter.port))
     late.settimeout(20)
     late.sendall(b"GET /met")
     while late.recv(4096):
         pass
     late.close()
-    assert b" 200 " in scrape(), "rested longer than request_timeout"
+    assert b" 200 " in scrape(), "idle for longer than request_timeout"
     started = time.monotonic()
-    assert resting.recv(4096) == b"", "closed after idle_timeout"
+    assert idle.recv(4096) == b"", "closed after idle_timeout"
     assert time.monotonic() - started < 10
-    resting.close()
+    idle.close()
 
 
 @pytest.mark.parametrize(
     "garbage", [b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"\0" * 70000, b"GET /" + b"x" * 200000]
 )
-def test_garbage_harms_nobody(exporter, garbage):
+def test_garbage_does_not_affect_other_clients(exporter, garbage):
     with socket.create_connection(("127.0.0.1", exporter.port), timeout=15) as connection:
         try:
             connection.sendall(garbage)
             connection.shutdown(socket.SHUT_WR)
             while connection.recv(4096):
                 pass
-        except OSError:  # it has hung up, as it may
+        except OSError:  # the server may close the connection
             pass
     assert exporter.request()[0] == 200
 
 
-def test_scrapes_during_a_stream(harness):
-    """Every scrape is whole, and a counter never falls."""
+def test_counters_never_decrease_during_a_stream(harness):
+    """Every scrape is complete."""
     seen = [0]
     harness.publisher.send([ev.succeeded(f"{n}", runtime=0.1) for n in range(20)])
     for batch in range(50):

@@ -20,15 +20,15 @@ HEALTHZ = SCRAPE.replace(b"metrics", b"healthz")
 
 
 @pytest.fixture(scope="module")
-def large(session_services, shared_redis):
-    """An exporter with tight limits and an exposition of more than 10 MB, which fits no socket's buffers."""
+def large_harness(session_services, shared_redis):
+    """An exporter with low limits and an exposition of more than 8 MB, which exceeds all socket buffers."""
     limits = {"max_connections": MAX_CONNECTIONS, "request_timeout": f"{REQUEST_TIMEOUT}s", "idle_timeout": "2s"}
     harness = Harness(session_services, shared_redis, {"http": limits, "state": {"worker_timeout": 0}})
     harness.publisher.send([ev.succeeded(f"{n}", name=f"{n:0250}", runtime=1.5) for n in range(TASKS)])
-    harness.flowed = 0
-    flow(harness)
-    harness.whole = without_flow(harness.exporter.text())
-    assert harness.whole.count("flower_task_runtime_seconds_count") == TASKS and len(harness.whole) > 8_000_000
+    harness.flow_events = 0
+    assert_event_counted(harness)
+    harness.full_text = without_flow(harness.exporter.text())
+    assert harness.full_text.count("flower_task_runtime_seconds_count") == TASKS and len(harness.full_text) > 8_000_000
     return harness
 
 
@@ -40,16 +40,16 @@ def descriptors(harness):
     return len(os.listdir(f"/proc/{harness.exporter.pid}/fd"))
 
 
-def flow(harness):
-    """An event is counted and seen soon, whoever else is connected."""
-    harness.flowed += 1
+def assert_event_counted(harness):
+    """An event is counted and visible soon, regardless of other clients."""
+    harness.flow_events += 1
     harness.publisher.send(ev.task("flow", "f", name=""))
-    counted = f'type="task-flow",worker="{ev.W}"}} {harness.flowed}\n'
-    wait_until(lambda: counted in scraped(harness), 10, "the event is seen")
+    counted = f'type="task-flow",worker="{ev.W}"}} {harness.flow_events}\n'
+    wait_until(lambda: counted in scrape_or_nothing(harness), 10, "the event is visible")
 
 
-def scraped(harness):
-    """What a scrape has got; nothing if it was too slow itself."""
+def scrape_or_nothing(harness):
+    """The exposition, or an empty string if this scrape itself was too slow."""
     try:
         return harness.exporter.text()
     except http.client.IncompleteRead:
@@ -57,19 +57,19 @@ def scraped(harness):
 
 
 @contextlib.contextmanager
-def unmoved(harness):
-    """Clients come and go: afterwards descriptors are what they were, and a scrape is complete and correct."""
+def assert_unaffected(harness):
+    """After the clients of the block, the number of descriptors is as before, and a scrape is complete and correct."""
     before = descriptors(harness)
     with contextlib.ExitStack() as clients:
         yield clients
-        flow(harness)
+        assert_event_counted(harness)
     wait_until(lambda: descriptors(harness) <= before, 5, "all connections are closed")
-    assert without_flow(wait_until(lambda: scraped(harness), 10, "a scrape")) == harness.whole
-    flow(harness)
+    assert without_flow(wait_until(lambda: scrape_or_nothing(harness), 10, "a scrape")) == harness.full_text
+    assert_event_counted(harness)
 
 
 def connect(harness, clients, sent=b"", small=True):
-    """A client's socket that has sent something; its own buffer is small, so that the exporter has to wait for it."""
+    """A client socket that has sent some data. Its receive buffer is small, so that the exporter has to wait for it."""
     client = clients.enter_context(socket.socket())
     if small:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -79,8 +79,8 @@ def connect(harness, clients, sent=b"", small=True):
     return client
 
 
-def rest(client):
-    """What still comes until the connection is closed, in whatever way."""
+def read_to_end(client):
+    """All data until the connection is closed in any way."""
     received = bytearray()
     with contextlib.suppress(ConnectionError):
         while piece := client.recv(1 << 16):
@@ -88,19 +88,19 @@ def rest(client):
     return bytes(received)
 
 
-def gone(harness, before, meanwhile=lambda: None):
-    """Connections are closed when their time is over, not when the client pleases."""
-    wait_until(lambda: meanwhile() or descriptors(harness) <= before, REQUEST_TIMEOUT + 2, "they are closed in time")
+def assert_closed_in_time(harness, before, action=lambda: None):
+    """The exporter closes the connections after their timeout."""
+    wait_until(lambda: action() or descriptors(harness) <= before, REQUEST_TIMEOUT + 2, "the connections are closed in time")
 
 
-def test_slow_readers(large):
-    """A byte at a time, on every connection there may be: one more scrape waits no longer than for one of them."""
-    before, memory = descriptors(large), resident(large)
-    with unmoved(large) as clients:
-        slow = [connect(large, clients, SCRAPE) for _ in range(MAX_CONNECTIONS)]
-        flow(large)
-        gone(large, before, lambda: any(not client.recv(1) for client in slow))
-        assert resident(large) - memory < 16 << 20, "they have shared one copy of the numbers"
+def test_slow_readers_do_not_delay_scrapes(large_harness):
+    """All connections read one byte at a time. Another scrape waits for at most one of them."""
+    before, memory = descriptors(large_harness), resident(large_harness)
+    with assert_unaffected(large_harness) as clients:
+        slow = [connect(large_harness, clients, SCRAPE) for _ in range(MAX_CONNECTIONS)]
+        assert_event_counted(large_harness)
+        assert_closed_in_time(large_harness, before, lambda: any(not client.recv(1) for client in slow))
+        assert resident(large_harness) - memory < 16 << 20, "they share one snapshot"
 
 
 def resident(harness):
@@ -109,11 +109,11 @@ def resident(harness):
 
 
 @pytest.mark.parametrize("first", [b"", b"HEAD /metrics HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["new", "kept alive"])
-def test_slow_writers(large, first):
-    """A head that comes a byte at a time gets no more time than one that does not come."""
-    before = descriptors(large)
-    with unmoved(large) as clients:
-        slow = [connect(large, clients, first) for _ in range(MAX_CONNECTIONS // 2)]
+def test_slow_writers_time_out(large_harness, first):
+    """A request head that arrives one byte at a time has the same timeout as one that does not arrive."""
+    before = descriptors(large_harness)
+    with assert_unaffected(large_harness) as clients:
+        slow = [connect(large_harness, clients, first) for _ in range(MAX_CONNECTIONS // 2)]
         for client in slow:
             assert not first or b" 200 " in client.recv(4096)
         head = iter(SCRAPE[:-2] + b"X-Padding: " + b"x" * 10_000)
@@ -124,64 +124,64 @@ def test_slow_writers(large, first):
                 with contextlib.suppress(ConnectionError):
                     client.send(byte)
 
-        gone(large, before, write)
-        assert all(b" 200 " not in rest(client) for client in slow)
+        assert_closed_in_time(large_harness, before, write)
+        assert all(b" 200 " not in read_to_end(client) for client in slow)
 
 
 HALF_OPEN = {
     "silent": (b"", False),
-    "closed its side": (b"", True),
-    "half a head": (SCRAPE[:-4], False),
-    "half a head, closed its side": (SCRAPE[:-4], True),
-    "asks and does not read": (SCRAPE, False),
-    "asks, closed its side, does not read": (SCRAPE, True),
-    "a body that never comes": (b"GET /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n", False),
-    "waits to be asked for its body": (
+    "write side closed": (b"", True),
+    "partial head": (SCRAPE[:-4], False),
+    "partial head, write side closed": (SCRAPE[:-4], True),
+    "request without reading": (SCRAPE, False),
+    "request without reading, write side closed": (SCRAPE, True),
+    "missing body": (b"GET /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n", False),
+    "body after 100-continue": (
         b"GET /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n", False),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("sent, closes", HALF_OPEN.values(), ids=HALF_OPEN)
-def test_half_open(large, sent, closes):
-    before = descriptors(large)
-    with unmoved(large) as clients:
+def test_half_open_connections_time_out(large_harness, sent, closes):
+    before = descriptors(large_harness)
+    with assert_unaffected(large_harness) as clients:
         for _ in range(MAX_CONNECTIONS - 1):
-            client = connect(large, clients, sent)
+            client = connect(large_harness, clients, sent)
             if closes:
                 client.shutdown(socket.SHUT_WR)
-        flow(large)
-        gone(large, before)
+        assert_event_counted(large_harness)
+        assert_closed_in_time(large_harness, before)
 
 
-def test_a_client_that_closes_its_side_is_answered(large):
-    with unmoved(large) as clients:
-        client = connect(large, clients, SCRAPE, small=False)
+def test_client_with_closed_write_side_gets_its_response(large_harness):
+    with assert_unaffected(large_harness) as clients:
+        client = connect(large_harness, clients, SCRAPE, small=False)
         client.shutdown(socket.SHUT_WR)
-        answer = rest(client)
+        answer = read_to_end(client)
     assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"\r\n0\r\n\r\n")
 
 
 @pytest.fixture
 def many_files():
-    """A thousand sockets are more than a process may have open by default."""
+    """Raises the limit of open files for a thousand sockets."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.mark.parametrize("sent", [b"", SCRAPE[:-2], HEALTHZ], ids=["silent", "half a head", "requests"])
-def test_1000_connections_at_once(large, many_files, sent):
-    """No more than `max_connections` are open; each of the others is answered, or closed without a word."""
-    before = descriptors(large)
-    with unmoved(large) as clients:
-        crowd = [connect(large, clients, sent, small=False) for _ in range(1000)]
-        assert descriptors(large) <= before + MAX_CONNECTIONS + 1
-        flow(large)
-        answers = [rest(client) for client in crowd]
-    whole = [answer for answer in answers if answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"}\n")]
-    assert len(whole) + answers.count(b"") == 1000
-    assert bool(whole) == (sent == HEALTHZ)
+@pytest.mark.parametrize("sent", [b"", SCRAPE[:-2], HEALTHZ], ids=["silent", "partial head", "requests"])
+def test_1000_concurrent_connections(large_harness, many_files, sent):
+    """At most `max_connections` are open. Each of the others gets a response or is closed without one."""
+    before = descriptors(large_harness)
+    with assert_unaffected(large_harness) as clients:
+        connected = [connect(large_harness, clients, sent, small=False) for _ in range(1000)]
+        assert descriptors(large_harness) <= before + MAX_CONNECTIONS + 1
+        assert_event_counted(large_harness)
+        answers = [read_to_end(client) for client in connected]
+    full = [answer for answer in answers if answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"}\n")]
+    assert len(full) + answers.count(b"") == 1000
+    assert bool(full) == (sent == HEALTHZ)
 
 
 HEADS = {
@@ -198,7 +198,7 @@ HEADS = {
     "control characters in the path": b"GET /met\0rics HTTP/1.1\r\nHost: x\r\n\r\n",
     "folded header": b"GET /metrics HTTP/1.1\r\nHost: x\r\n y\r\n\r\n",
     "two lengths": b"GET /metrics HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nxx",
-    "length that is none": b"GET /metrics HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+    "invalid length": b"GET /metrics HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
     "large head": b"GET /metrics HTTP/1.1\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
     "long path": b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\n\r\n",
     "many headers": b"GET /metrics HTTP/1.1\r\n" + b"X: y\r\n" * 1000 + b"\r\n",
@@ -208,49 +208,49 @@ HEADS = {
 
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-def test_heads_that_are_none(large, head):
-    """Refused at once, or given up in time; never answered as if they had been good."""
-    with unmoved(large) as clients:
-        client = connect(large, clients, small=False)
+def test_invalid_heads_are_refused(large_harness, head):
+    """Refused immediately or closed in time, never answered with success."""
+    with assert_unaffected(large_harness) as clients:
+        client = connect(large_harness, clients, small=False)
         with contextlib.suppress(ConnectionError):
             client.sendall(head)
-        answer = rest(client)
+        answer = read_to_end(client)
     assert re.match(rb"HTTP/1\.[01] 4\d\d |$", answer), answer[:200]
 
 
-def test_pipelining(large):
-    """Many requests at once: as many answers, in order and whole."""
+def test_pipelined_requests_are_answered_in_order(large_harness):
+    """Each request gets one complete response."""
     paths = ["/healthz", "/nothing", "/metrics"] * 5
     requests = "".join(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n" for path in paths)
-    with unmoved(large) as clients:
-        client = connect(large, clients, requests.encode() + b"GET /healthz HTTP/1.0\r\n\r\n", small=False)
-        answers = re.split(rb"HTTP/1\.[01] ", rest(client))[1:]
+    with assert_unaffected(large_harness) as clients:
+        client = connect(large_harness, clients, requests.encode() + b"GET /healthz HTTP/1.0\r\n\r\n", small=False)
+        answers = re.split(rb"HTTP/1\.[01] ", read_to_end(client))[1:]
     assert [answer[:3] for answer in answers] == [b"200", b"404", b"200"] * 5 + [b"200"]
-    assert all(len(answer) > len(large.whole) and answer.endswith(b"\r\n0\r\n\r\n") for answer in answers[2::3])
+    assert all(len(answer) > len(large_harness.full_text) and answer.endswith(b"\r\n0\r\n\r\n") for answer in answers[2::3])
     assert all(answer.endswith(b"}\n") for answer in answers[0::3])
 
 
 @pytest.mark.parametrize("path", [b"/healthz", b"/metrics"])
-def test_pipelining_without_end(large, path):
-    """Who asks and asks and never reads is made to wait, and then closed."""
-    before, memory = descriptors(large), resident(large)
-    with unmoved(large) as clients:
-        client = connect(large, clients)
+def test_pipelining_without_reading_is_closed(large_harness, path):
+    """A client that sends requests and never reads is blocked, and then closed."""
+    before, memory = descriptors(large_harness), resident(large_harness)
+    with assert_unaffected(large_harness) as clients:
+        client = connect(large_harness, clients)
         client.settimeout(REQUEST_TIMEOUT + 2)
         with pytest.raises(ConnectionError):
             while True:
                 client.sendall(SCRAPE.replace(b"/metrics", path) * 100)
-        gone(large, before)
-        assert resident(large) - memory < 16 << 20
+        assert_closed_in_time(large_harness, before)
+        assert resident(large_harness) - memory < 16 << 20
 
 
 @pytest.mark.parametrize("encoding", [b"", b"Accept-Encoding: gzip\r\n"], ids=["plain", "gzip"])
-def test_scrapes_cancelled_halfway(large, encoding):
-    """By a reset, with the answer on its way."""
+def test_reset_scrapes_leak_nothing(large_harness, encoding):
+    """The client resets the connection during the response."""
     linger = struct.pack("ii", 1, 0)
-    with unmoved(large) as clients:
+    with assert_unaffected(large_harness) as clients:
         for number in range(100):
-            client = connect(large, clients, SCRAPE[:-2] + encoding + b"\r\n")
+            client = connect(large_harness, clients, SCRAPE[:-2] + encoding + b"\r\n")
             assert client.recv(1 + 1000 * number)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             client.close()

@@ -1,4 +1,4 @@
-"""The sequences on which Flower is right and readers of its code go wrong: compared with Flower's own result."""
+"""Event sequences on which Flower is right and reimplementations are easily wrong: compared with Flower's own result."""
 
 import pytest
 
@@ -8,13 +8,13 @@ from support.flower_reference import Flower
 
 ADD = W, "add"
 
-#: events; what is left of them beside the events counter and the runtimes
+#: The events, and the expected samples without the events counter and the runtimes.
 SEQUENCES = {
-    "an active of worker-online is no executing series": ([ev.online(active=3)], {("online", W): 1}),
-    "worker-offline of a stranger makes online 0 appear": ([ev.offline()], {("online", W): 0}),
-    "a stranger that leaves with active tasks has no executing series": ([ev.offline(active=2)], {("online", W): 0}),
+    "active of worker-online makes no executing series": ([ev.online(active=3)], {("online", W): 1}),
+    "worker-offline of an unknown worker makes online 0": ([ev.offline()], {("online", W): 0}),
+    "worker-offline of an unknown worker with active tasks makes no executing series": ([ev.offline(active=2)], {("online", W): 0}),
     "a heartbeat's active": ([ev.heartbeat(active=3)], {("online", W): 1, ("executing", W): 3}),
-    "a heartbeat without active, as workers answer the broadcast": (
+    "a heartbeat without active, as in a reply to the broadcast": (
         [ev.without(ev.heartbeat(), "active", "processed", "loadavg")],
         {("online", W): 1},
     ),
@@ -23,8 +23,8 @@ SEQUENCES = {
         {("online", W): 1, ("executing", W): 1},
     ),
     "an active that is a float": ([ev.heartbeat(active=2.5)], {("online", W): 1, ("executing", W): 2.5}),
-    "sent alone": ([ev.sent()], {}),
-    "received alone": ([ev.received()], {("prefetched", *ADD): 1}),
+    "only sent": ([ev.sent()], {}),
+    "only received": ([ev.received()], {("prefetched", *ADD): 1}),
     "received, started": (
         [ev.received(), ev.started(at=1.25)],
         {("prefetched", *ADD): 0, ("prefetch time", *ADD): 1.25},
@@ -65,38 +65,38 @@ SEQUENCES = {
     "a runtime of whole seconds": ([ev.succeeded(runtime=2)], {}),
     "a runtime of nothing": ([ev.succeeded("a", runtime=0), ev.succeeded("b", runtime=0.0), ev.succeeded("c")], {}),
     "a user-defined event of a known task": ([ev.sent(), ev.task("progress", percent=50)], {}),
-    "a user-defined event of a stranger": ([ev.task("progress", percent=float("nan"))], {}),
+    "a user-defined event of an unknown task": ([ev.task("progress", percent=float("nan"))], {}),
     "other groups": ([ev.event("custom-thing"), ev.event("worker-thing"), ev.event("thing")], {}),
     "no clock, pid or utcoffset": ([ev.without(ev.received(), "clock", "pid", "utcoffset")], {("prefetched", *ADD): 1}),
-    "worker and task names that only together look alike": (
+    "worker and task names with the same concatenation": (
         [ev.received("1", "ab", name="c"), ev.received("2", "a", name="bc")],
         {("prefetched", "ab", "c"): 1, ("prefetched", "a", "bc"): 1},
     ),
 }
 
 
-def uncounted(samples):
+def gauges(samples):
     return {key: value for key, value in samples.short().items() if key[0] not in ("events", "runtimes")}
 
 
-@pytest.mark.parametrize("events, left", SEQUENCES.values(), ids=SEQUENCES)
-def test_sequence(harness, events, left):
-    """Exactly these series are there, and every sample is Flower's."""
-    ours = harness.publish(*events)
-    assert uncounted(ours) == left
-    assert ours == Flower().feed(events).metrics()
+@pytest.mark.parametrize("events, expected", SEQUENCES.values(), ids=SEQUENCES)
+def test_sequence_equals_flower(harness, events, expected):
+    """Exactly these gauges exist, and every sample equals Flower's."""
+    actual = harness.publish(*events)
+    assert gauges(actual) == expected
+    assert actual == Flower().feed(events).metrics()
 
 
-def test_shadow_name(harness):
-    """received under a `shadow` name, then the client's `task-sent` under the real one.
+def test_shadow_name_differs_from_flower_only_in_prefetched(harness):
+    """The worker sends the `shadow` name, then the client's `task-sent` the real one.
 
-    All is as in Flower but for the set: an entry leaves under the name it came with.
+    Only the set of prefetched tasks differs from Flower: an entry keeps its first name.
     """
     events = [ev.received(name="shadow"), ev.sent(name="real"), ev.started(at=1), ev.succeeded(at=3, runtime=2.0)]
     flower = Flower().feed(events).metrics().short()
-    ours = harness.publish(*events).short()
+    actual = harness.publish(*events).short()
     assert flower.pop(("prefetched", W, "real")) == -1 and flower.pop(("prefetched", W, "shadow")) == 1
-    assert ours.pop(("prefetched", W, "shadow")) == 0
-    assert ours.pop(("prefetched", W, "real"), 0) == 0
-    assert ours == flower
-    assert ours["prefetch time", W, "real"] == 0 and ours["runtimes", W, "real"] == 1
+    assert actual.pop(("prefetched", W, "shadow")) == 0
+    assert actual.pop(("prefetched", W, "real"), 0) == 0
+    assert actual == flower
+    assert actual["prefetch time", W, "real"] == 0 and actual["runtimes", W, "real"] == 1

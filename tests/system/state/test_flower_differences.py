@@ -1,6 +1,6 @@
-"""Where the exporter is right and Flower is not: each difference on purpose, with what Flower makes of it.
+"""Intentional differences from Flower, where the exporter is right, with the result of Flower.
 
-Silent workers are in test_worker_timeouts.py, sets and prefetch times in test_task_tracking.py, bounds in test_limits.py.
+See also test_worker_timeouts.py, test_task_tracking.py (prefetched tasks and prefetch times) and test_limits.py.
 """
 
 import pytest
@@ -12,36 +12,36 @@ from support.flower_reference import Flower
 
 
 def test_utcoffset_is_ignored(harness):
-    """Offsets of -5.5 and then -6 hours made a prefetch time of 1,801 s."""
+    """In Flower, offsets of -5.5 and then -6 hours make a prefetch time of 1,801 s."""
     events = [ev.received(at=0), ev.started(at=1)]
     events[0]["utcoffset"], events[1]["utcoffset"] = -5.5, -6
     assert Flower().feed(events).metrics().one(PREFETCH_TIME, worker=W, task="add") == 1801
     assert harness.publish(*events).one(PREFETCH_TIME, worker=W, task="add") == 1
 
 
-def test_worker_offline(harness):
-    """Prefetched 0; executing is what the event itself says."""
+def test_worker_offline_clears_prefetched(harness):
+    """Prefetched is 0, and executing is the value of the event."""
     events = [ev.heartbeat(active=5), ev.received(), ev.offline(active=2)]
     flower = Flower().feed(events).metrics()
     assert (flower.one(EXECUTING, worker=W), flower.one(PREFETCHED, worker=W, task="add")) == (5, 1)
-    ours = harness.publish(*events)
-    assert (ours.one(EXECUTING, worker=W), ours.one(PREFETCHED, worker=W, task="add")) == (2, 0)
-    assert ours.one(ONLINE, worker=W) == 0
+    actual = harness.publish(*events)
+    assert (actual.one(EXECUTING, worker=W), actual.one(PREFETCHED, worker=W, task="add")) == (2, 0)
+    assert actual.one(ONLINE, worker=W) == 0
 
 
 DRIFTS = {
     "redelivery": ([ev.received(), ev.received(at=1), ev.started(at=2)], 1),
     "restart": ([ev.heartbeat(), ev.received(), ev.online(at=1)], 1),
     "disorder": ([ev.started(at=2), ev.received(at=1)], 1),
-    "an end without a start": ([ev.received(), ev.failed(at=1)], 1),
-    "a second revoke": ([ev.received(), ev.revoked(at=1), ev.revoked(at=2)], -1),
-    "a second start": ([ev.received(), ev.started(at=1), ev.started(at=2)], -1),
+    "end without start": ([ev.received(), ev.failed(at=1)], 1),
+    "second revoke": ([ev.received(), ev.revoked(at=1), ev.revoked(at=2)], -1),
+    "second start": ([ev.received(), ev.started(at=1), ev.started(at=2)], -1),
 }
 
 
-@pytest.mark.parametrize("events, flowers", DRIFTS.values(), ids=DRIFTS)
-def test_prefetched_drifts_in_flower(harness, events, flowers):
-    assert Flower().feed(events).metrics().one(PREFETCHED, worker=W, task="add") == flowers
+@pytest.mark.parametrize("events, drift", DRIFTS.values(), ids=DRIFTS)
+def test_prefetched_drifts_in_flower(harness, events, drift):
+    assert Flower().feed(events).metrics().one(PREFETCHED, worker=W, task="add") == drift
     assert not harness.publish(*events).one(PREFETCHED, worker=W, task="add")
 
 
@@ -52,30 +52,30 @@ def test_prefetch_time_is_stuck_in_flower(harness, end):
     assert harness.publish(*events).one(PREFETCH_TIME, worker=W, task="add") == 0
 
 
-def test_prefetch_time_after_replace(harness):
-    """`replace()` ends a task without an event; the next received has the same id."""
+def test_replace_ends_the_prefetch_time(harness):
+    """`replace()` ends a task without an event. The next task-received has the same id."""
     events = [ev.received(name="old"), ev.started(at=4), ev.received(at=5, name="new"), ev.started(at=6)]
     assert Flower().feed(events).metrics().one(PREFETCH_TIME, worker=W, task="old") == 4
-    ours = harness.publish(*events)
-    assert ours.one(PREFETCH_TIME, worker=W, task="old") == 0
-    assert ours.one(PREFETCH_TIME, worker=W, task="new") == 1
+    actual = harness.publish(*events)
+    assert actual.one(PREFETCH_TIME, worker=W, task="old") == 0
+    assert actual.one(PREFETCH_TIME, worker=W, task="new") == 1
 
 
 def test_prefetch_time_is_never_negative(harness):
     events = [ev.received(at=5), ev.started(at=4)]
     assert Flower().feed(events).metrics().one(PREFETCH_TIME, worker=W, task="add") == -1
-    ours = harness.publish(*events)
-    assert not ours.one(PREFETCH_TIME, worker=W, task="add") and not ours.one(PREFETCHED, worker=W, task="add")
+    actual = harness.publish(*events)
+    assert not actual.one(PREFETCH_TIME, worker=W, task="add") and not actual.one(PREFETCHED, worker=W, task="add")
 
 
-def test_prefetch_time_is_of_one_worker(harness):
+def test_prefetch_time_needs_one_worker(harness):
     events = [ev.received(worker="v@tests"), ev.started(at=4)]
     assert Flower().feed(events).metrics().one(PREFETCH_TIME, worker=W, task="add") == 4
     assert not harness.publish(*events).one(PREFETCH_TIME, worker=W, task="add")
 
 
-def test_label_pairs_that_concatenate_alike(harness):
-    """In every family of two labels (and here Flower is right, too)."""
+def test_labels_with_the_same_concatenation(harness):
+    """In every metric with two labels. Here Flower is also right."""
     events = [
         event
         for uuid, worker, name, extra in [("1", "ab", "c", 1.0), ("2", "a", "bc", 2.0)]
@@ -86,21 +86,21 @@ def test_label_pairs_that_concatenate_alike(harness):
             ev.received(f"{uuid}b", worker, name=name),
         )
     ] + [ev.received("2c", "a", name="bc")]
-    ours = harness.publish(*events)
-    assert [ours.one(PREFETCHED, worker="ab", task="c"), ours.one(PREFETCHED, worker="a", task="bc")] == [1, 2]
-    assert [ours.one(f"{RUNTIME}_sum", worker="ab", task="c"), ours.one(f"{RUNTIME}_sum", worker="a", task="bc")] == [
+    actual = harness.publish(*events)
+    assert [actual.one(PREFETCHED, worker="ab", task="c"), actual.one(PREFETCHED, worker="a", task="bc")] == [1, 2]
+    assert [actual.one(f"{RUNTIME}_sum", worker="ab", task="c"), actual.one(f"{RUNTIME}_sum", worker="a", task="bc")] == [
         1,
         2,
     ]
     assert [
-        ours.one(EVENTS, worker="ab", task="c", type="task-received"),
-        ours.one(EVENTS, worker="a", task="bc", type="task-received"),
+        actual.one(EVENTS, worker="ab", task="c", type="task-received"),
+        actual.one(EVENTS, worker="a", task="bc", type="task-received"),
     ] == [2, 3]
-    assert ours == Flower().feed(events).metrics()
+    assert actual == Flower().feed(events).metrics()
 
 
-def test_user_defined_events_only_count(harness):
-    """Under their own name, or the remembered one."""
+def test_user_defined_events_are_only_counted(harness):
+    """They are counted under the name in the event, or the known one."""
     custom = ev.task("progress", at=1, name="other", eta="2030-01-01T00:00:00", runtime=5.0)
     flower = Flower().feed([ev.received(), custom, ev.started(at=2)]).metrics()
     assert flower.one(f"{RUNTIME}_count", worker=W, task="other") == 1
@@ -116,39 +116,39 @@ def test_user_defined_events_only_count(harness):
     }
 
 
-def test_user_defined_event_of_a_stranger_teaches_no_name(harness):
-    ours = harness.publish(ev.task("progress", name="other"), ev.started(at=1)).short()
-    assert ours == {("events", W, "progress", "other"): 1, ("events", W, "started", ""): 1}
+def test_user_defined_event_does_not_set_a_task_name(harness):
+    actual = harness.publish(ev.task("progress", name="other"), ev.started(at=1)).short()
+    assert actual == {("events", W, "progress", "other"): 1, ("events", W, "started", ""): 1}
 
 
 @pytest.mark.parametrize("nameless", [ev.sent, ev.received])
-def test_name_null_is_no_name(harness, nameless):
+def test_null_name_is_ignored(harness, nameless):
     events = [ev.received(), nameless(at=1, name=None, client=W) if nameless is ev.sent else nameless(at=1, name=None)]
     assert Flower().feed([*events, ev.failed(at=2)]).metrics().events("failed", task="") == 1
-    ours = harness.publish(*events, ev.failed(at=2))
-    assert ours.events("failed", task="add") == 1
-    assert ours.total(EVENTS, task="") == 0
+    actual = harness.publish(*events, ev.failed(at=2))
+    assert actual.events("failed", task="add") == 1
+    assert actual.total(EVENTS, task="") == 0
 
 
-#: What JSON can say where a number belongs. Flower takes or breaks on each of them.
-NO_NUMBERS = ["3", "", "NaN", True, False, -1, -0.5, float("nan"), [3], {"a": 3}]
+#: JSON values in place of a number. Flower accepts each of them or fails.
+NOT_NUMBERS = ["3", "", "NaN", True, False, -1, -0.5, float("nan"), [3], {"a": 3}]
 
 
-@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
-def test_active_that_is_no_number(harness, value):
-    """Ignored: no series from it, and no change by it."""
+@pytest.mark.parametrize("value", NOT_NUMBERS, ids=repr)
+def test_non_numeric_active_is_ignored(harness, value):
+    """It neither creates nor changes a series."""
     assert harness.publish(ev.heartbeat(active=value)).short() == {("online", W): 1}
     assert harness.publish(ev.heartbeat(active=4), ev.heartbeat(active=value)).one(EXECUTING, worker=W) == 4
 
 
-@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
-def test_runtime_that_is_no_number(harness, value):
-    ours = harness.publish(ev.sent(), ev.succeeded(runtime=value)).short()
-    assert ours == {("events", "gen1@client", "sent", "add"): 1, ("events", W, "succeeded", "add"): 1}
+@pytest.mark.parametrize("value", NOT_NUMBERS, ids=repr)
+def test_non_numeric_runtime_is_ignored(harness, value):
+    actual = harness.publish(ev.sent(), ev.succeeded(runtime=value)).short()
+    assert actual == {("events", "gen1@client", "sent", "add"): 1, ("events", W, "succeeded", "add"): 1}
 
 
 def test_created_and_python_series_are_not_served(harness):
-    """Only the six families, although Flower's text has more."""
+    """There are only the six metrics, although Flower's text contains more."""
     events = [ev.heartbeat(), ev.received(), ev.started(), ev.succeeded(runtime=1.0)]
     assert "_created" in Flower().feed(events).text()
     harness.publish(*events)

@@ -1,4 +1,4 @@
-"""Random streams through a real broker: all samples of all six families equal Flower 2.2.0's own."""
+"""Random streams through a real broker: all samples of the six metrics equal those of Flower 2.2.0."""
 
 import pytest
 
@@ -10,15 +10,15 @@ pytestmark = [pytest.mark.every_release, pytest.mark.short_form]
 
 
 def test_equals_flower(services, shared_broker, seed):
-    """Every event shape, single and in batches, in an order that Flower gets right."""
-    print(f"again: tests/run.sh --parity-seed {seed} state/test_flower_parity.py")
+    """Every shape of events, single and in batches, in an order that Flower processes correctly."""
+    print(f"repeat with: tests/run.sh --parity-seed {seed} state/test_flower_parity.py")
     items = stream(seed)
     harness = services.harness(shared_broker, {"state": {"worker_timeout": 0, "purge_offline_workers": 0}})
     flower = Flower().feed(items)
-    ours, flowers = harness.publish(*items), flower.metrics()
-    assert {name for name, _ in flowers} > {ONLINE, EXECUTING}
-    assert len(flowers) > 500
-    assert ours == flowers, difference(ours, flowers)
+    actual, expected = harness.publish(*items), flower.metrics()
+    assert {name for name, _ in expected} > {ONLINE, EXECUTING}
+    assert len(expected) > 500
+    assert actual == expected, difference(actual, expected)
     assert {line for line in harness.exporter.text().splitlines() if line.startswith("#")} == {
         line for line in flower.text().splitlines() if line.startswith("#") and line.split()[2] in FAMILIES
     }
@@ -26,7 +26,7 @@ def test_equals_flower(services, shared_broker, seed):
 
 @pytest.fixture
 def shared_broker(shared, broker_release):
-    """Each stream has an exchange of its own."""
+    """A shared broker: each stream has a separate exchange."""
     if broker_release.family == "redis":
         return shared.get(broker_release)
     return shared.get(broker_release, "parity", lambda services: shared.get(broker_release).vhost())

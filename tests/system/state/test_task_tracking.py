@@ -1,4 +1,4 @@
-"""How a task moves: what a worker has prefetched is a set, never a sum; prefetch times end with their runs."""
+"""Prefetched tasks of a worker are a set, not a sum of events. Prefetch times end with their runs."""
 
 import random
 
@@ -14,7 +14,7 @@ ETA = "2030-01-01T00:00:00"
 
 
 def prefetched(samples, worker=W, task="add"):
-    """0 and no series are one and the same to this chapter."""
+    """The number of prefetched tasks; 0 if there is no series."""
     return samples.one(PREFETCHED, worker=worker, task=task) or 0
 
 
@@ -27,17 +27,17 @@ def test_redelivery_moves_to_the_new_worker(harness):
     assert (prefetched(samples, V), prefetched(samples, W)) == (0, 1)
 
 
-def test_redelivery_with_an_eta_only_leaves(harness):
+def test_redelivery_with_an_eta_is_not_prefetched(harness):
     assert prefetched(harness.publish(ev.received(), ev.received(at=1, eta=ETA))) == 0
 
 
-def test_received_twice_is_one(harness):
+def test_received_twice_is_prefetched_once(harness):
     samples = harness.publish(ev.received(), ev.received(at=1))
     assert prefetched(samples) == 1
     assert samples.events("received") == 2
 
 
-def test_redelivery_under_another_name(harness):
+def test_redelivery_under_another_name_moves_the_entry(harness):
     samples = harness.publish(ev.received(name="old"), ev.received(at=1, name="new"))
     assert (prefetched(samples, task="old"), prefetched(samples, task="new")) == (0, 1)
 
@@ -45,7 +45,7 @@ def test_redelivery_under_another_name(harness):
 @pytest.mark.parametrize("late", [1, 2], ids=["older", "as old"])
 @pytest.mark.parametrize("ended", [False, True], ids=["open run", "last run"])
 def test_late_received_is_ignored(harness, late, ended):
-    """Not newer than the start of the open or last run on the same worker."""
+    """It is not newer than the start of the open or last run on the same worker."""
     samples = harness.publish(ev.started(at=2), *[ev.succeeded(at=3)] * ended, ev.received(at=late))
     assert prefetched(samples) == 0
     assert samples.events("received", task="add") == 1
@@ -60,15 +60,15 @@ def test_newer_received_counts(harness, ended):
     assert prefetched(harness.publish(ev.started(at=2), *[ev.retried(at=2.5)] * ended, ev.received(at=3))) == 1
 
 
-def test_start_elsewhere_takes_nothing(harness):
-    """An entry leaves only by its own worker, and times of two workers are never subtracted."""
+def test_start_on_another_worker_keeps_the_entry(harness):
+    """Only events of its worker remove an entry, and timestamps of two workers are never subtracted."""
     samples = harness.publish(ev.received(), ev.started(worker=V, at=1))
     assert prefetched(samples) == 1
     assert not prefetch_time(samples, V) and not prefetch_time(samples)
 
 
-def test_retry_at_once_keeps_the_next_runs_entry(harness):
-    """Seen with a retry countdown of 0: started, received of the next run, retried, started, succeeded."""
+def test_immediate_retry_keeps_the_entry_of_the_next_run(harness):
+    """The order with a retry countdown of 0: started, received of the next run, retried, started, succeeded."""
     samples = harness.publish(ev.received(), ev.started(at=1), ev.received(at=2), ev.retried(at=3))
     assert (prefetched(samples), prefetch_time(samples)) == (1, 0)
     samples = harness.publish(ev.started(at=4.5))
@@ -94,8 +94,8 @@ def test_end_closes_the_open_run_first(harness, end):
     assert prefetched(harness.publish(end(at=4))) == 0
 
 
-def test_revoked_takes_the_entry_first(harness):
-    """Without `terminated`; otherwise it is the run that ends."""
+def test_revoked_removes_the_entry_before_the_run(harness):
+    """Without `terminated`. With it, the run ends first."""
     samples = harness.publish(ev.received(), ev.started(at=1), ev.received(at=2), ev.revoked(at=3))
     assert (prefetched(samples), prefetch_time(samples)) == (0, 1)
     samples = harness.publish(ev.revoked(at=4))
@@ -103,14 +103,14 @@ def test_revoked_takes_the_entry_first(harness):
 
 
 @pytest.mark.parametrize("end", [*ENDS.values(), ev.revoked], ids=[*ENDS, "revoked"])
-def test_end_without_start_takes_the_entry(harness, end):
-    """And makes no prefetch time; a second end changes nothing."""
+def test_end_without_start_removes_the_entry(harness, end):
+    """There is no prefetch time, and a second end changes nothing."""
     samples = harness.publish(ev.received(), end(at=1), end(at=1))
     assert (prefetched(samples), prefetch_time(samples)) == (0, None)
 
 
 @pytest.mark.parametrize("end", [*ENDS.values(), ev.revoked], ids=[*ENDS, "revoked"])
-def test_end_from_elsewhere_takes_nothing(harness, end):
+def test_end_on_another_worker_changes_nothing(harness, end):
     samples = harness.publish(
         ev.received("a"),
         end(uuid="a", worker=V, at=1),
@@ -122,37 +122,36 @@ def test_end_from_elsewhere_takes_nothing(harness, end):
     assert prefetch_time(samples, task="b") == 2
 
 
-def test_a_run_over_another_ends_its_prefetch_time(harness):
+def test_new_run_ends_the_prefetch_time_of_the_previous_run(harness):
     samples = harness.publish(ev.received(worker=V), ev.started(worker=V, at=1), ev.received(at=2), ev.started(at=2.5))
     assert (prefetch_time(samples, V), prefetch_time(samples, W)) == (0, 0.5)
 
 
-def test_prefetch_time_of_a_name_that_changed(harness):
-    """0 for the pair that was set."""
+def test_prefetch_time_ends_under_its_first_name(harness):
     samples = harness.publish(ev.received(name="old"), ev.started(at=1), ev.sent(name="new"), ev.succeeded(at=2))
     assert prefetch_time(samples, task="old") == 0
     assert not prefetch_time(samples, task="new")
 
 
-def test_received_is_remembered_when_its_set_was_emptied(harness):
+def test_received_time_survives_clearing_of_the_set(harness):
     samples = harness.publish(ev.received(), ev.online(at=1), ev.started(at=3))
     assert (prefetched(samples), prefetch_time(samples)) == (0, 3)
 
 
 RESTARTS = {
     "worker-online": [ev.online(at=5)],
-    "processed fell": [ev.heartbeat(at=5, processed=2)],
-    "processed fell, with heartbeats between that do not tell": [
+    "processed decreased": [ev.heartbeat(at=5, processed=2)],
+    "processed decreased, with heartbeats without it in between": [
         ev.without(ev.heartbeat(at=4), "processed", "active"),
         ev.heartbeat(at=5, processed=2),
     ],
-    "processed fell since worker-online": [ev.online(at=4, processed=9), ev.heartbeat(at=5, processed=8)],
+    "processed decreased since worker-online": [ev.online(at=4, processed=9), ev.heartbeat(at=5, processed=8)],
 }
 
 
-@pytest.mark.parametrize("signs", RESTARTS.values(), ids=RESTARTS)
-def test_signs_of_a_restart_empty_the_set(harness, signs):
-    """And end the worker's prefetch times; those of another worker stay."""
+@pytest.mark.parametrize("restart", RESTARTS.values(), ids=RESTARTS)
+def test_restart_clears_the_set(harness, restart):
+    """The prefetch times of the worker also end. Those of another worker stay."""
     for_each = [(f"{worker}{n}", worker) for worker in (W, V) for n in range(3)]
     samples = harness.publish(
         ev.heartbeat(processed=3),
@@ -162,12 +161,12 @@ def test_signs_of_a_restart_empty_the_set(harness, signs):
         ev.started("w@tests0", W, at=10),
     )
     assert (prefetched(samples, V), prefetched(samples, W)) == (2, 2)
-    samples = harness.publish(*signs)
+    samples = harness.publish(*restart)
     assert (prefetched(samples, V), prefetched(samples, W)) == (2, 0)
     assert (prefetch_time(samples, V), prefetch_time(samples, W)) == (7, 0)
 
 
-def test_no_sign_of_a_restart(harness):
+def test_heartbeats_without_a_restart_keep_the_set(harness):
     samples = harness.publish(
         ev.heartbeat(processed=3),
         ev.received(),
@@ -181,9 +180,9 @@ def test_no_sign_of_a_restart(harness):
     assert (prefetched(samples), prefetch_time(samples)) == (1, 1)
 
 
-@pytest.mark.parametrize("processed, left", [(9, 1), (2, 0)], ids=["rose", "fell"])
+@pytest.mark.parametrize("processed, left", [(9, 1), (2, 0)], ids=["increased", "decreased"])
 def test_processed_of_worker_offline_is_not_compared(harness, processed, left):
-    """Only what the last worker-online or heartbeat said is: 5 here, and the next heartbeat says 5, or 2."""
+    """Only values of worker-online and heartbeats are compared: first 5, then 5 or 2."""
     samples = harness.publish(
         ev.heartbeat(processed=5),
         ev.received(),
@@ -194,8 +193,8 @@ def test_processed_of_worker_offline_is_not_compared(harness, processed, left):
     assert prefetch_time(samples) == left
 
 
-def test_worker_offline_empties_the_set(harness):
-    """But a warm shutdown finishes its tasks: prefetch times stay until their runs end."""
+def test_worker_offline_clears_the_set(harness):
+    """A warm shutdown finishes running tasks, so prefetch times stay until their runs end."""
     samples = harness.publish(ev.heartbeat(), ev.received("a"), ev.received("b"), ev.started("b", at=1), ev.offline(at=2))
     assert (prefetched(samples), prefetch_time(samples)) == (0, 1)
     assert prefetch_time(harness.publish(ev.succeeded("b", at=3))) == 0
@@ -203,13 +202,13 @@ def test_worker_offline_empties_the_set(harness):
 
 @pytest.mark.parametrize("back", [ev.online, ev.heartbeat])
 def test_nothing_is_added_after_worker_offline(harness, back):
-    """Until it is heard online again."""
+    """Until a worker-online or heartbeat."""
     assert prefetched(harness.publish(ev.heartbeat(), ev.offline(at=1), ev.received("a", at=2))) == 0
     assert prefetched(harness.publish(back(at=3), ev.received("b", at=4))) == 1
 
 
-def test_evicted_tasks_leave_their_set(services, shared_redis):
-    """Finished tasks go first; an unfinished one that goes takes its entry and its prefetch time along."""
+def test_eviction_removes_entry_and_prefetch_time(services, shared_redis):
+    """Finished tasks are evicted first. Evicting an unfinished task removes its entry and its prefetch time."""
     harness = services.harness(shared_redis, {"state": {"max_tasks": 20}})
     samples = harness.publish(
         ev.received("kept"),
@@ -225,12 +224,12 @@ def test_evicted_tasks_leave_their_set(services, shared_redis):
 
 
 @pytest.mark.parametrize("disorder", [0, 3, 300])
-def test_any_stream(services, shared_redis, seed, disorder):
-    """Whatever comes, in whatever order: the model of the documented rules agrees, and nothing is negative.
+def test_any_stream_agrees_with_the_model(services, shared_redis, seed, disorder):
+    """For events in any order, the model of the documented rules agrees, and no gauge is negative.
 
-    What ends properly at last leaves nothing behind.
+    After every task has ended, all gauges are 0.
     """
-    print(f"again: tests/run.sh --parity-seed {seed} state/test_task_tracking.py")
+    print(f"repeat with: tests/run.sh --parity-seed {seed} state/test_task_tracking.py")
     dice = random.Random(seed)
     harness, model = services.harness(shared_redis, {"state": {"worker_timeout": 0}}), Model()
     workers, names, uuids = [V, W, "u@tests"], ["add", "mul"], [f"t{n}" for n in range(20)]

@@ -1,4 +1,4 @@
-"""Workers that fall silent, by our own clock of arrival: timeouts, purges, and what stops that clock."""
+"""Worker timeouts and purges. They are based on the arrival times of events, and pause during outages."""
 
 import signal
 
@@ -13,7 +13,7 @@ W, V = ev.W, "v@tests"
 
 
 def beat(worker=W, **fields):
-    """A heartbeat that does not tell how often it comes."""
+    """A heartbeat without its interval."""
     return ev.without(ev.heartbeat(worker, **fields), "freq")
 
 
@@ -32,8 +32,8 @@ def busy(worker):
     ]
 
 
-def test_silence(services, shared_redis):
-    """Online 0, executing 0, prefetched 0, prefetch time 0; counters stay. Flower leaves them all for ever."""
+def test_timeout_clears_gauges_and_keeps_counters(services, shared_redis):
+    """Online, executing, prefetched and prefetch time become 0. Flower never resets them."""
     harness = services.harness(shared_redis, {"state": {"worker_timeout": "1s"}})
     samples = harness.publish(*busy(W))
     assert (samples.one(ONLINE, worker=W), samples.one(EXECUTING, worker=W)) == (1, 3)
@@ -45,16 +45,16 @@ def test_silence(services, shared_redis):
     assert after.total(f"{RUNTIME}_count", worker=W) == 1
 
 
-def test_only_series_that_exist_are_set(services, shared_redis):
-    """A worker that never told what it executes has no such series after its timeout either."""
+def test_timeout_creates_no_series(services, shared_redis):
+    """A worker that never reported executing tasks has no such series after its timeout."""
     harness = services.harness(shared_redis, {"state": {"worker_timeout": "1s"}})
     harness.publish(ev.without(beat(), "active"), ev.started("x", V))
     samples = harness.exporter.wait_for(is_online(W, 0), 4)
     assert set(samples.short()) == {("online", W), ("events", V, "started", "")}
 
 
-def test_three_times_its_own_frequency(services, shared_redis):
-    """If that is longer; answers to our broadcast (a frequency, but no active) are no periodic heartbeats."""
+def test_timeout_is_at_least_three_heartbeat_intervals(services, shared_redis):
+    """Replies to the broadcast (with an interval, but without active) do not count as periodic heartbeats."""
     harness = services.harness(shared_redis, {"state": {"worker_timeout": "1s"}})
     harness.publish(
         ev.heartbeat("slow@tests", freq=1.5),
@@ -67,7 +67,7 @@ def test_three_times_its_own_frequency(services, shared_redis):
 
 
 @pytest.mark.parametrize(
-    "sign",
+    "event",
     [
         ev.received,
         lambda **given: ev.event("custom-thing", W),
@@ -76,17 +76,17 @@ def test_three_times_its_own_frequency(services, shared_redis):
     ],
     ids=["task event", "custom event", "user-defined task event", "other worker event"],
 )
-def test_any_event_is_a_sign_of_life(services, shared_redis, sign):
-    """Of a worker that is online. V, silent, shows that a whole timeout has passed, twice over."""
+def test_any_event_restarts_the_timeout(services, shared_redis, event):
+    """For a worker that is online. V sends nothing, so its timeout shows that enough time has passed, twice."""
     harness = services.harness(shared_redis, {"state": {"worker_timeout": "1500ms"}})
     for _ in range(2):
         harness.publish(beat(W), beat(V))
-        wait_until(lambda: is_online(V, 0)(harness.publish(sign())), 5, "V is offline")
+        wait_until(lambda: is_online(V, 0)(harness.publish(event())), 5, "V is offline")
         assert is_online(W)(harness.metrics())
 
 
 def test_only_worker_events_set_online(services, shared_redis):
-    """A task event of one that has timed out counts, and no more; a heartbeat brings it back."""
+    """A task event of a timed-out worker is only counted. A heartbeat sets it online again."""
     harness = services.harness(shared_redis, {"state": {"worker_timeout": "700ms"}})
     harness.publish(beat())
     harness.exporter.wait_for(is_online(W, 0), 4)
@@ -96,16 +96,16 @@ def test_only_worker_events_set_online(services, shared_redis):
     assert is_online(W)(harness.publish(ev.online()))
 
 
-def test_executing_after_worker_offline(services, shared_redis):
-    """First the event's own, 0 after the timeout."""
+def test_executing_after_worker_offline_is_cleared_by_the_timeout(services, shared_redis):
+    """First it is the value of the event, and 0 after the timeout."""
     harness = services.harness(shared_redis, {"state": {"worker_timeout": "1s"}})
     samples = harness.publish(beat(active=5), ev.without(ev.offline(active=2), "freq"))
     assert samples.one(EXECUTING, worker=W) == 2 and is_online(W, 0)(samples)
     harness.exporter.wait_for(lambda m: m.one(EXECUTING, worker=W) == 0, 4)
 
 
-def test_zero_is_never(services, shared_redis):
-    """For both; another exporter on the same events, with short times, shows that time has passed."""
+def test_zero_disables_timeout_and_purge(services, shared_redis):
+    """Another exporter with short times receives the same events and shows that enough time has passed."""
     short = services.harness(shared_redis, {"state": {"worker_timeout": "500ms", "purge_offline_workers": "1s"}})
     never = services.exporter(
         shared_redis,
@@ -117,8 +117,10 @@ def test_zero_is_never(services, shared_redis):
     assert is_online(W)(samples) and samples.one(EXECUTING, worker=W) == 3 and is_online(V, 0)(samples)
 
 
-def test_purge(services, shared_redis):
-    """All six families lose workers that are gone, and clients; who heartbeats stays; who comes back begins anew."""
+def test_purge_removes_all_series_of_a_worker(services, shared_redis):
+    """Offline workers and clients are purged from the six metrics. A worker with heartbeats stays. A worker that
+    comes back starts at 0.
+    """
     harness = services.harness(shared_redis, {"state": {"worker_timeout": "1s", "purge_offline_workers": "2s"}})
     harness.publish(*busy(W), *busy("gone@tests"), ev.offline("gone@tests"), ev.sent(client="gen7@client"), *busy(V))
     gone = {W, "gone@tests", "gen7@client"}
@@ -137,16 +139,16 @@ def test_purge(services, shared_redis):
     assert {key[0] for key in samples.short() if key[1] == W} == {"events", "online", "executing"}
 
 
-def test_not_purged_before_its_time(services, shared_redis):
-    """Offline after the timeout, gone only `purge_offline_workers` after its last event."""
+def test_not_purged_before_purge_offline_workers(services, shared_redis):
+    """Offline after the timeout, but purged only `purge_offline_workers` after its last event."""
     harness = services.harness(shared_redis, {"state": {"worker_timeout": "500ms", "purge_offline_workers": "60s"}})
     harness.publish(*busy(W), ev.offline(V))
     samples = harness.exporter.wait_for(is_online(W, 0), 4)
     assert is_online(V, 0)(samples) and samples.total(EVENTS, worker=W) == 4
 
 
-def test_prefetch_of_one_that_timed_out(services, shared_redis):
-    """Its set was emptied: the start of what was in it does not make it negative, and it can prefetch again."""
+def test_timed_out_worker_can_prefetch_again(services, shared_redis):
+    """Its set is cleared. The start of a task that was in the set does not make the gauge negative."""
     harness = services.harness(shared_redis, {"state": {"worker_timeout": "700ms"}})
     harness.publish(*busy(W))
     harness.exporter.wait_for(is_online(W, 0), 4)
@@ -154,11 +156,11 @@ def test_prefetch_of_one_that_timed_out(services, shared_redis):
     assert samples.one(PREFETCHED, worker=W, task="add") == 1
 
 
-def test_an_outage_kills_nobody(services, redis):
-    """The clock stands still while we are not subscribed, and goes on afterwards."""
+def test_outage_pauses_timeouts(services, redis):
+    """No worker times out while the exporter is disconnected. Timeouts continue afterwards."""
     harness = services.harness(
         redis,
-        {"state": {"worker_timeout": "1500ms", "purge_offline_workers": "2s"}, "broker": {"reconnect_max": "500ms"}},
+        {"state": {"worker_timeout": "1500ms", "purge_offline_workers": "2s"}, "broker": {"reconnect_backoff_max": "500ms"}},
     )
     clock = services.harness(services.redis(), {"state": {"worker_timeout": "3s"}})
     harness.publish(beat(active=2))
@@ -170,11 +172,11 @@ def test_an_outage_kills_nobody(services, redis):
     redis.start()
     harness.exporter.ready(10)
     assert is_online(W)(harness.metrics())
-    harness.exporter.wait_for(lambda m: not is_online(W)(m), 5, "and now it is silent")
+    harness.exporter.wait_for(lambda m: not is_online(W)(m), 5, "the worker times out")
 
 
-def test_a_backlog_kills_nobody(services, vhost):
-    """What waits for us in the broker's queue was heard in time: the exporter is stopped, not the worker."""
+def test_broker_backlog_pauses_timeouts(services, vhost):
+    """The worker's events wait in the broker's queue while the exporter is stopped. The worker does not time out."""
     harness = services.harness(vhost, {"state": {"worker_timeout": "3s"}, "broker": {"amqp": {"heartbeat": "60s"}}})
     harness.publish(beat())
     harness.exporter.send(signal.SIGSTOP)

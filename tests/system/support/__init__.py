@@ -1,1 +1,1 @@
-"""Starts and stops what the system tests need: brokers, workers, the exporter, Flower's own code."""
+"""Starts and stops what the system tests need: brokers, workers, the exporter and Flower's own code."""

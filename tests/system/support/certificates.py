@@ -1,4 +1,4 @@
-"""A certificate authority of one's own, by the openssl command."""
+"""A certificate authority, made with the openssl command."""
 
 import subprocess
 from pathlib import Path
@@ -26,7 +26,7 @@ KEY = "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"
 
 
 class Authority:
-    """`file` is its certificate; what it issues is a pair of files that everyone may read."""
+    """`file` is its certificate. It issues pairs of certificate and key files that every user may read."""
 
     def __init__(self, name="ca"):
         self.dir = directory("certificates")
@@ -37,7 +37,7 @@ class Authority:
                       "-addext", "basicConstraints=critical,CA:TRUE")
 
     def issue(self, name, alternative="IP:127.0.0.1,DNS:localhost", expired=False):
-        """The files `cert` and `key`; `both` is the two in one."""
+        """The files `cert` and `key`; `both` contains the two."""
         files = SimpleNamespace(**{part: self.dir / f"{name}-{part}.pem" for part in ("cert", "key", "both")})
         self._openssl("req", *KEY, "-keyout", files.key, "-out", "request", "-subj", f"/CN={name}")
         (self.dir / "extensions").write_text(f"basicConstraints = critical,CA:FALSE\nsubjectAltName = {alternative}\n")
@@ -55,7 +55,7 @@ class Authority:
         assert done.returncode == 0, done.stderr
 
 
-def junk(text="no PEM"):
+def junk(text="not PEM"):
     path = Path(directory("junk")) / "junk.pem"
     path.write_text(text)
     return path

@@ -27,7 +27,7 @@ class Run:
         assert "panicked" not in self.err
 
     def error_line(self):
-        """The one line about what is wrong."""
+        """The only line on stderr, after exit code 2."""
         assert self.code == 2, (self.code, self.out, self.err)
         assert SECRET not in self.out + self.err
         [line] = self.err.splitlines()

@@ -1,4 +1,4 @@
-"""The container image, built by podman on bases that are made of this machine's own files: no image can be pulled."""
+"""The container image, built by podman on base images that contain this machine's own files, since none can be pulled."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from .processes import ROOT, Process, directory, free_port, reaper
 
 CONTAINERFILE = ROOT / "deploy/container/Containerfile"
 
-#: The loader is a program of its own, and all that the runtime base has to run.
+#: The dynamic loader is the only program that the runtime base has to run.
 LOADER = "/lib64/ld-linux-x86-64.so.2" if os.uname().machine == "x86_64" else "/lib/ld-linux-aarch64.so.1"
 
-#: Not every machine lets root raise its limits, as podman would. runc, since crun takes no hybrid cgroups.
+#: Podman raises limits, which not every machine lets root do.
 RUN = ["--network", "host", "--no-healthcheck", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"]
 
 
@@ -24,12 +24,13 @@ def output(*argv):
 
 
 class Podman:
-    """A podman with a store of its own, which goes with the tests."""
+    """A podman with a separate store that is deleted after the tests."""
 
     def __init__(self):
         self.home = directory("podman")
         self.env = {"TMPDIR": str(self.home)}
         self.options = ["podman", "--root", self.home / "store", "--runroot", self.home / "run"]
+        # crun does not support hybrid cgroups.
         self.options += ["--tmpdir", self.home / "tmp", "--storage-driver", "overlay", "--runtime", "runc"]
         self.options += ["--cgroup-manager", "cgroupfs", "--log-level", "error"]
 
@@ -39,13 +40,13 @@ class Podman:
         return subprocess.run(argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=deadline)
 
     def __call__(self, *args):
-        """What the command says; it must succeed."""
+        """The command's output; it must succeed."""
         done = self.run(*args)
         assert done.returncode == 0, f"podman {args[0]}: {done.stderr}"
         return done.stdout
 
     def build(self, name, file, context, *options, deadline=60):
-        """An image by this Containerfile. Programs in it run in a chroot: that works where containers do not."""
+        """Builds an image from this Containerfile. Its commands run in a chroot, which works where containers do not."""
         options = ["--isolation", "chroot", "--format", "docker", "--tag", name, "--file", file, *options]
         build = Process("podman-build", [*self.options, "build", *options, context], env=self.env)
         code = build.wait(deadline)
@@ -57,7 +58,7 @@ class Podman:
         self.build(name, tree.parent / f"{name}.Containerfile", tree)
 
     def runtime_base(self):
-        """What distroless/cc has of Debian, and no more: C library, libgcc_s, certificates; no shell."""
+        """The same Debian files as distroless/cc: C library, libgcc_s and certificates, but no shell."""
         tree = self.home / "runtime"
         architecture = output("dpkg", "--print-architecture").strip()
         packages = [f"{package}:{architecture}" for package in ("libc6", "libgcc-s1")]
@@ -72,10 +73,10 @@ class Podman:
         self.base("runtime", tree)
 
     def build_base(self):
-        """The image that `cargo` runs in, and the mounts that fill it: this machine's compiler and Rust.
+        """The image that `cargo` runs in, and the mounts that provide this machine's compiler and Rust.
 
-        Dependencies that are built already are taken from target/, through an overlay; the exporter itself is not,
-        since it is compiled with other settings here: quickly.
+        Dependencies that are already built come from target/ through an overlay. The exporter itself is compiled
+        again without optimization, to save time.
         """
         tree = self.home / "build"
         for name in ("bin", "lib", "lib64", "sbin"):
@@ -94,12 +95,12 @@ class Podman:
         mounts += [f"{path}:{path}:O" for path in (cargo / "registry", ROOT / "target")]
         return [part for mount in mounts for part in ("--volume", mount)]
 
-    def cannot(self):
-        """Why this machine does not build and run containers, if so: it is asked to. Makes the runtime base."""
+    def unavailable(self):
+        """The reason why this machine cannot build and run containers, or None. Builds the runtime base."""
         if os.geteuid() != 0:
-            return "not root, who alone can mount what the image is built with"
+            return "not root: only root can mount the files that the image is built from"
         if not shutil.which("rustc"):
-            return "no Rust toolchain to build the image with"
+            return "no Rust toolchain"
         if (done := self.run("info")).returncode != 0:
             return f"podman does not work here: {done.stderr.strip()}"
         self.runtime_base()
@@ -107,13 +108,13 @@ class Podman:
         return None if done.returncode == 0 else f"podman cannot run containers here: {done.stderr.strip()}"
 
     def image(self, **arguments):
-        """The shipped image, by the shipped file."""
+        """Builds the shipped image from the shipped Containerfile."""
         arguments = {"BUILD_IMAGE": "localhost/build", "BASE_IMAGE": "localhost/runtime", "PROFILE": "dev", **arguments}
         options = [part for key, value in arguments.items() for part in ("--build-arg", f"{key}={value}")]
         self.build("flower-exporter", CONTAINERFILE, ROOT, *options, *self.build_base(), deadline=240)
 
     def close(self):
-        """Nothing stays mounted, not even by a build that failed."""
+        """Removes all containers and mounts, also those of a failed build."""
         self.run("rm", "--all", "--force", "--time", "0")
         mounted = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
         for path in reversed([path for path in mounted if path.startswith(f"{self.home}/")]):
@@ -123,7 +124,7 @@ class Podman:
         return json.loads(self("inspect", name))[0]
 
     def files(self, image):
-        """Everything that is in an image, by path."""
+        """All files of an image by path."""
         archive = self.home / f"{image}.tar"
         self("create", "--name", f"{image}-files", image, "nothing")
         self("export", "--output", archive, f"{image}-files")
@@ -133,7 +134,7 @@ class Podman:
 
 
 class Container(Exporter):
-    """The exporter in a container, as the documents say it should be run; settings by the environment."""
+    """The exporter in a container, started as documented and configured by environment variables."""
 
     def __init__(self, podman, broker, settings=None, *, volumes=()):
         self.podman, self.port, self.inner = podman, free_port(), None
@@ -156,7 +157,7 @@ class Container(Exporter):
         return self.podman.run("exec", self.container, *argv)
 
     def terminate(self, number=None):
-        """By `podman stop`, with the image's signal: ends with code 0, before podman would kill it."""
+        """Runs `podman stop`, which sends the image's stop signal: exit code 0 before podman would send SIGKILL."""
         if self.running:
             self.podman("stop", "--time", "5", self.container)
             assert self.wait(10) == 0, self.log()

@@ -1,4 +1,4 @@
-"""A clean Debian with systemd as its first process, for what a package does to a machine."""
+"""A clean Debian with systemd as its first process, in which the package is installed."""
 
 import contextlib
 import os
@@ -8,11 +8,11 @@ from pathlib import Path
 from .exporter import Exporter
 from .processes import TEST_ENV, Process, directory, wait_until
 
-#: Made once by tests/setup.sh, and never changed: each machine writes to a layer of its own.
+#: Created once by tests/setup.sh and never changed: each machine writes to a separate overlay.
 TREE = TEST_ENV / "debian"
 CGROUPS = Path("/sys/fs/cgroup")
 
-#: In namespaces of its own, but for the network: our brokers are reached on loopback.
+#: All namespaces are separate, except for the network: the brokers listen on loopback.
 BOOT = """
 mount --make-rprivate /
 mount -t tmpfs tmpfs "$HOME_DIR"
@@ -35,14 +35,14 @@ mkdir old
 pivot_root . old
 umount -l old
 rmdir old
-# As systemd itself does where it is not told of a container: credentials are mounted by a child.
+# systemd does this outside of containers: a child process mounts the credentials.
 mount --make-rshared /
 exec env -i container=tests PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/systemd --unit=basic.target
 """
 
 
 def hierarchies():
-    """Of cgroups: one, or those of version 1, as far as they can be joined (cpuset cannot without processors)."""
+    """The cgroup hierarchies: one of version 2, or those of version 1 that can be joined (cpuset cannot without processors)."""
     if (CGROUPS / "cgroup.controllers").exists():
         return [CGROUPS]
     found = (path.parent for path in CGROUPS.glob("*/cgroup.procs"))
@@ -50,13 +50,13 @@ def hierarchies():
 
 
 def unavailable():
-    """Why this machine can have no such Debian, if so."""
+    """The reason why this machine cannot run such a Debian, or an empty string."""
     if os.geteuid() != 0:
         return "not root: no mounts, no chroot"
     if not TREE.is_dir():
         return f"no {TREE}: debootstrap failed in tests/setup.sh"
     if not all(os.access(path, os.W_OK) for path in hierarchies()):
-        return "cgroups cannot be made here"
+        return "cgroups cannot be created here"
     done = subprocess.run(
         ["unshare", "--mount", "--pid", "--cgroup", "--uts", "--ipc", "--fork", "true"], capture_output=True, text=True
     )
@@ -64,11 +64,11 @@ def unavailable():
 
 
 class Debian(Process):
-    """One that has booted. What lies in `shared` is in its /mnt."""
+    """A booted Debian. The directory `shared` is its /mnt."""
 
     def __init__(self):
         self.home, self.shared = directory("debian"), directory("shared")
-        # What systemd makes there goes with it, and it manages nothing else.
+        # systemd manages only these cgroups, and they are removed afterwards.
         self.groups = [path / self.home.name for path in hierarchies()]
         join = 'for group in $OWN_GROUPS; do mkdir "$group"; echo $$ > "$group"/cgroup.procs; done'
         env = {"BOOT": BOOT, "HOME_DIR": self.home, "TREE": TREE, "SHARED": self.shared}
@@ -84,7 +84,7 @@ class Debian(Process):
             raise
 
     def _first(self):
-        """The pid of its systemd, seen from here."""
+        """The pid of its systemd in the namespace of the tests."""
         assert self.running, self.log()
         for child in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
             with contextlib.suppress(FileNotFoundError):
@@ -106,7 +106,7 @@ class Debian(Process):
         )
 
     def __call__(self, *argv, **options):
-        """What the command says; it must succeed."""
+        """The command's output; it must succeed."""
         done = self.run(*argv, **options)
         assert done.returncode == 0, f"{argv}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
@@ -117,7 +117,7 @@ class Debian(Process):
         self("install", "-D", "-m", f"{mode:o}", "/mnt/file", path)
 
     def journal(self, *options):
-        """The journal's lines that these options choose, all that were written by now."""
+        """The journal lines that these options select, including all that are written so far."""
         self("journalctl", "--sync")
         return self("journalctl", "--no-pager", "-o", "cat", *options)
 
@@ -128,7 +128,7 @@ class Debian(Process):
 
     @staticmethod
     def _removed(group):
-        """Whether the cgroup is gone: those that have died leave it in a moment."""
+        """Whether the cgroup is removed: exited processes leave it after a moment."""
         for folder, _, _ in os.walk(group, topdown=False):
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
@@ -155,13 +155,13 @@ class Service(Exporter):
 
     @property
     def main(self):
-        """Its pid, seen from here."""
+        """Its pid in the namespace of the tests."""
         inside = self.show("MainPID")
         namespace = os.readlink(f"/proc/{self.debian.first}/ns/pid")
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                is_ours = os.readlink(process / "ns/pid") == namespace
-                if is_ours and f"NSpid:\t{process.name}\t{inside}\n" in (process / "status").read_text():
+                in_namespace = os.readlink(process / "ns/pid") == namespace
+                if in_namespace and f"NSpid:\t{process.name}\t{inside}\n" in (process / "status").read_text():
                     return int(process.name)
         raise AssertionError(f"no process {inside}\n{self.log()}")
 
@@ -169,5 +169,5 @@ class Service(Exporter):
         return self.debian.journal("-u", self.NAME)
 
     def own_lines(self, *options):
-        """What the exporter itself said: the journal's lines that are not systemd's."""
+        """The journal lines of the exporter itself, without those of systemd."""
         return [line.strip() for line in self.debian.journal("-t", "flower-exporter", *options).splitlines()]

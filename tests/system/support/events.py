@@ -1,11 +1,11 @@
-"""Events as Celery writes them, short enough to write a sequence of them down in a test."""
+"""Events as Celery writes them, in a form that is short enough for sequences in tests."""
 
 from .exposition import MARKER
 
 #: The time of the first events of a sequence; `at` counts seconds from here.
 BASE = 1_750_000_000
 
-#: The worker of a sequence that needs but one.
+#: The worker of a sequence that needs only one.
 W = "w@tests"
 
 
@@ -14,7 +14,7 @@ def event(kind, worker=W, at=0, **fields):
 
 
 def task(kind, uuid="a", worker=W, at=0, fields=None, **usual):
-    """`fields` of the caller replace the usual ones of this kind."""
+    """`fields` of the caller replace the usual fields of this kind."""
     return event(f"task-{kind}", worker, at, **{"uuid": uuid, **usual, **(fields or {})})
 
 
@@ -108,8 +108,10 @@ def without(event, *keys):
 
 
 def marker(number):
-    """What the tests send last, to see that all before it has been read: a worker that executes so many tasks,
-    and may be silent for long."""
+    """A heartbeat that the tests send last to find out when all earlier events are read.
+
+    The number is its count of executing tasks. Its long interval avoids a timeout.
+    """
     return without(heartbeat(MARKER, active=number, freq=1000), "processed")
 
 

@@ -15,7 +15,7 @@ BINARY = Path(os.environ.get("FLOWER_EXPORTER_BIN") or ROOT / "target/debug/flow
 #: Settings of an exporter that serves its own metrics.
 SELF_METRICS = {"metrics": {"self_metrics": True}}
 
-#: The environment of the tests must not set our settings.
+#: The environment of the tests must not configure the exporter.
 CLEAN = {key: None for key in os.environ if key.startswith("FLOWER_EXPORTER_")}
 
 
@@ -50,7 +50,7 @@ def nested(path, value):
 
 
 class Exporter(Process):
-    """A running exporter. Settings are nested dicts as in the TOML file; tests set what they need and no more."""
+    """A running exporter. Settings are nested dicts as in the TOML file; a test sets only what it needs."""
 
     def __init__(self, broker=None, settings=None, *, env=None, args=(), config=True, prefix=()):
         self.port = free_port()
@@ -69,7 +69,7 @@ class Exporter(Process):
 
     def listening(self, deadline=10):
         def check():
-            assert self.running, f"the exporter ended with {self.popen.returncode}\n{self.log()}"
+            assert self.running, f"the exporter exited with {self.popen.returncode}\n{self.log()}"
             return accepts(self.port)
 
         wait_until(check, deadline, lambda: f"the exporter listens\n{self.log()}")
@@ -82,7 +82,7 @@ class Exporter(Process):
         return self
 
     def request(self, path="/metrics", method="GET", headers=None):
-        """(status, headers, body) of one request on a connection of its own."""
+        """(status, headers, body) of one request on a new connection."""
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
             connection.request(method, path, headers=headers or {})
             response = connection.getresponse()
@@ -97,7 +97,7 @@ class Exporter(Process):
         return parse_text(self.text())
 
     def healthz(self, ready=False):
-        """(status, JSON) of /healthz; no status at all when nobody answers."""
+        """(status, JSON) of /healthz; (None, None) if there is no response."""
         try:
             status, _, body = self.request("/healthz?ready" if ready else "/healthz")
         except OSError:
@@ -114,18 +114,18 @@ class Exporter(Process):
 
         def check():
             nonlocal last
-            assert self.running, f"the exporter ended with {self.popen.returncode}\n{self.log()}"
+            assert self.running, f"the exporter exited with {self.popen.returncode}\n{self.log()}"
             last = self.metrics()
             return condition(last)
 
-        def told():
+        def described():
             return f"{what}\n" + "\n".join(f"{key}: {value}" for key, value in last.short().items())
 
-        wait_until(check, deadline, told)
+        wait_until(check, deadline, described)
         return last
 
     def terminate(self, number=signal.SIGTERM):
-        """Ends as it should: code 0 within 5 s, and nothing has panicked."""
+        """Stops it: exit code 0 within 5 s, and no panic."""
         if self.running:
             self.send(number)
             assert self.wait(5) == 0, self.log()

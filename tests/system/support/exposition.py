@@ -11,7 +11,7 @@ ONLINE = "flower_worker_online"
 EXECUTING = "flower_worker_number_of_currently_executing_tasks"
 FAMILIES = EVENTS, RUNTIME, PREFETCH_TIME, PREFETCHED, ONLINE, EXECUTING
 
-#: The tests mark the end of what they sent by a heartbeat of this worker.
+#: The worker whose heartbeat marks the end of the published events.
 MARKER = "marker@tests"
 
 
@@ -38,7 +38,7 @@ class Samples(dict):
         return Samples({key: value for key, value in self.items() if ("worker", MARKER) not in key[1]})
 
     def short(self):
-        """The same without the marker and in a form that is short to write down in a test:
+        """The samples without the marker, in a short form for tests:
 
         ("events", worker, kind, task), ("runtimes", worker, task), ("prefetch time", worker, task),
         ("prefetched", worker, task), ("online", worker), ("executing", worker).
@@ -65,7 +65,7 @@ def samples(families):
     for family in families:
         for sample in family.samples:
             key = sample.name, frozenset(sample.labels.items())
-            assert key not in found, f"{key} is there twice"
+            assert key not in found, f"{key} occurs twice"
             found[key] = sample.value
     return found
 

@@ -1,4 +1,4 @@
-"""Sends more events than can be read, and accounts for each of them."""
+"""Sends more events than the exporter can read, and accounts for each of them."""
 
 import contextlib
 import json
@@ -14,11 +14,11 @@ from .processes import wait_until
 from .publish import envelope
 from .resources import MIB, peak_memory
 
-BUFFER_FULL, CONNECTION_LOST = "max_backlog is reached", "the connection to the broker is lost"
+BUFFER_FULL, CONNECTION_LOST = "dropping messages: buffer full (events.buffer_max_bytes)", "lost connection to broker; reconnecting"
 
 
 class RedisFlood:
-    """Sends messages that were encoded before, as fast as Redis reads them."""
+    """Sends pre-encoded messages as fast as Redis reads them."""
 
     def __init__(self, broker, exchange):
         self.exchange = exchange
@@ -46,7 +46,7 @@ class RedisFlood:
 
 
 class RabbitMQFlood:
-    """The same for RabbitMQ: AMQP frames, on a channel that py-amqp has opened."""
+    """Sends pre-encoded AMQP frames to RabbitMQ, on a channel that py-amqp has opened."""
 
     def __init__(self, broker, exchange):
         self.exchange = exchange
@@ -54,7 +54,7 @@ class RabbitMQFlood:
         self.channel = self.connection.channel()
         self.socket = self.connection.transport.sock
         self.socket.settimeout(None)
-        # py-amqp gives up a broker that does not read for a second: but it is to make us wait.
+        # py-amqp closes the connection if the broker does not read for a second, but the broker may block the sender.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)
 
     def message(self, item):
@@ -87,7 +87,7 @@ def flood(harness):
 
 
 def task_events(tasks, **fields):
-    """The events of tasks that are received, started and succeed."""
+    """The events of tasks that are received, start and succeed."""
     for number in range(tasks):
         uuid, worker = f"{number:08x}-0000-4000-8000-000000000000", f"w{number % 4}@tests"
         yield ev.received(uuid, worker, number, **fields)
@@ -97,12 +97,12 @@ def task_events(tasks, **fields):
 
 @contextlib.contextmanager
 def sample_buffer(exporter):
-    """Reads the backlog again and again while the block runs: a list of its sizes in bytes."""
+    """Samples the size of the exporter's buffer while the block runs: a list of bytes."""
     sizes, over = [0], Event()
 
     def watch():
         while not over.wait(0.02):
-            sizes.append(exporter.metrics().one("flower_exporter_backlog_bytes"))
+            sizes.append(exporter.metrics().one("flower_exporter_buffer_bytes"))
 
     with ThreadPoolExecutor(1) as pool:
         watching = pool.submit(watch)
@@ -114,7 +114,7 @@ def sample_buffer(exporter):
 
 
 def send_for(stream, seconds, events, rate=None, **fields):
-    """Sends `events` events at a time for some seconds, at so many a second if there is a rate. How many were sent."""
+    """Sends batches of `events` events for some seconds, at `rate` events per second if given. Returns the number of events."""
     encoded = b"".join(map(stream.message, task_events(events // 3, **fields)))
     start, rounds = time.monotonic(), 0
     while time.monotonic() < start + seconds:
@@ -127,26 +127,26 @@ def send_for(stream, seconds, events, rate=None, **fields):
 
 
 def wait_until_accounted(harness, sent, deadline):
-    """The samples once every message is counted or dropped. Only a cut-off by the server costs more, and is counted."""
+    """The samples once every message is counted or dropped. Only a disconnect loses more, and it is counted, too."""
 
     def read():
         samples = harness.exporter.metrics()
-        return samples if lost(samples) == 0 or samples.one("flower_exporter_cutoffs_total") else None
+        return samples if lost(samples) == 0 or samples.one("flower_exporter_broker_disconnects_total") else None
 
     def lost(samples):
         return sent - samples.total(EVENTS) - samples.one("flower_exporter_dropped_messages_total")
 
     samples = wait_until(read, deadline, lambda: (sent, harness.exporter.text()))
-    if samples.one("flower_exporter_cutoffs_total"):
+    if samples.one("flower_exporter_broker_disconnects_total"):
         # More may follow: the next subscription has the rest of the flood ahead of it. Dropped markers are few.
         harness.settle(deadline)
         samples = harness.exporter.metrics()
-    dropped, cutoffs, blind = (
-        samples.one(f"flower_exporter_{name}_total") for name in ("dropped_messages", "cutoffs", "blind_seconds")
+    dropped, disconnects, seconds = (
+        samples.one(f"flower_exporter_{name}_total") for name in ("dropped_messages", "broker_disconnects", "broker_disconnected_seconds")
     )
-    assert (lost(samples) > 0) == (cutoffs > 0) == (blind > 0)
-    for number, text in ((dropped, BUFFER_FULL), (cutoffs, CONNECTION_LOST)):
-        wait_until(lambda: not number or harness.exporter.log_lines(text), 5, lambda: f"never silent: {text}")  # noqa: B023
-    print(f"{sent} sent, {samples.total(EVENTS):.0f} counted, {dropped:.0f} dropped, {cutoffs:.0f} cut-offs")
-    print(f"{blind:.2f} s blind, {peak_memory(harness.exporter) / MIB:.0f} MiB at the peak")
+    assert (lost(samples) > 0) == (disconnects > 0) == (seconds > 0)
+    for number, text in ((dropped, BUFFER_FULL), (disconnects, CONNECTION_LOST)):
+        wait_until(lambda: not number or harness.exporter.log_lines(text), 5, lambda: f"the log contains {text!r}")  # noqa: B023
+    print(f"{sent} sent, {samples.total(EVENTS):.0f} counted, {dropped:.0f} dropped, {disconnects:.0f} disconnects")
+    print(f"{seconds:.2f} s disconnected, {peak_memory(harness.exporter) / MIB:.0f} MiB at the peak")
     return samples

@@ -1,4 +1,4 @@
-"""What Flower 2.2.0's own code makes of a stream of events."""
+"""The metrics that Flower 2.2.0's own code derives from a stream of events."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ MAX_TASKS = 1_000_000
 
 
 class Flower:
-    """Flower's EventsState with a registry of its own, fed as Celery's EventReceiver feeds it."""
+    """Flower's EventsState with a separate registry; events pass through Celery's EventReceiver."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
@@ -35,7 +35,7 @@ class Flower:
         self.receive = functools.partial(EventReceiver.event_from_message, receiver)
 
     def feed(self, items):
-        """Events and batches of them, which stay as they are."""
+        """Processes events and batches of events, and does not modify them."""
         for item in items:
             for event in item if isinstance(item, list) else [item]:
                 self.state.event(self.receive(json.loads(json.dumps(event)))[1])
@@ -49,9 +49,9 @@ class Flower:
         return type(samples)({key: value for key, value in samples.items() if not key[0].endswith("_created")})
 
 
-def difference(ours, flowers):
+def difference(actual, expected):
     return "\n".join(
-        f"{name}{dict(labels)}: here {ours.get((name, labels))}, Flower {flowers.get((name, labels))}"
-        for name, labels in sorted({*ours, *flowers}, key=str)
-        if ours.get((name, labels)) != flowers.get((name, labels))
+        f"{name}{dict(labels)}: exporter {actual.get((name, labels))}, Flower {expected.get((name, labels))}"
+        for name, labels in sorted({*actual, *expected}, key=str)
+        if actual.get((name, labels)) != expected.get((name, labels))
     )

@@ -1,4 +1,4 @@
-"""What deploy/kubernetes ships, as kubectl builds it, and what the kubelet makes of it."""
+"""The manifests of deploy/kubernetes as kubectl builds them, and the environment that the kubelet derives from them."""
 
 import os
 import re
@@ -11,9 +11,9 @@ import yaml
 from .processes import ROOT, directory
 
 MANIFESTS = ROOT / "deploy/kubernetes"
-#: From PyPI, beside this Python: one version wherever the tests run.
+#: Installed from PyPI, so that the version is the same on every machine.
 KUBECTL = Path(sys.executable).with_name("kubectl")
-OURS = "flower-exporter"
+NAME = "flower-exporter"
 
 
 def kubectl(*arguments):
@@ -28,7 +28,7 @@ def build(path):
 
 
 def overlay(resources=("base",), components=(), **fields):
-    """A kustomization of the test's own, which takes these directories of ours (or others, by their paths)."""
+    """A new kustomization with these directories of deploy/kubernetes (or others, by absolute path)."""
     home = directory("kustomization").resolve()
 
     def relative(paths):
@@ -46,18 +46,18 @@ def only(documents, kind):
 
 
 def containers(workload):
-    """[(pod's spec, container)] of a Deployment: ours."""
+    """[(pod's spec, container)] for each exporter container of a Deployment."""
     pod = workload["spec"]["template"]["spec"]
     both = [*pod.get("initContainers", []), *pod["containers"]]
-    return [(pod, container) for container in both if container["name"] == OURS]
+    return [(pod, container) for container in both if container["name"] == NAME]
 
 
 def environment(container, pod_name, mounts):
-    """A container's variables. Paths below its mounts are moved: {path in the pod: directory here}."""
+    """A container's variables. Paths below its mounts are replaced: {path in the pod: local directory}."""
     fields, env = {"metadata.name": pod_name}, {}
     for variable in container.get("env", []):
         value = variable.get("value") or fields[variable["valueFrom"]["fieldRef"]["fieldPath"]]
-        # As the kubelet has it: only variables that come earlier in the list.
+        # The kubelet expands only variables that come earlier in the list.
         value = re.sub(r"\$\((\w+)\)", lambda match: env.get(match[1], match[0]), value)
         for path, here in mounts.items():
             value = re.sub(rf"^{re.escape(path)}(?=/|$)", str(here), value)
@@ -66,5 +66,5 @@ def environment(container, pod_name, mounts):
 
 
 def mib(quantity):
-    """Of 32Mi."""
+    """The number of a quantity such as 32Mi."""
     return int(re.fullmatch(r"(\d+)Mi", quantity)[1])

@@ -1,4 +1,4 @@
-"""The table of releases and test files: how many tests of each file passed on each release, and what did not."""
+"""The table of releases and test files: how many tests of each file passed on each release, and which did not."""
 
 import collections
 import datetime
@@ -8,7 +8,7 @@ from . import releases
 
 
 class Matrix:
-    """A pytest plugin that writes the table, as Markdown, when the tests are over."""
+    """A pytest plugin that writes the table as Markdown at the end of the run."""
 
     def __init__(self, path):
         self.path = Path(path).resolve()
@@ -28,7 +28,7 @@ class Matrix:
 
     @staticmethod
     def outcome(report):
-        """Of a whole test, or of its setup or teardown where that decides."""
+        """The outcome of a test, or of its setup or teardown if that one decides."""
         if hasattr(report, "wasxfail"):
             return "expected failure" if report.skipped else "unexpected pass"
         if report.when == "call" or report.outcome != "passed":

@@ -1,4 +1,4 @@
-"""How a task moves, in the plainest way: what the exporter must agree with on any stream."""
+"""A simple model of task states, with which the exporter must agree on any stream."""
 
 from collections import Counter
 
@@ -79,6 +79,6 @@ class Model:
             self.processed[worker] = processed
 
     def gauges(self):
-        """All that is not 0, as `Samples.short` names it."""
+        """All gauges that are not 0, named as by `Samples.short`."""
         prefetched = Counter(("prefetched", *task.entry) for task in self.tasks.values() if task.entry)
         return {**prefetched, **{("prefetch time", *pair): value for pair, value in self.times.items() if value}}

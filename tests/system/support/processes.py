@@ -1,4 +1,4 @@
-"""Processes of one's own: a group, a directory and free ports for each, and nothing left when the tests end."""
+"""Processes with a separate process group, directory and free ports; nothing remains when the tests end."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 TEST_ENV = ROOT / "target" / "test-env"
 
-#: What the running test has started, for the report of a failure.
+#: The processes that the running test has started, for the report of a failure.
 started = []
 
 
@@ -42,7 +42,7 @@ reaper = Reaper()
 
 
 def directory(name, owner=None):
-    """A new directory that goes when the tests end; anyone may pass through it."""
+    """A new directory that is removed when the tests end. Every user may enter it."""
     path = Path(tempfile.mkdtemp(prefix=f"flower-exporter-{name}-"))
     reaper.send(f"rm {path}")
     path.chmod(0o755)
@@ -55,9 +55,9 @@ _ports = {}
 
 
 def free_port():
-    """A loopback port that no other test takes while this run lives.
+    """A loopback port that no other test takes during this run.
 
-    Outside the range from which the kernel serves outgoing connections; claimed by an abstract socket of that name.
+    It is outside the kernel's range for outgoing connections, and claimed by an abstract socket with that name.
     """
     while True:
         port = random.SystemRandom().randrange(12000, 32000)
@@ -74,7 +74,7 @@ def free_port():
 
 
 class Stalls(threading.Thread):
-    """Adds up for how long this machine let nobody run: that is not the time of what is waited for."""
+    """Measures for how long this machine ran no thread at all: deadlines are extended by that time."""
 
     def __init__(self):
         super().__init__(name="stalls", daemon=True)
@@ -93,7 +93,7 @@ STALLS.start()
 
 
 def wait_until(condition, deadline, what):
-    """The first true value of `condition()`; `what` (text or a function) says what was missing after `deadline` s."""
+    """The first true value of `condition()`; `what` (text or a function) is reported after `deadline` seconds."""
     start, stalled = time.monotonic(), STALLS.seconds
     while True:
         late = time.monotonic() - start > deadline + min(STALLS.seconds - stalled, 5)
@@ -112,7 +112,7 @@ def accepts(port):
 
 
 class Process:
-    """One program in a session and process group of its own; stdout and stderr go to files.
+    """One program in a separate session and process group; stdout and stderr go to files.
 
     A variable of `env` that is None is unset.
     """
@@ -154,7 +154,7 @@ class Process:
         return self.popen.wait(deadline)
 
     def stop(self, number=signal.SIGTERM, deadline=10):
-        """Asks the leader to end, then ends the group whatever it says. Returns the leader's exit code."""
+        """Sends the signal to the leader, then SIGKILL to the group. Returns the leader's exit code."""
         if self.running:
             self.send(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -163,7 +163,7 @@ class Process:
         return self.popen.returncode
 
     def kill(self):
-        """SIGKILL to the whole group, as when a host is lost."""
+        """Sends SIGKILL to the whole group, as if the host had failed."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.wait(10)

@@ -1,4 +1,4 @@
-"""A Prometheus server, and what a panel of Grafana asks of it."""
+"""A Prometheus server, and the queries that a Grafana panel sends to it."""
 
 import json
 import math
@@ -16,13 +16,13 @@ FILES = ["flower.rules.yml", "flower.alerts.yml", "flower-self.alerts.yml"]
 
 
 def promtool(release, *arguments, **options):
-    """The finished `promtool` of a release."""
+    """The finished run of a release's `promtool`."""
     command = [str(part) for part in release.command("promtool", *arguments)]
     return subprocess.run(command, text=True, capture_output=True, timeout=60, **options)
 
 
 class Prometheus(Process):
-    """Scrapes these ports of ours every second, and evaluates the shipped rules as often."""
+    """Scrapes these local ports and evaluates the shipped rules, both every second."""
 
     def __init__(self, ports=(), rules=FILES, job="flower-exporter", release=None):
         release = release or releases.own("prometheus")
@@ -73,14 +73,14 @@ class Prometheus(Process):
             raise AssertionError(f"{path} {parameters}: {error.read().decode()}") from error
 
     def instant(self, query, at=None):
-        """[(labels, value)], without the values that are no number."""
+        """[(labels, value)], without NaN."""
         found = self.api("query", query=query, **({"time": at} if at else {}))["result"]
         return [
             (series["metric"], value) for series in found if not math.isnan(value := float(series["value"][1]))
         ]
 
     def range(self, query, start, end, step=1):
-        """[(labels, [values])], likewise; a series of nothing else is left out."""
+        """[(labels, [values])], without NaN and without series that contain only NaN."""
         found = self.api("query_range", query=query, start=start, end=end, step=step)["result"]
         series = [
             (one["metric"], [value for _, text in one["values"] if not math.isnan(value := float(text))])
@@ -89,10 +89,10 @@ class Prometheus(Process):
         return [(labels, values) for labels, values in series if values]
 
     def label_values(self, query, start, end):
-        """Of a variable's query `label_values(SELECTOR, LABEL)`."""
+        """The result of a variable's query `label_values(SELECTOR, LABEL)`."""
         selector, label = re.fullmatch(r"label_values\((.*), *(\w+)\)", query).groups()
         return self.api(f"label/{label}/values", **{"match[]": selector}, start=start, end=end)
 
     def rules(self):
-        """Every rule of every file, as Prometheus has read it."""
+        """Every rule of every file, as Prometheus has loaded it."""
         return [rule for group in self.api("rules")["groups"] for rule in group["rules"]]

@@ -1,4 +1,4 @@
-"""The path to a broker: a TCP proxy of our own that can be cut, reset, stalled and closed while a test goes on."""
+"""The network path to a broker: a TCP proxy that can cut, reset, stall and refuse connections during a test."""
 
 import asyncio
 import contextlib
@@ -13,15 +13,15 @@ RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close at once, by RST
 
 
 class Proxy:
-    """Looks like its broker to the exporter, and has a thread of its own. When a method returns, it is done."""
+    """Looks like its broker to the exporter. It runs on a separate thread; when a method returns, its effect is complete."""
 
     def __init__(self, broker):
         self.broker, self.port = broker, free_port()
         self.name, self.options = broker.name, broker.options
-        #: Connections that were accepted, and bytes that a stall has kept back.
+        #: Accepted connections, and bytes that a stall has delayed.
         self.attempts = self.held_bytes = 0
         self._target = int(re.search(r"127\.0\.0\.1:(\d+)/", broker.url)[1])
-        self._server, self._drops, self._last_words, self._ends, self._near = None, False, None, set(), set()
+        self._server, self._drops, self._close_after, self._writers, self._exporter_writers = None, False, None, set(), set()
         self._gates = asyncio.Event(), asyncio.Event()  # inward, outward
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
@@ -33,51 +33,51 @@ class Proxy:
         return self.broker.url.replace(f"127.0.0.1:{self._target}/", f"127.0.0.1:{self.port}/")
 
     def cut(self):
-        """Both ends of every connection are closed."""
-        self._do(self._end())
+        """Closes both ends of every connection."""
+        self._do(self._close_connections())
 
     def reset(self):
-        """The same by RST, as from a firewall that has forgotten the connection."""
-        self._do(self._end(RESET))
+        """Closes them by RST, like a firewall that no longer knows the connection."""
+        self._do(self._close_connections(RESET))
 
     def stall(self, inward=True, outward=True):
-        """Nothing reaches the exporter (inward), the broker (outward); what is sent waits. Nobody is told."""
-        self._do(self._open(not inward, not outward))
+        """Delays all data to the exporter (inward) or to the broker (outward), and closes no connection."""
+        self._do(self._set_gates(not inward, not outward))
         self._drops = False
 
     def send_to_exporter(self, data):
-        """Speaks to the exporter on every connection, in the broker's stead."""
-        self._do(self._speak(data))
+        """Sends data to the exporter on every connection, as if it came from the broker."""
+        self._do(self._send_to_exporter(data))
 
     def refuse(self):
-        """New connections are refused, as where nothing listens."""
-        self._do(self._shut())
+        """Refuses new connections, as if nothing listened."""
+        self._do(self._stop_listening())
 
     def drop(self):
-        """New connections are accepted and closed at once."""
+        """Accepts new connections and closes them immediately."""
         self._drops = True
 
     def resume(self):
-        """All is well again; what a stall has kept back goes on its way."""
+        """Returns to normal operation and forwards all delayed data."""
         self._drops = False
-        self._do(self._open())
+        self._do(self._set_gates())
 
     def redirect_to(self, broker):
-        """New connections are for another broker, as behind an address that has moved."""
+        """Connects new connections to another broker, like an address that has moved."""
         self._target = broker.port
 
     def close_after(self, text):
-        """Connections end when the broker has said this on them (None: no more), in the same breath."""
-        self._last_words = text
+        """Closes each connection right after the broker has sent this text on it (None: no longer)."""
+        self._close_after = text
 
     def resume_for_new_connections(self):
-        """All is well again, but for the connections that were stalled: those stay silent for ever."""
+        """Returns to normal operation for new connections. The stalled ones stay stalled."""
         self._gates = asyncio.Event(), asyncio.Event()
         self.resume()
 
     def close(self):
-        self._do(self._shut())
-        self._do(self._give_up())
+        self._do(self._stop_listening())
+        self._do(self._cancel_tasks())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._loop.close()
@@ -85,30 +85,30 @@ class Proxy:
     def _do(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
 
-    # What follows runs on the proxy's own thread.
+    # The methods below run on the proxy's thread.
 
-    async def _open(self, *directions):
+    async def _set_gates(self, *directions):
         for gate, is_open in zip(self._gates, directions or (True, True)):
             gate.set() if is_open else gate.clear()
         if not self._server:
             self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, backlog=64)
 
-    async def _shut(self):
+    async def _stop_listening(self):
         if self._server:
             self._server.close()
             self._server = None
 
-    async def _end(self, linger=None):
-        for writer in self._ends:
+    async def _close_connections(self, linger=None):
+        for writer in self._writers:
             if linger:
                 writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             writer.transport.abort()
 
-    async def _speak(self, data):
-        for writer in self._near:
+    async def _send_to_exporter(self, data):
+        for writer in self._exporter_writers:
             writer.write(data)
 
-    async def _give_up(self):
+    async def _cancel_tasks(self):
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
@@ -117,31 +117,31 @@ class Proxy:
     async def _serve(self, reader, writer):
         self.attempts += 1
         inward, outward = self._gates
-        with contextlib.suppress(OSError), self._among(writer, self._ends, self._near):
+        with contextlib.suppress(OSError), self._registered(writer, self._writers, self._exporter_writers):
             if self._drops:
                 return
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
-            with self._among(far_writer, self._ends):
-                pumps = self._pump(reader, far_writer, outward), self._pump(far_reader, writer, inward)
+            broker_reader, broker_writer = await asyncio.open_connection("127.0.0.1", self._target)
+            with self._registered(broker_writer, self._writers):
+                pumps = self._pump(reader, broker_writer, outward), self._pump(broker_reader, writer, inward)
                 tasks = [asyncio.create_task(each) for each in pumps]
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in tasks:
                     task.cancel()
 
     async def _pump(self, reader, writer, gate):
-        """Forwards until the end, which a stall holds up like all the rest."""
+        """Forwards data until the end of the stream. A stall delays the end, too."""
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
                 self.held_bytes += 0 if gate.is_set() else len(data)
                 await gate.wait()
                 writer.write(data)
                 await writer.drain()
-                if self._last_words and self._last_words in data:
+                if self._close_after and self._close_after in data:
                     break
         await gate.wait()
 
     @contextlib.contextmanager
-    def _among(self, writer, *groups):
+    def _registered(self, writer, *groups):
         for group in groups:
             group.add(writer)
         try:

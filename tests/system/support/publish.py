@@ -1,4 +1,4 @@
-"""Publishes events as Celery's dispatcher does, by kombu, and anything else by hand."""
+"""Publishes events by kombu, as Celery's dispatcher does, and raw messages."""
 
 import base64
 import json
@@ -79,7 +79,7 @@ class Publisher:
     def raw(
         self, body, *, content_type="application/json", content_encoding="utf-8", headers=None, routing_key="task.sent"
     ):
-        """A message whose body is these very bytes."""
+        """A message with exactly these bytes as its body."""
         if self.broker.name == "redis":
             self.bytes(
                 json.dumps(
@@ -108,6 +108,6 @@ class Publisher:
             )
 
     def bytes(self, payload, routing_key="task.sent"):
-        """On Redis only: a payload that need not be an envelope."""
-        heard = self.broker.client().publish(f"/{self.broker.db}.{self.name}/{routing_key}", payload)
-        assert heard, "nobody listens"
+        """Redis only: a payload that need not be an envelope."""
+        receivers = self.broker.client().publish(f"/{self.broker.db}.{self.name}/{routing_key}", payload)
+        assert receivers, "no client is subscribed"

@@ -1,7 +1,7 @@
-"""A RabbitMQ node of one's own, without systemd and without anything left behind.
+"""A RabbitMQ node that runs without systemd and leaves nothing behind.
 
-Everything a test wants to exist (a user, virtual hosts) is in the definitions that the node loads as it boots, so
-that no test waits for rabbitmqctl. Its epmd is ours too: the one that Erlang would start outlives the node.
+The node creates its user and virtual hosts from the definitions that it loads at boot, so that no test waits for
+rabbitmqctl. The tests also start epmd, because the one that Erlang would start outlives the node.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from . import releases
 from .processes import Process, accepts, directory, free_port, wait_until
 
 USER, PASSWORD = "tester", "p@ss/w:rd%"
-#: Not the wrappers in /usr/sbin, which insist on a user.
+#: Not the wrappers in /usr/sbin, which require a certain user.
 PROGRAMS = "/usr/lib/rabbitmq/bin"
 
 #: Every connection that holds a consumer.
@@ -108,11 +108,11 @@ class RabbitMQ:
 
     @property
     def switch(self):
-        """The user that the program is started as, unless it changes its user itself once it has entered its tree."""
+        """The user that the program is started as. A program of an unpacked tree changes its user itself."""
         return self.user if os.getuid() == 0 and self.release.tree is None else None
 
     def wait(self):
-        """Once it serves its last virtual host it serves them all."""
+        """Waits until it serves its last virtual host, and therefore all of them."""
         wait_until(self.answers, 120, lambda: f"RabbitMQ answers\n{self.processes[-1].log()}")
         return self
 
@@ -130,7 +130,7 @@ class RabbitMQ:
         return connection
 
     def ctl(self, *command):
-        """What rabbitmqctl says; it takes some seconds."""
+        """The output of rabbitmqctl, which takes some seconds."""
         return subprocess.run(
             self.release.command(f"{PROGRAMS}/rabbitmqctl", "--quiet", *command, user=self.ids),
             cwd=self.dir,
@@ -150,7 +150,7 @@ class RabbitMQ:
         self.ctl("eval", CLOSE_CONSUMERS)
 
     def vhost(self):
-        """A virtual host that nobody has used yet, as a broker of its own."""
+        """An unused virtual host, which serves as a separate broker."""
         return VirtualHost(self, next(self.unused))
 
     def stop(self, number=signal.SIGKILL):

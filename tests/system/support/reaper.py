@@ -1,7 +1,7 @@
-"""Ends what a test run leaves behind, however the run ended.
+"""Kills the processes and removes the directories that a test run leaves behind, however the run ended.
 
 Reads `+ PGID`, `- PGID` and `rm DIR` lines from the test run. When the pipe closes (the run is over, or was killed),
-every process group that is still registered is killed and every directory removed. Runs in a session of its own.
+every process group that is still registered is killed and every directory removed. Runs in a separate session.
 """
 
 import os

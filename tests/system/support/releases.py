@@ -53,7 +53,7 @@ class Release:
 
     @property
     def title(self):
-        """As the documentation names it."""
+        """The name in the documentation."""
         return f"{NAMES[self.product]} {self.version}{', quorum by default' if self.quorum else ''}"
 
     @property
@@ -101,7 +101,7 @@ def installed(product, tree=None, wheel=False):
 
 @functools.cache
 def releases():
-    """{family: [Debian's own, then the others from old to new]}; of each major.minor version the newest one."""
+    """{family: [Debian's own, then the others from old to new]} with the newest release of each major.minor version."""
     own = [installed(product) for product in NAMES]
     trees = [(UNPACKED / name, name in WHEELS) for name in (*SUITES, *WHEELS)]
     others = [installed(product, tree, wheel) for tree, wheel in trees if tree.is_dir() for product in NAMES]
@@ -123,7 +123,7 @@ def own(family):
 
 
 def newest(family):
-    """The newest release of each product that has every feature: what the short form runs on, beside Debian's own."""
+    """The newest complete release of each product: the short form runs on these and on Debian's own."""
     latest = {release.product: release for release in releases()[family] if release.has_tls}
     return [release for release in latest.values() if release is not own(family)]
 
@@ -134,5 +134,5 @@ def with_quorum(found):
 
 
 def missing():
-    """What setup.sh could not unpack."""
+    """The names that setup.sh could not unpack."""
     return [name for name in (*SUITES, *WHEELS) if not (UNPACKED / name).is_dir()]

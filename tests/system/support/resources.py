@@ -1,4 +1,4 @@
-"""What a process uses: memory, CPU, descriptors and threads."""
+"""The resources of a process: memory, CPU, descriptors and threads."""
 
 import os
 import re
@@ -8,7 +8,7 @@ MIB = 1 << 20
 
 
 def peak_memory(exporter):
-    """The most that was resident at a time, in bytes."""
+    """The peak resident memory in bytes."""
     status = Path(f"/proc/{exporter.pid}/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) << 10
 
@@ -19,5 +19,5 @@ def cpu_seconds(exporter):
 
 
 def descriptors_and_threads(exporter):
-    """Descriptors and threads."""
+    """The numbers of open descriptors and threads."""
     return len(os.listdir(f"/proc/{exporter.pid}/fd")), len(os.listdir(f"/proc/{exporter.pid}/task"))

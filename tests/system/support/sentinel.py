@@ -28,13 +28,13 @@ class Sentinel:
     def client(self):
         return redis.Redis(port=self.port, password=self.password)
 
-    def knows(self, others, replicas):
+    def has_discovered(self, others, replicas):
         try:
-            known = self.client().sentinel_master(MASTER)
+            master = self.client().sentinel_master(MASTER)
         except redis.RedisError:
             assert self.process.running, self.process.log()
             return False
-        return (known["num-other-sentinels"], known["num-slaves"]) == (others, replicas)
+        return (master["num-other-sentinels"], master["num-slaves"]) == (others, replicas)
 
     def port_of_master(self):
         return int(self.client().sentinel_get_master_addr_by_name(MASTER)[1])
@@ -43,8 +43,8 @@ class Sentinel:
         self.process.kill()
 
 
-class Watched:
-    """Looks like any other broker to workers, publishers and the exporter."""
+class SentinelDeployment:
+    """A master, a replica and Sentinels. Workers, publishers and the exporter use it like any other broker."""
 
     name = "redis"
 
@@ -54,12 +54,12 @@ class Watched:
         master = services.redis(password=password, args=auth)
         replica = services.redis(password=password, args=["--replicaof", "127.0.0.1", str(master.port), *auth])
         self.servers = {server.port: server for server in (master, replica)}
-        wait_until(lambda: replica.client().info("replication")["master_link_status"] == "up", 20, "the replica is one")
+        wait_until(lambda: replica.client().info("replication")["master_link_status"] == "up", 20, "the replica is synchronized")
         self.sentinels = []
         for _ in range(sentinels):
             self.sentinels.append(Sentinel(master, sentinel_password))
             services.callback(self.sentinels[-1].stop)
-        wait_until(lambda: all(one.knows(sentinels - 1, 1) for one in self.sentinels), 30, "the Sentinels know each other")
+        wait_until(lambda: all(one.has_discovered(sentinels - 1, 1) for one in self.sentinels), 30, "the Sentinels have discovered each other")
         self.options = {"master_name": MASTER, **(options or {})}
         if sentinel_password:
             self.options["sentinel_kwargs"] = {"password": sentinel_password}
@@ -72,7 +72,7 @@ class Watched:
     def settings(self, **redis):
         if self.sentinel_password:
             redis = {"sentinel_password": self.sentinel_password, **redis}
-        return {"broker": {"redis": {"master_name": MASTER, **redis}, "reconnect_max": "1s"}}
+        return {"broker": {"redis": {"master_name": MASTER, **redis}, "reconnect_backoff_max": "1s"}}
 
     @property
     def master(self):
@@ -82,7 +82,7 @@ class Watched:
         return self.master.client()
 
     def failover(self):
-        """By an administrator, at the Sentinel that the exporter asks last."""
+        """Forces a failover at the Sentinel that the exporter queries last."""
         old = self.master
         self.sentinels[-1].client().sentinel_failover(MASTER)
         wait_until(lambda: self.master is not old, 60, "a new master")

@@ -1,4 +1,4 @@
-"""What a test has running: brokers, exporters, workers, and events that are published to them."""
+"""The services that a test starts: brokers, exporters and workers. A harness publishes events to an exporter."""
 
 import contextlib
 import itertools
@@ -17,7 +17,10 @@ from .worker import Worker
 
 
 class Services(contextlib.ExitStack):
-    """What one test has running, on the releases that it tests. Ends it all in reverse; an exporter must end well."""
+    """The running services of one test, on the releases that it tests.
+
+    They are stopped in reverse order, and each exporter must exit with code 0.
+    """
 
     def __init__(self, tested=()):
         super().__init__()
@@ -29,7 +32,7 @@ class Services(contextlib.ExitStack):
         return server
 
     def rabbitmq(self, **options):
-        """A node of the test's own, for tests that stop it."""
+        """A separate node, for tests that stop it."""
         server = RabbitMQ(release=self.tested.get("rabbitmq"), **options)
         self.callback(server.stop)
         return server
@@ -52,7 +55,7 @@ class Services(contextlib.ExitStack):
         return self.enter_context(Publisher(broker, exchange))
 
     def proxy(self, broker):
-        """A path to the broker that can fail."""
+        """A network path to the broker that can fail."""
         proxy = Proxy(broker)
         self.callback(proxy.close)
         return proxy
@@ -62,9 +65,9 @@ class Services(contextlib.ExitStack):
 
 
 class Harness:
-    """An exporter, and a publisher of events to it: what is played has been read when `play` returns.
+    """An exporter, and a publisher of events to it. When `publish` returns, the exporter has read the events.
 
-    The exporter may take another `path` to the broker; the publisher is always right at it.
+    The exporter may take another `path` to the broker; the publisher always connects to the broker itself.
     """
 
     def __init__(self, services, broker, settings=None, *, path=None, **options):
@@ -80,7 +83,7 @@ class Harness:
         return self.exporter.metrics().without_marker()
 
     def publish(self, *items, deadline=20):
-        """Publishes events (or lists of them: batches; functions are called) and returns the samples after them all."""
+        """Publishes events and lists of events (batches), calls functions, and returns the samples after all of them."""
         for item in items:
             if callable(item):
                 item()
@@ -91,11 +94,11 @@ class Harness:
         return self.metrics()
 
     def settle(self, deadline=60):
-        """Waits until everything sent before has been read or lost: sends markers until one of them is read.
+        """Waits until every earlier message is read or lost: publishes markers until one of them is read.
 
-        On Redis a message is lost while the exporter reconnects and while its buffer is full. After a flood either may
-        still be so although the exporter is ready and its buffer was empty a moment ago: what the server or the kernel
-        holds for it comes first.
+        On Redis a message is lost while the exporter reconnects and while its buffer is full. After a flood this can
+        happen even if the exporter is ready and its buffer was empty a moment ago, because the server and the kernel
+        still hold earlier messages.
         """
         sent = set()
 
@@ -111,13 +114,13 @@ class Harness:
         return number
 
     def markers_read(self):
-        """Where all names are taken, the marker's executing tasks are those of (other)."""
+        """If the limit of names is reached, the marker's executing tasks are those of (other)."""
         series = re.compile(rf'^{EXECUTING}{{worker="(?:{MARKER}|\(other\))"}} (\d+)', re.M)
         return set(map(int, series.findall(self.exporter.text())))
 
 
 class SharedServers(contextlib.ExitStack):
-    """Servers that several tests use: one of each release and purpose, started when the first test asks for it."""
+    """Servers that several tests use: one for each release and purpose, started when the first test requests it."""
 
     def __init__(self, vhosts):
         super().__init__()

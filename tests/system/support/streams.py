@@ -1,8 +1,8 @@
-"""Random streams of events of every shape on which Flower is right, so that every sample must be equal.
+"""Random streams of events of every shape on which Flower is right, so that all samples must be equal.
 
-What Flower gets wrong is left out: each of those cases has a test of its own. One of them is too much part of every
-life to leave out: after a retry, revoke, reject or cancel Flower leaves the prefetch time of the pair as it was.
-Streams have such ends, and a closing task for each pair that is still stuck at the end.
+The cases that Flower gets wrong have separate tests. One of them is too common to leave out: after a retry, revoke,
+reject or cancel Flower does not reset the prefetch time of the pair. Streams contain such ends, and a closing task for
+each pair that is stuck at the end.
 """
 
 import random
@@ -37,7 +37,7 @@ class Stream:
         return self.now
 
     def uuid(self):
-        """Ids of every kind, and several that a reader might take for one and the same."""
+        """Ids of every kind, and some that a parser might confuse."""
         self.ids += 1
         plain = uuids.UUID(int=self.random.getrandbits(128), version=4)
         return self.random.choice(
@@ -53,7 +53,7 @@ class Stream:
         )
 
     def fields(self, kind):
-        """Everything that the series do not need, as odd as Celery lets it be."""
+        """Fields that no metric needs, with unusual values that Celery allows."""
         nasty = self.random.choice(NASTY)
         return {
             "sent": {"args": nasty, "kwargs": "{}", "queue": "q", "retries": 0},
@@ -62,10 +62,10 @@ class Stream:
             "failed": {"exception": nasty, "traceback": nasty},
         }.get(kind, {"percent": self.random.choice([float("nan"), float("inf"), 1, None, {"deep": [[]]}])})
 
-    def event(self, kind, uuid, worker, whole, **fields):
+    def event(self, kind, uuid, worker, whole_seconds, **fields):
         at = self.tick()
         made = ev.task(kind, uuid, worker, at, {**self.fields(kind), **fields})
-        if whole:
+        if whole_seconds:
             made["timestamp"] = int(made["timestamp"])
         for key in ("pid", "clock", "utcoffset"):
             if self.random.random() < 0.1:
@@ -88,8 +88,8 @@ class Stream:
         return kind, fields
 
     def script(self, name):
-        """A life that Flower follows rightly. The second value: whether whole seconds are precise enough for it."""
-        start, took = ("started", {}), ("received", {"name": name, "eta": self.random.choice([None, None, ""])})
+        """The events of a task that Flower processes correctly, and whether whole seconds are precise enough for it."""
+        start, received = ("started", {}), ("received", {"name": name, "eta": self.random.choice([None, None, ""])})
         later = {"name": name, "eta": "2030-01-01T00:00:00+00:00"}
         sent = ("sent", {"name": name, "eta": None})
         untimely = ["retried", "revoked", "rejected", "cancelled"]
@@ -97,15 +97,15 @@ class Stream:
             ["usual", "unread", "retry", "cut", "later", "lost", "shadow"], [8, 2, 2, 2, 3, 2, 1]
         )[0]
         if kind == "usual":
-            return self.spread([took, start, self.ending()], sent), True
+            return self.spread([received, start, self.ending()], sent), True
         if kind == "unread":
-            return self.spread([took, self.ending(("revoked", "rejected"))], sent), True
+            return self.spread([received, self.ending(("revoked", "rejected"))], sent), True
         if kind == "retry":
-            runs = [took, start, ("retried", {})] * self.random.randint(1, 3)
-            again = [took, start] if self.random.random() < 0.7 else [("received", later), start]
+            runs = [received, start, ("retried", {})] * self.random.randint(1, 3)
+            again = [received, start] if self.random.random() < 0.7 else [("received", later), start]
             return [*runs, *again, self.ending()], False
         if kind == "cut":
-            return self.spread([took, start, self.ending(untimely[1:])], sent), True
+            return self.spread([received, start, self.ending(untimely[1:])], sent), True
         if kind == "later":
             script = [("received", later)] * self.random.randint(1, 2) + [start, self.ending(["succeeded", *untimely])]
             script.append(("sent", later))
@@ -120,7 +120,7 @@ class Stream:
         return [*shadow, start, self.ending()], True
 
     def spread(self, script, sent):
-        """task-sent comes over another connection, and user-defined events come when they like."""
+        """task-sent comes over another connection, and user-defined events come at any time."""
         script = list(script)
         if self.random.random() < 0.7:
             script.insert(self.random.randint(0, len(script)), sent)
@@ -128,10 +128,10 @@ class Stream:
             script.insert(self.random.randint(0, len(script)), (self.random.choice(CUSTOM), {}))
         return script
 
-    # -- the whole
+    # -- the stream
 
     def note(self, event, pair):
-        """Which pairs Flower has left at their last value."""
+        """Tracks the pairs whose prefetch time is stuck in Flower."""
         self.flat.append(event)
         kind, uuid = event["type"].removeprefix("task-"), event["uuid"]
         if kind == "received" or (kind == "sent" and uuid in self.immediate):
@@ -144,29 +144,29 @@ class Stream:
             self.stuck.add(pair)
 
     def run(self, tasks, complete):
-        """Lets tasks run side by side; of those left open at the end some are never finished."""
+        """Interleaves the events of many tasks. Unless `complete`, some tasks never finish."""
         open_ = []
         while tasks or open_:
             if tasks and (len(open_) < 2 or (len(open_) < 40 and self.random.random() < 0.4)):
                 tasks -= 1
                 name, worker = self.random.choice(NAMES), self.random.choice(WORKERS)
                 for uuid in self.uuid():
-                    script, whole = self.script(name)
-                    open_.append((uuid, worker, name, list(script), whole and self.random.random() < 0.2))
+                    script, whole_seconds = self.script(name)
+                    open_.append((uuid, worker, name, list(script), whole_seconds and self.random.random() < 0.2))
             picked = self.random.choice(open_)
-            uuid, worker, name, script, whole = picked
+            uuid, worker, name, script, whole_seconds = picked
             kind, fields = script.pop(0)
             if not script:
                 open_.remove(picked)
             sender = self.random.choice(CLIENTS) if kind == "sent" else worker
-            self.note(self.event(kind, uuid, sender, whole, **fields), (worker, name))
+            self.note(self.event(kind, uuid, sender, whole_seconds, **fields), (worker, name))
             if self.random.random() < 0.1:
-                self.pulse(self.random.choice(WORKERS))
+                self.add_heartbeat(self.random.choice(WORKERS))
             if not complete and not tasks and self.random.random() < 0.02:
                 return
 
-    def pulse(self, worker):
-        """A heartbeat, or something else that is none of the exporter's business."""
+    def add_heartbeat(self, worker):
+        """Adds a heartbeat or an event that the exporter ignores."""
         self.processed[worker] += self.random.randint(0, 9)
         fields = {"processed": self.processed[worker], "active": self.random.choice([0, 1, 2, 16, 3.0, None])}
         beat = ev.heartbeat(worker, self.now, **fields)
@@ -185,7 +185,7 @@ class Stream:
             self.active.pop(worker)
 
     def between(self):
-        """Nothing is prefetched now: workers may go, and come (back)."""
+        """Adds worker restarts at a time when no task is prefetched."""
         for worker in self.random.sample(WORKERS, self.random.randint(0, len(WORKERS))):
             if self.random.random() < 0.5:
                 self.flat.append(ev.offline(worker, self.now, active=self.active.get(worker, 0)))
@@ -201,10 +201,10 @@ class Stream:
             uuid, last = f"closing {number}", [] if number % 2 else [ev.succeeded]
             self.flat.append(ev.received(uuid, worker, self.tick(), name))
             self.flat.extend(make(uuid, worker, self.tick()) for make in [ev.started, *last])
-        self.flat += [ev.offline(f"stranger{n}@h", self.now, active=5) for n in range(2)]
+        self.flat += [ev.offline(f"unknown{n}@h", self.now, active=5) for n in range(2)]
 
     def batches(self):
-        """Runs of task events go in batches, as workers send them, or one by one."""
+        """Groups task events into batches, as workers send them, or leaves them single."""
         items, batch = [], []
         limit = self.random.randint(1, 24)
         for event in self.flat:
@@ -219,7 +219,7 @@ class Stream:
 
 
 def stream(seed, size=2000):
-    """A list of events and batches of them: about `size` tasks' task_events, in as many as three epochs."""
+    """A list of events and batches of them: about `size` events, in up to three epochs."""
     made = Stream(seed, size)
     epochs = made.random.randint(1, 3)
     for epoch in range(epochs):

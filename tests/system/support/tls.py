@@ -1,4 +1,4 @@
-"""Brokers with TLS, and the certificates that they and their clients have."""
+"""Brokers with TLS, and the certificates of the brokers and their clients."""
 
 from types import SimpleNamespace
 from urllib.parse import urlencode
@@ -9,11 +9,11 @@ from .certificates import Authority
 from .exporter import merge
 from .processes import accepts, free_port, wait_until
 
-FAST = {"broker": {"connect_timeout": "2s", "reconnect_max": "500ms"}}
+FAST = {"broker": {"connect_timeout": "2s", "reconnect_backoff_max": "500ms"}}
 
 
 def certificates():
-    """The brokers' certificate names 127.0.0.1 only, so that localhost is a wrong name."""
+    """The brokers' certificate names only 127.0.0.1, so that localhost is a wrong name."""
     authority = Authority()
     return SimpleNamespace(
         ca=authority.file, other=Authority("other").file, server=authority.issue("server", "IP:127.0.0.1"),
@@ -21,8 +21,8 @@ def certificates():
     )
 
 
-class Secure:
-    """A broker with a port for TLS, on which it demands a client certificate, and one without, for the tests' own ends."""
+class TlsBroker:
+    """A broker with a TLS port that requires a client certificate, and a plaintext port for the tests themselves."""
 
     def __init__(self, pki, broker, scheme, userinfo, path, port, plain_port):
         self.pki, self.broker, self.scheme, self.userinfo, self.path = pki, broker, scheme, userinfo, path
@@ -33,7 +33,7 @@ class Secure:
         return f"{self.scheme}://{self.userinfo}{host}:{port or self.port}{self.path}{query}"
 
     def settings(self, url=None, **tls):
-        """What lets us in, unless a test changes it; None unsets."""
+        """Settings that connect, unless the test overrides them; None removes one."""
         given = {"ca_file": self.pki.ca, "cert_file": self.pki.client.cert, "key_file": self.pki.client.key, **tls}
         shown = {name: value if isinstance(value, bool) else str(value) for name, value in given.items() if value is not None}
         return merge({"broker": {"url": url or self.url(), "tls": shown}}, FAST)
@@ -49,7 +49,7 @@ def redis_over_tls(services, pki, *args):
     port = free_port()
     redis = services.redis(args=["--tls-port", port, "--tls-cert-file", pki.server.cert, "--tls-key-file", pki.server.key,
                             "--tls-ca-cert-file", pki.ca, *args])
-    return Secure(pki, redis, "rediss", "", "/0", port, redis.port)
+    return TlsBroker(pki, redis, "rediss", "", "/0", port, redis.port)
 
 
 def rabbitmq_with_tls(services, pki):
@@ -60,6 +60,6 @@ def rabbitmq_with_tls(services, pki):
     node = services.rabbitmq(vhosts=40, conf=[
         f"listeners.ssl.default = 127.0.0.1:{port}", *(f"ssl_options.{name} = {value}" for name, value in files.items())])
     node.wait()
-    # Its listeners start one after the other.
+    # Its listeners start one after another.
     wait_until(lambda: accepts(port), 10, "RabbitMQ's port for TLS")
     return node, port

@@ -16,7 +16,7 @@ _numbers = itertools.count(1)
 
 
 class Worker(Process):
-    """`celery worker` without -E, so that it sends events only when it is told to; heartbeats every second."""
+    """`celery worker` without -E, so that it sends events only on request; it sends a heartbeat every second."""
 
     def __init__(self, broker, version=NEWEST, pool="prefork", concurrency=2, args=(), conf=None, hostname=None):
         self.hostname = hostname or f"w{next(_numbers)}@tests"
@@ -52,19 +52,19 @@ class Worker(Process):
         )
 
     def ready(self):
-        """Waits until the worker says that it takes tasks."""
+        """Waits until the worker is ready for tasks."""
 
-        def said():
+        def is_ready():
             assert self.running, self.log()
             return " ready." in self.log()
 
-        wait_until(said, 60, lambda: f"the worker is ready\n{self.log()}")
+        wait_until(is_ready, 60, lambda: f"the worker is ready\n{self.log()}")
         return self
 
 
 @contextlib.contextmanager
 def client(broker, **conf):
-    """A Celery 5.7 client: what a web application would be."""
+    """A Celery 5.7 client, like a web application."""
     app = Celery("client", broker=broker.url, set_as_current=False)
     app.conf.update(broker_transport_options=broker.options, task_ignore_result=True, **conf)
     try:

@@ -1,4 +1,4 @@
-"""The wire's odd shapes: each costs itself alone, and good events around it all count."""
+"""Unusual and invalid messages: an invalid one loses only itself, and all events around it are counted."""
 
 import json
 import re
@@ -10,17 +10,17 @@ from support.events import W, good
 from support.exposition import EVENTS, MARKER
 from support.publish import DEEP
 
-NO_EVENTS = {
-    "nothing": b"",
-    "no JSON": b"not json",
-    "no UTF-8": b'{"type": "\xff\xfe"}',
-    "cut short": json.dumps(ev.received()).encode()[:-9],
+INVALID_BODIES = {
+    "empty": b"",
+    "not JSON": b"not json",
+    "invalid UTF-8": b'{"type": "\xff\xfe"}',
+    "truncated": json.dumps(ev.received()).encode()[:-9],
     "only null": b"null",
     "a number": b"42",
     "text": b'"task-sent"',
     "an empty object": b"{}",
     "an empty list": b"[]",
-    "a list of no events": b'[1, null, "x", [], {}]',
+    "a list without events": b'[1, null, "x", [], {}]',
     "two in a row": b"{} {}",
     "deep lists": b"[" * 100_000,
     "deep objects": DEEP,
@@ -28,7 +28,7 @@ NO_EVENTS = {
     "zeros": b"\0" * 5000,
 }
 
-HALF_EVENTS = {
+INCOMPLETE_EVENTS = {
     "no type": ev.without(ev.received("x"), "type"),
     "type null": {**ev.received("x"), "type": None},
     "type a number": {**ev.received("x"), "type": 5},
@@ -46,22 +46,22 @@ HALF_EVENTS = {
 }
 
 
-def check(harness, *items):
-    """Plays the items between good events and in one harness: only the good ones have left a trace."""
+def assert_only_good_counted(harness, *items):
+    """Publishes the items between two good events: only the good events are counted."""
     samples = harness.publish(good(1), *items, good(2))
     assert samples.short() == {("events", W, "received", "good"): 2, ("prefetched", W, "good"): 2}
 
 
-@pytest.mark.parametrize("body", NO_EVENTS.values(), ids=NO_EVENTS)
-def test_no_event(services, broker, body):
+@pytest.mark.parametrize("body", INVALID_BODIES.values(), ids=INVALID_BODIES)
+def test_invalid_body_is_skipped(services, broker, body):
     harness = services.harness(broker)
-    check(harness, lambda: harness.publisher.raw(body))
+    assert_only_good_counted(harness, lambda: harness.publisher.raw(body))
 
 
-@pytest.mark.parametrize("event", HALF_EVENTS.values(), ids=HALF_EVENTS)
-def test_half_an_event(harness, event):
-    """Alone, and in a batch where it costs itself alone."""
-    check(harness, lambda: harness.publisher.raw(json.dumps(event).encode()))
+@pytest.mark.parametrize("event", INCOMPLETE_EVENTS.values(), ids=INCOMPLETE_EVENTS)
+def test_incomplete_event_is_skipped(harness, event):
+    """As a single event, and in a batch whose other events are counted."""
+    assert_only_good_counted(harness, lambda: harness.publisher.raw(json.dumps(event).encode()))
     samples = harness.publish([ev.received("b1", name="batch"), event, ev.received("b2", name="batch")])
     assert samples.short() == {
         ("events", W, "received", "good"): 2,
@@ -71,8 +71,8 @@ def test_half_an_event(harness, event):
     }
 
 
-def test_a_batch_with_unreadable_elements(services, broker):
-    """Each costs itself alone."""
+def test_invalid_elements_of_a_batch_are_skipped(services, broker):
+    """The other elements are counted."""
     harness = services.harness(broker)
     fine = [json.dumps(ev.received(f"{n}")).encode() for n in range(3)]
     body = (
@@ -82,23 +82,23 @@ def test_a_batch_with_unreadable_elements(services, broker):
 
 
 @pytest.mark.parametrize("spoil", [b"not json", b"{", b"nul", b'{"type": "task-received", }'])
-def test_a_batch_that_breaks_off(services, broker, spoil):
-    """What comes after an element that is no JSON may be lost with it; the exporter and the next message are not."""
+def test_batch_with_invalid_json_keeps_next_message(services, broker, spoil):
+    """Elements after invalid JSON may be lost, but the next message is counted."""
     harness = services.harness(broker)
     body = b"[" + json.dumps(good(9)).encode() + b", " + spoil + b"]"
     samples = harness.publish(good(1), lambda: harness.publisher.raw(body, routing_key="task.multi"), good(2))
     assert samples.events("received", W, "good") in (2, 3)
 
 
-ODD_EVENTS = {
+UNUSUAL_EVENTS = {
     "lone surrogates": {"args": "('\ud800', '\udfff\ud800')", "kwargs": "{'\udc00': 1}"},
     "NaN and Infinity": {"custom": float("nan"), "more": [float("inf"), -float("inf")]},
-    "an id that is no UUID": {"uuid": 'order 77 / "ж" \n'},
+    "an id that is not a UUID": {"uuid": 'order 77 / "ж" \n'},
     "an id with a lone surrogate": {"uuid": "\ud800"},
     "an empty id": {"uuid": ""},
     "a long id": {"uuid": "x" * 10_000},
     "whole seconds": {"timestamp": ev.BASE, "utcoffset": -2, "clock": 10**15, "pid": 1.0},
-    "mistyped fields that do not matter": {
+    "ignored fields of wrong types": {
         "args": [1, {"a": 2}],
         "kwargs": None,
         "retries": "3",
@@ -120,10 +120,9 @@ ODD_EVENTS = {
 }
 
 
-@pytest.mark.parametrize("odd", ODD_EVENTS.values(), ids=ODD_EVENTS)
-@pytest.mark.parametrize("batch", [False, True], ids=["alone", "in a batch"])
-def test_odd_but_good(services, broker, odd, batch):
-    """These count as any other."""
+@pytest.mark.parametrize("odd", UNUSUAL_EVENTS.values(), ids=UNUSUAL_EVENTS)
+@pytest.mark.parametrize("batch", [False, True], ids=["single", "in a batch"])
+def test_unusual_event_is_counted(services, broker, odd, batch):
     harness = services.harness(broker)
     event = {**ev.received(name="odd"), **odd}
     started = ev.started(event["uuid"], at=1)
@@ -131,18 +130,18 @@ def test_odd_but_good(services, broker, odd, batch):
     assert samples.events("received", W, "odd") == samples.events("started", W, "odd") == 1
 
 
-def test_keys_in_any_order(services, broker):
+def test_keys_may_have_any_order(services, broker):
     harness = services.harness(broker)
     event = ev.received(name="add")
     for keys in (reversed(event), sorted(event), sorted(event, key=lambda key: key[::-1])):
         harness.publisher.raw(json.dumps({key: event[key] for key in keys}).encode())
-    # A key that is there twice: the last one counts, as in Python.
+    # The last one of duplicate keys wins, as in Python.
     harness.publisher.raw(b'{"name": "first", ' + json.dumps(event).encode()[1:])
     assert harness.publish().events("received", W, "add") == 4
 
 
-def test_other_spellings_of_the_same_json(services, broker):
-    """Not all JSON is written by Python: UTF-8 as it is, escapes where none are needed, blanks."""
+def test_equivalent_json_spellings_are_counted(services, broker):
+    """JSON of other libraries than Python's: plain UTF-8, unnecessary escapes and whitespace."""
     harness = services.harness(broker)
     event = ev.received(name='räkna.算💐 "\\')
     raw = json.dumps(event, ensure_ascii=False, indent=3, separators=(" ,\n", " :\t")).encode()
@@ -156,30 +155,30 @@ CODINGS = {
     "msgpack": {"content_type": "application/x-msgpack"},
     "yaml": {"content_type": "application/x-yaml"},
     "pickle": {"content_type": "application/x-python-serialize"},
-    "something": {"content_type": "text/x-unheard-of"},
+    "unknown": {"content_type": "text/x-unknown"},
     "compressed": {"headers": {"compression": "application/x-gzip", "hostname": "w"}},
 }
 
 
 @pytest.mark.parametrize("coding", CODINGS.values(), ids=CODINGS)
-def test_coding_we_do_not_read(services, broker, coding):
-    """Rejected by name, even if the body would have been JSON."""
+def test_unsupported_encoding_is_skipped(services, broker, coding):
+    """The log contains its name. This also applies to a body that is JSON."""
     harness = services.harness(broker)
-    check(harness, lambda: harness.publisher.raw(json.dumps(ev.received("x", name="coded")).encode(), **coding))
+    assert_only_good_counted(harness, lambda: harness.publisher.raw(json.dumps(ev.received("x", name="coded")).encode(), **coding))
     assert coding.get("content_type", "compression") in harness.exporter.log()
 
 
 @pytest.mark.parametrize("large", [150_000, 1_000_000])
-def test_larger_than_max_message(services, broker, large):
-    """Costs itself alone; what is just within the limit counts."""
-    harness = services.harness(broker, {"events": {"max_message": "100KiB"}})
+def test_larger_than_message_max_bytes_is_skipped(services, broker, large):
+    """Events within the limit are counted."""
+    harness = services.harness(broker, {"events": {"message_max_bytes": "100KiB"}})
     within = ev.received("within", name="within", args="x" * 60_000)
-    check(harness, ev.received("x", name="large", args="x" * large))
+    assert_only_good_counted(harness, ev.received("x", name="large", args="x" * large))
     assert harness.publish(within).events("received", W, "within") == 1
 
 
-def test_log_is_quiet_about_bad_messages(services, broker):
-    """At most one line a minute and reason, with the first bytes of the message escaped."""
+def test_invalid_messages_are_logged_once_a_minute(services, broker):
+    """At most one line per minute and reason, with the first bytes of the message escaped."""
     harness = services.harness(broker)
     for n in range(200):
         harness.publisher.raw(b"garb\x01age-%d\n\x1b[31m" % n)
@@ -192,8 +191,8 @@ def test_log_is_quiet_about_bad_messages(services, broker):
     assert len(re.findall("WARN|ERROR", log)) == 3, log
 
 
-def test_hostnames(services, broker):
-    """Globs of workers to count; what the others send still teaches task names."""
+def test_hostnames_selects_workers(services, broker):
+    """Only matching workers are counted. Events of other workers still provide task names."""
     harness = services.harness(broker, {"events": {"hostnames": ["*@here", MARKER]}})
     samples = harness.publish(
         ev.sent(client="gen1@there"),
@@ -211,7 +210,7 @@ def test_hostnames(services, broker):
 
 
 @pytest.mark.parametrize("hostnames", [["w[0-9]@*", MARKER], ["w?@tests", MARKER], ["w1@tests", "*x", MARKER]])
-def test_hostname_globs(services, shared_redis, hostnames):
+def test_hostname_globs_match_whole_names(services, shared_redis, hostnames):
     harness = services.harness(shared_redis, {"events": {"hostnames": hostnames}})
     samples = harness.publish(ev.heartbeat("w1@tests"), ev.heartbeat("wx1@tests"), ev.heartbeat("1w1@tests"))
     assert samples.labels("worker") == {"w1@tests"}

@@ -1,8 +1,8 @@
-//! `bare [--discard] URL PORT`: receives Celery's events and decodes them, and does nothing else with them.
+//! The baseline consumer, `bare [--discard] URL PORT`: receives and decodes Celery's events without tracking any state.
 //!
-//! Reads all fields that the exporter needs, interns the names, keeps nothing, and answers every HTTP request to PORT
-//! with the number of task events so far. With `--discard`, what comes from Redis is thrown away unread: as fast as
-//! any subscriber can be.
+//! It decodes all fields that the exporter needs and interns the names. It responds to every HTTP request to PORT with
+//! the number of task events so far. With `--discard`, it drops what it reads from Redis without parsing it, which is
+//! the highest rate that any subscriber can reach.
 
 use std::hint::black_box;
 use std::io::{Read, Write};
@@ -24,7 +24,7 @@ use lapin::types::FieldTable;
 use lapin::{Connection, ConnectionProperties, ExchangeKind};
 use serde::Deserialize;
 
-const READ: usize = 256 << 10;
+const READ_SIZE: usize = 256 << 10;
 const PREFETCH: u16 = 1000;
 
 #[derive(Deserialize)]
@@ -53,7 +53,7 @@ struct Decoder {
     names: HashMap<Box<str>, u64, FixedState>,
     buffer: Vec<u8>,
     events: Arc<AtomicU64>,
-    /// Depends on every field, so that none can be left out as unused.
+    /// Depends on every field, so that the compiler cannot remove the decoding of any.
     digest: u64,
 }
 
@@ -61,7 +61,7 @@ impl Decoder {
     fn envelope(&mut self, payload: &[u8]) -> Result<()> {
         let envelope: Envelope = serde_json::from_slice(payload)?;
         if envelope.content_type != "application/json" {
-            bail!("content type {}", envelope.content_type);
+            bail!("unsupported content type {}", envelope.content_type);
         }
         let mut buffer = std::mem::take(&mut self.buffer);
         buffer.resize(buffer.len().max(STANDARD.estimated_decoded_length(envelope.body.len())), 0);
@@ -87,7 +87,7 @@ impl Decoder {
         let numbers = [Some(event.timestamp), event.runtime, event.active, event.processed];
         let texts = [event.uuid, event.eta].map(|text| text.map_or(0, |text| text.len() as u64));
         let all = names.into_iter().chain(numbers.map(|number| number.map_or(0, f64::to_bits))).chain(texts);
-        self.digest = black_box(all.fold(self.digest, |digest, part| digest.rotate_left(5) ^ part));
+        self.digest = black_box(all.fold(self.digest, |digest, value| digest.rotate_left(5) ^ value));
         if event.kind.starts_with("task-") {
             self.events.fetch_add(1, Ordering::Relaxed);
         }
@@ -103,37 +103,38 @@ impl Decoder {
     }
 }
 
-/// The part of a RESP array that begins at `at`: where it starts and where it ends; nothing when it is not complete.
-fn part(bytes: &[u8], at: usize) -> Option<(usize, usize)> {
+/// The start and end of the bulk string whose RESP header is at `at`, or `None` if it is incomplete.
+fn bulk_string(bytes: &[u8], at: usize) -> Option<(usize, usize)> {
     let line = bytes.get(at..)?.iter().position(|byte| *byte == b'\n')?;
     let length = bytes[at + 1..at + line - 1].iter().fold(0, |sum, digit| sum * 10 + usize::from(digit - b'0'));
     let (start, end) = (at + line + 1, at + line + 1 + length);
     (bytes.len() >= end + 2).then_some((start, end))
 }
 
-/// The payload of the `*4 pmessage pattern channel payload` at `at`, and its end.
+/// The start and end of the payload in the `*4 pmessage pattern channel payload` at `at`, or `None` if it is
+/// incomplete.
 fn message(bytes: &[u8], at: usize) -> Option<(usize, usize)> {
     let mut end = at + 2;
     let mut start = 0;
     for _ in 0..4 {
-        (start, end) = part(bytes, end + 2)?;
+        (start, end) = bulk_string(bytes, end + 2)?;
     }
     Some((start, end))
 }
 
 fn redis(url: &str, port: u16, discard: bool) -> Result<()> {
-    let (address, db) = url.trim_start_matches("redis://").split_once('/').context("redis://HOST:PORT/DB")?;
+    let (address, db) = url.trim_start_matches("redis://").split_once('/').context("expected redis://HOST:PORT/DB")?;
     let mut socket = TcpStream::connect(address)?;
     socket.write_all(format!("PSUBSCRIBE /{db}.celeryev/*\r\n").as_bytes())?;
-    let mut buffer = vec![0; READ];
+    let mut buffer = vec![0; READ_SIZE];
     if socket.read(&mut buffer)? == 0 || !buffer.starts_with(b"*3\r\n$10\r\npsubscribe") {
-        bail!("not subscribed: {}", String::from_utf8_lossy(&buffer[..64]));
+        bail!("failed to subscribe: {}", String::from_utf8_lossy(&buffer[..64]));
     }
     let mut decoder = Decoder::default();
-    answer(port, &decoder.events)?;
+    serve(port, &decoder.events)?;
     let mut filled = 0;
     loop {
-        if buffer.len() - filled < READ / 2 {
+        if buffer.len() - filled < READ_SIZE / 2 {
             buffer.resize(buffer.len() * 2, 0);
         }
         match socket.read(&mut buffer[filled..])? {
@@ -156,15 +157,15 @@ async fn rabbitmq(url: &str, port: u16) -> Result<()> {
     let channel = connection.create_channel().await?;
     let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
     channel.exchange_declare("celeryev".into(), ExchangeKind::Topic, durable, FieldTable::default()).await?;
-    let ours = QueueDeclareOptions { exclusive: true, ..Default::default() };
-    channel.queue_declare("celeryev.bare".into(), ours, FieldTable::default()).await?;
+    let exclusive = QueueDeclareOptions { exclusive: true, ..Default::default() };
+    channel.queue_declare("celeryev.bare".into(), exclusive, FieldTable::default()).await?;
     let binding = QueueBindOptions::default();
     channel.queue_bind("celeryev.bare".into(), "celeryev".into(), "#".into(), binding, FieldTable::default()).await?;
     channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
     let consume = BasicConsumeOptions { exclusive: true, ..Default::default() };
     let mut consumer = channel.basic_consume("celeryev.bare".into(), "".into(), consume, FieldTable::default()).await?;
     let mut decoder = Decoder::default();
-    answer(port, &decoder.events)?;
+    serve(port, &decoder.events)?;
     while let Some(delivery) = consumer.next().await.transpose()? {
         decoder.body(&delivery.data)?;
         if delivery.delivery_tag % u64::from(PREFETCH / 2) == 0 {
@@ -174,13 +175,13 @@ async fn rabbitmq(url: &str, port: u16) -> Result<()> {
     bail!("disconnected by the server")
 }
 
-/// Tells the number of events to whoever asks.
-fn answer(port: u16, events: &Arc<AtomicU64>) -> Result<()> {
+/// Serves the number of task events over HTTP, on a separate thread.
+fn serve(port: u16, events: &Arc<AtomicU64>) -> Result<()> {
     let (listener, events) = (TcpListener::bind(("127.0.0.1", port))?, Arc::clone(events));
     thread::spawn(move || {
         for mut client in listener.incoming().flatten() {
             let body = format!("bare_events_total {}\n", events.load(Ordering::Relaxed));
-            // A client that is gone needs no answer.
+            // A client that has disconnected needs no response.
             let _ = client.read(&mut [0; 1024]);
             let _ = write!(client, "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
         }

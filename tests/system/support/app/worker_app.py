@@ -1,4 +1,4 @@
-"""The Celery application of the test workers; it runs on every Celery of the range, and imports nothing of ours."""
+"""The Celery application of the test workers; it runs on every supported Celery and imports nothing from the tests."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def nap(seconds):
 
 @app.task(name="fail")
 def fail():
-    raise ValueError("as it should")
+    raise ValueError("expected failure")
 
 
 @app.task(name="retry", bind=True, max_retries=1)

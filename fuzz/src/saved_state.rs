@@ -1,0 +1,80 @@
+//! The records of a saved state: they are rejected, or they restore a state that works like any other.
+//!
+//! An input is a list of records. A record is its table (0 the header, 1 a worker, 2 a label set, 3 a task), its key,
+//! its length in two bytes (little-endian), and its bytes.
+
+use std::time::Duration;
+
+use super::{exposition, samples};
+use flower_exporter::celery::event;
+use flower_exporter::metrics::encode::Format;
+use flower_exporter::state::{Corrupt, Delta, Limits, RecordBatch, Restorer, State};
+
+/// Runs one input.
+///
+/// # Panics
+/// Panics on a finding.
+pub fn run(input: &[u8]) {
+    let records = records(input);
+    let Ok(mut state) = restore(&records) else { return };
+    let text = exposition(&state, Format::Text);
+    assert!(samples(&text).values().all(|value| *value >= 0.0), "{text}");
+
+    state.save_all();
+    let mut reloaded = restore(&saved(&state.take_changes())).expect("saved records can be restored");
+    assert_eq!(exposition(&reloaded, Format::Text), text);
+    for state in [&mut state, &mut reloaded] {
+        for task in state.tasks(0, 10) {
+            let _ = state.find_task(&task.uuid);
+            apply_lifecycle(state, &task.uuid, task.worker.as_deref().unwrap_or("w"));
+        }
+        let _ = state.workers(Duration::ZERO);
+    }
+    assert_eq!(exposition(&reloaded, Format::Text), exposition(&state, Format::Text));
+    state.record_gap();
+    let _ = state.take_changes();
+}
+
+/// Applies the events of a task's lifecycle.
+fn apply_lifecycle(state: &mut State, uuid: &str, worker: &str) {
+    for kind in ["received", "started", "retried", "received", "revoked", "started", "succeeded"] {
+        let event = serde_json::json!({
+            "type": format!("task-{kind}"), "hostname": worker, "uuid": uuid, "timestamp": 3.0, "name": "n",
+            "runtime": 1,
+        });
+        event::decode(event.to_string().as_bytes(), false, |event| {
+            state.apply(&event.expect("an event"), Duration::from_secs(1));
+        });
+    }
+}
+
+/// Table, key, bytes.
+type Record = (u8, u32, Vec<u8>);
+
+fn records(mut input: &[u8]) -> Vec<Record> {
+    let mut records = Vec::new();
+    while let [table, key, low, high, rest @ ..] = input {
+        let (record, rest) = rest.split_at(rest.len().min(usize::from(u16::from_le_bytes([*low, *high]))));
+        records.push((*table, u32::from(*key), record.to_vec()));
+        input = rest;
+    }
+    records
+}
+
+fn restore(records: &[Record]) -> Result<State, Corrupt> {
+    let limits = Limits { max_workers: 3, max_tasks: 4, max_label_sets: 6, buckets: vec![0.5, 1.0] };
+    let table = |wanted: u8| records.iter().filter(move |(table, ..)| *table == wanted);
+    let mut restorer = Restorer::start(&limits, table(0).next().map_or(&[], |(.., header)| header))?;
+    table(1).try_for_each(|(_, key, record)| restorer.worker(*key, record))?;
+    table(2).try_for_each(|(_, key, record)| restorer.task_series(*key, record))?;
+    table(3).try_for_each(|(_, key, record)| restorer.task(*key, record))?;
+    Ok(restorer.finish())
+}
+
+fn saved(delta: &Delta) -> Vec<Record> {
+    let records = |table: u8, batch: &RecordBatch| -> Vec<Record> {
+        batch.iter().filter_map(|(key, record)| Some((table, key, record?.to_vec()))).collect()
+    };
+    let header = vec![(0, 0, delta.header.clone())];
+    [header, records(1, &delta.workers), records(2, &delta.task_series), records(3, &delta.tasks)].concat()
+}

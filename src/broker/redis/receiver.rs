@@ -1,0 +1,237 @@
+//! The receiving half: a connection in subscribed state.
+
+use std::fmt;
+use std::ops::Range;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::channels::Channels;
+use super::dedup::DedupWindow;
+use super::resp::{Connection, Frame, READ_SIZE, Scan, protocol_error, text};
+use crate::broker::{BrokerError, RESPONSE_TIMEOUT};
+use crate::celery::DecodeError;
+use crate::config::broker_url::Address;
+use crate::config::{BrokerUrl, Config};
+use crate::inbox::{Batch, Encoding, Message};
+
+/// A server that has sent nothing for this long receives a PING.
+const PING_INTERVAL: Duration = Duration::from_secs(5);
+/// The most messages in one batch.
+const MAX_BATCH: usize = 1024;
+/// Bytes of an oversized message that are kept for the log.
+const SAMPLE_LEN: usize = 64;
+
+pub struct EventReceiver {
+    connection: Connection,
+    message_max_bytes: usize,
+    /// Bytes of an oversized message that have not arrived yet.
+    bytes_to_discard: usize,
+    last_byte: Instant,
+    pinged: bool,
+    channels: Channels,
+    /// The master that the Sentinels named.
+    master: Option<Address>,
+    /// Only with `sentinel_fanout_compat`.
+    dedup: Option<DedupWindow>,
+}
+
+impl fmt::Debug for EventReceiver {
+    fn fmt(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        formatter.debug_struct("EventReceiver").field("channels", &self.channels).finish_non_exhaustive()
+    }
+}
+
+impl EventReceiver {
+    /// Subscribes on database 0 of the server at the other end of a stream.
+    pub(in crate::broker) async fn from_stream(
+        stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        config: &Config,
+    ) -> Result<Self, BrokerError> {
+        Self::subscribe(Connection::new(Box::new(stream)), config, &BrokerUrl::default(), None).await
+    }
+
+    /// Subscribes. When it returns `Ok`, the server has confirmed the subscription.
+    pub(super) async fn subscribe(
+        mut connection: Connection,
+        config: &Config,
+        url: &BrokerUrl,
+        master: Option<Address>,
+    ) -> Result<Self, BrokerError> {
+        let channels = Channels::new(config, url);
+        let command = channels.command();
+        let reply = connection.request(&command).await?;
+        match reply.as_slice() {
+            [verb, name, ..] if verb.eq_ignore_ascii_case(command[0]) && name == command[1] => {}
+            _ => return Err(BrokerError::Refused(format!("{}: unexpected reply {reply:?}", command[0]))),
+        }
+        Ok(Self {
+            connection,
+            message_max_bytes: config.events.message_max_bytes,
+            bytes_to_discard: 0,
+            last_byte: Instant::now(),
+            pinged: false,
+            master,
+            dedup: (channels.names().len() > 1).then(DedupWindow::default),
+            channels,
+        })
+    }
+
+    pub(in crate::broker) fn describe(&self) -> String {
+        let noun = if matches!(self.channels, Channels::Patterns(_)) { "channels" } else { "channel" };
+        let names = self.channels.names().join(" and ");
+        match &self.master {
+            Some(master) => format!("{noun} {names} of the master at {master}"),
+            None => format!("{noun} {names}"),
+        }
+    }
+
+    pub(in crate::broker) async fn next(&mut self) -> Result<Batch, BrokerError> {
+        loop {
+            let mut messages = self.parse()?;
+            if messages.is_empty() {
+                self.read_or_ping().await?;
+                continue;
+            }
+            if let Some(dedup) = &mut self.dedup {
+                messages.retain(|message| dedup.is_new(&message.bytes));
+            }
+            if !messages.is_empty() {
+                return Ok(Batch::new(messages, None));
+            }
+        }
+    }
+
+    /// Waits for bytes, and pings a quiet server. Any bytes count as the reply.
+    async fn read_or_ping(&mut self) -> Result<(), BrokerError> {
+        let timed_out = || Err(BrokerError::Timeout(RESPONSE_TIMEOUT));
+        let limit = if self.pinged { RESPONSE_TIMEOUT } else { PING_INTERVAL };
+        match timeout_at(self.last_byte + limit, self.read()).await {
+            Ok(read) => read,
+            Err(_) if self.pinged => timed_out(),
+            Err(_) => {
+                self.pinged = true;
+                let rest = RESPONSE_TIMEOUT.saturating_sub(PING_INTERVAL);
+                timeout(rest, self.connection.send(&["PING"])).await.unwrap_or_else(|_| timed_out())
+            }
+        }
+    }
+
+    async fn read(&mut self) -> Result<(), BrokerError> {
+        self.connection.read().await?;
+        self.last_byte = Instant::now();
+        self.pinged = false;
+        let discarded = self.bytes_to_discard.min(self.connection.buffer.len());
+        let _ = self.connection.buffer.split_to(discarded);
+        self.bytes_to_discard -= discarded;
+        Ok(())
+    }
+
+    /// Takes every complete message out of the buffer, and the first bytes of an oversized one. Returns an error after
+    /// the messages that precede it.
+    fn parse(&mut self) -> Result<Vec<Message>, BrokerError> {
+        let mut found: Vec<Range<usize>> = Vec::new();
+        let (mut parsed, mut oversized) = (0, None);
+        while found.len() < MAX_BATCH {
+            let rest = &self.connection.buffer[parsed..];
+            let step = match Frame::scan(rest) {
+                Ok(Scan::Complete(frame)) => payload(&frame, rest).map(|payload| (payload, frame.length)),
+                Ok(Scan::Partial(string)) => {
+                    let is_oversized = |string: &Range<usize>| {
+                        string.len() > self.message_max_bytes && string.start + SAMPLE_LEN <= rest.len()
+                    };
+                    oversized = string.filter(is_oversized);
+                    // A frame has a channel and a payload, and neither is too large.
+                    if oversized.is_some() || rest.len() <= 2 * self.message_max_bytes + READ_SIZE {
+                        break;
+                    }
+                    Err(protocol_error())
+                }
+                Err(error) => Err(error),
+            };
+            match step {
+                Ok((payload, length)) => {
+                    found.extend(payload.map(|payload| parsed + payload.start..parsed + payload.end));
+                    parsed += length;
+                }
+                Err(_) if !found.is_empty() => break,
+                Err(error) => return Err(error),
+            }
+        }
+        let taken = self.connection.buffer.split_to(parsed);
+        // A few bytes must not keep a whole buffer allocated.
+        let taken = if parsed < READ_SIZE / 4 { Bytes::copy_from_slice(&taken) } else { taken.freeze() };
+        let mut messages: Vec<Message> = found.into_iter().map(|range| self.message(taken.slice(range))).collect();
+        messages.extend(oversized.map(|string| self.discard_oversized(&string)));
+        Ok(messages)
+    }
+
+    fn message(&self, bytes: Bytes) -> Message {
+        let too_large = bytes.len() > self.message_max_bytes;
+        let encoding =
+            if too_large { Encoding::Undecodable(DecodeError::TooLarge.into()) } else { Encoding::KombuEnvelope };
+        Message { bytes, encoding, redelivered: false }
+    }
+
+    /// Discards the rest of an oversized message.
+    fn discard_oversized(&mut self, string: &Range<usize>) -> Message {
+        let buffer = &mut self.connection.buffer;
+        let bytes = Bytes::copy_from_slice(&buffer[string.start..string.start + SAMPLE_LEN]);
+        let arrived = buffer.len().min(string.end + 2);
+        self.bytes_to_discard = string.end + 2 - arrived;
+        *buffer = BytesMut::from(&buffer[arrived..]);
+        Message { bytes, encoding: Encoding::Undecodable(DecodeError::TooLarge.into()), redelivered: false }
+    }
+}
+
+/// The position of a frame's payload, if the frame is a message.
+fn payload(frame: &Frame, buffer: &[u8]) -> Result<Option<Range<usize>>, BrokerError> {
+    match (frame.kind, frame.strings()) {
+        (b'-', [refusal, ..]) => Err(BrokerError::Refused(text(buffer, refusal))),
+        (b'*', [kind, _, _, payload]) if buffer[kind.clone()] == *b"pmessage" => Ok(Some(payload.clone())),
+        (b'*', [kind, _, payload]) if buffer[kind.clone()] == *b"message" => Ok(Some(payload.clone())),
+        _ => Ok(None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncWriteExt, DuplexStream, duplex};
+
+    use super::*;
+
+    /// A receiver, and a server that has confirmed its subscription and sent these bytes.
+    async fn subscribed(sent: &[u8]) -> (EventReceiver, DuplexStream) {
+        let (client, mut server) = duplex(1 << 16);
+        server.write_all(b"*3\r\n$10\r\npsubscribe\r\n$13\r\n/0.celeryev/*\r\n:1\r\n").await.unwrap();
+        let receiver = EventReceiver::from_stream(client, &Config::default()).await.unwrap();
+        server.write_all(sent).await.unwrap();
+        (receiver, server)
+    }
+
+    #[tokio::test]
+    async fn messages_before_an_error_are_received() {
+        let message = "*4\r\n$8\r\npmessage\r\n$1\r\n*\r\n$1\r\nc\r\n$2\r\n{}\r\n";
+        for (error, expected) in [("-ERR bye\r\n", "ERR bye"), ("garbage", "invalid RESP reply")] {
+            let (mut receiver, _server) = subscribed(format!("{message}{message}{error}").as_bytes()).await;
+            assert_eq!(receiver.next().await.unwrap().messages.len(), 2);
+            let end = receiver.next().await.unwrap_err().to_string();
+            assert!(end.starts_with(expected), "{end}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_endless_array_ends_the_subscription() {
+        let (mut receiver, mut server) = subscribed(b"*4096\r\n").await;
+        let max = receiver.message_max_bytes;
+        let string = format!("${max}\r\n{}\r\n", "x".repeat(max));
+        let endless = async { while server.write_all(string.as_bytes()).await.is_ok() {} };
+        tokio::select! {
+            () = endless => unreachable!("the receiver is still there"),
+            end = receiver.next() => assert!(end.unwrap_err().to_string().contains("RESP")),
+        }
+        assert!(receiver.connection.buffer.len() < 4 * max);
+    }
+}

@@ -1,0 +1,370 @@
+//! Merges the four sources: built-in defaults, TOML file, environment, command line. Later sources override earlier
+//! ones.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt::{Display, Write};
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use figment::providers::{Format, Toml};
+use figment::value::{Dict, Empty, Map, Tag, Value};
+use figment::{Figment, Metadata, Profile, Provider, error::Kind as FigmentErrorKind, util::nest};
+
+use super::broker_url::{BrokerUrls, UrlError};
+use super::schema::{self, KEYS, Key, ValueKind, quoted};
+use super::secret::{Secret, printable};
+use super::{BrokerConfig, Config, ConfigError};
+
+const DEFAULT_FILE: &str = "/etc/flower-exporter/flower-exporter.toml";
+const PREFIX: &str = "FLOWER_EXPORTER_";
+/// The largest URL file, in bytes.
+const MAX_URL_FILE: u64 = 64 << 10;
+
+/// Keys that had another name before the first release.
+const RENAMED: [(&str, &str); 6] = [
+    ("broker.reconnect_max", "broker.reconnect_backoff_max"),
+    ("broker.amqp.prefetch", "broker.amqp.prefetch_count"),
+    ("broker.amqp.queue_ttl", "broker.amqp.message_ttl"),
+    ("events.max_backlog", "events.buffer_max_bytes"),
+    ("events.max_message", "events.message_max_bytes"),
+    ("metrics.max_label_pairs", "metrics.max_label_sets"),
+];
+
+/// Values that override every other source, for example those of a command line. They are text and are checked like the
+/// values of the other sources.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct Overrides {
+    /// The TOML file. `None`: `FLOWER_EXPORTER_CONFIG` if set, otherwise the default file if it exists.
+    pub config_file: Option<PathBuf>,
+    /// `broker.url`.
+    pub broker: Option<Secret>,
+    /// `http.listen`.
+    pub listen: Option<String>,
+    /// `log.level`.
+    pub log_level: Option<String>,
+    /// `log.format`.
+    pub log_format: Option<String>,
+}
+
+/// A configuration, and the source of each value.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct LoadedConfig {
+    /// The configuration in force.
+    pub config: Config,
+    /// In the order of `KEYS`.
+    sources: Vec<String>,
+    /// Environment variables that lack one underscore.
+    unrecognized_env: Vec<String>,
+}
+
+impl LoadedConfig {
+    /// The configuration as TOML, with the source of each value. Secrets are masked, and unset keys are comments.
+    #[must_use]
+    pub fn report(&self) -> String {
+        let mut report = String::new();
+        for warning in self.warnings() {
+            let _ = writeln!(report, "# {warning}");
+        }
+        let mut section = "";
+        for (key, source) in KEYS.iter().zip(&self.sources) {
+            if key.section() != section {
+                let gap = if section.is_empty() { "" } else { "\n" };
+                section = key.section();
+                let _ = writeln!(report, "{gap}[{section}]");
+            }
+            let name = &key.name[section.len() + 1..];
+            let _ = match (key.format)(&self.config) {
+                Some(value) => writeln!(report, "{name} = {value}  # {source}"),
+                None => writeln!(report, "# {name} is unset  # {source}"),
+            };
+        }
+        report
+    }
+
+    /// Values that have no effect, one line each: environment variables that lack an underscore, and a URL beside a URL
+    /// file.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<String> {
+        self.unrecognized_env.iter().cloned().chain(self.shadowed_url()).collect()
+    }
+
+    fn shadowed_url(&self) -> Option<String> {
+        let broker = &self.config.broker;
+        if broker.url_file.is_none() || broker.url == BrokerConfig::default().url {
+            return None;
+        }
+        let source = |name| KEYS.iter().zip(&self.sources).find(|(key, _)| key.name == name).map(|(_, source)| source);
+        let (url, file) = (source("broker.url")?, source("broker.url_file")?);
+        Some(format!("broker.url ({url}) is ignored because broker.url_file ({file}) is set"))
+    }
+}
+
+/// Loads and validates the configuration from defaults, file, environment and overrides.
+///
+/// # Errors
+/// Returns an error if any value is invalid: the first one found.
+pub fn load(overrides: &Overrides) -> Result<LoadedConfig, ConfigError> {
+    load_from(overrides, std::env::vars_os(), Path::new(DEFAULT_FILE))
+}
+
+/// Like [`load`], with another environment and default file. For tests and fuzz targets.
+///
+/// # Errors
+/// Returns an error if any value is invalid: the first one found.
+#[doc(hidden)]
+pub fn load_from(
+    overrides: &Overrides,
+    environment: impl IntoIterator<Item = (OsString, OsString)>,
+    default_file: &Path,
+) -> Result<LoadedConfig, ConfigError> {
+    let environment = Environment::read(environment)?;
+    let mut figment = Figment::new();
+    let named_file = overrides.config_file.as_ref().or(environment.config_file.as_ref());
+    if let Some(layer) = file_layer(named_file, default_file)? {
+        figment = figment.merge(layer);
+    }
+    for layer in environment.layers.into_iter().chain(override_layers(overrides)) {
+        figment = figment.merge(layer);
+    }
+    let config: Config = figment.extract().map_err(|error| value_error(&figment, error))?;
+    config.validate()?;
+    let sources = KEYS.iter().map(|key| source(&figment, key)).collect();
+    Ok(LoadedConfig { config, sources, unrecognized_env: environment.unrecognized })
+}
+
+/// The exporter's environment variables.
+#[derive(Default)]
+struct Environment {
+    config_file: Option<PathBuf>,
+    layers: Vec<Layer>,
+    unrecognized: Vec<String>,
+}
+
+impl Environment {
+    fn read(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Self, ConfigError> {
+        let mut environment = Self::default();
+        for (name, value) in variables {
+            let name = name.to_string_lossy();
+            match name.strip_prefix(PREFIX) {
+                Some("CONFIG") if !value.is_empty() => environment.config_file = Some(PathBuf::from(value)),
+                Some(rest) if rest.contains("__") => {
+                    if rest.eq_ignore_ascii_case("BROKER__URL") {
+                        // A URL in the environment replaces a URL file that the TOML file sets.
+                        environment.layers.insert(0, variable_layer(&name, "BROKER__URL_FILE", OsStr::new(""))?);
+                    }
+                    environment.layers.push(variable_layer(&name, rest, &value)?);
+                }
+                Some(rest) => environment.unrecognized.extend(
+                    did_you_mean(rest)
+                        .map(|known| format!("environment variable {name} is ignored; did you mean {known}?")),
+                ),
+                None => {}
+            }
+        }
+        Ok(environment)
+    }
+}
+
+/// The variable that was probably meant by a name with single underscores. `None` if no key is similar. Kubernetes sets
+/// variables such as `FLOWER_EXPORTER_PORT` for a Service of this name, and they must be ignored.
+fn did_you_mean(rest: &str) -> Option<String> {
+    let key = KEYS.iter().find(|key| key.name.replace('.', "_").eq_ignore_ascii_case(rest))?;
+    Some(format!("{PREFIX}{}", key.name.replace('.', "__").to_uppercase()))
+}
+
+fn source(figment: &Figment, key: &Key) -> String {
+    figment.find_metadata(key.name).map_or("default".to_owned(), |metadata| metadata.name.to_string())
+}
+
+/// The values of one source. The source's name in the metadata appears in the report and in errors.
+struct Layer {
+    metadata: Metadata,
+    values: Dict,
+}
+
+impl Layer {
+    fn from_key(source: String, key: &Key, value: Value) -> Self {
+        let values = nest(key.name, unset_if_empty(key, value)).into_dict().unwrap_or_default();
+        Self { metadata: Metadata::named(source), values }
+    }
+}
+
+impl Provider for Layer {
+    fn metadata(&self) -> Metadata {
+        self.metadata.clone()
+    }
+
+    fn data(&self) -> figment::error::Result<Map<Profile, Dict>> {
+        Ok(Profile::Default.collect(self.values.clone()))
+    }
+}
+
+fn unset_if_empty(key: &Key, value: Value) -> Value {
+    match value.as_str() {
+        Some("") if key.optional => Value::Empty(Tag::Default, Empty::None),
+        _ => value,
+    }
+}
+
+fn file_layer(named: Option<&PathBuf>, default: &Path) -> Result<Option<Layer>, ConfigError> {
+    let path = named.map_or(default, PathBuf::as_path);
+    let text = match std::fs::read_to_string(path) {
+        Err(error) if named.is_none() && error.kind() == io::ErrorKind::NotFound => {
+            return Ok(None);
+        }
+        read => read.map_err(|error| file_error(path, &error))?,
+    };
+    let mut values = Toml::from_str::<Dict>(&text).map_err(|error| {
+        let start = error.span().map_or(0, |span| span.start);
+        let before = text.get(..start).unwrap_or_default();
+        let line = before.matches('\n').count() + 1;
+        let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
+        let message = error.message().replace('\n', ", ");
+        file_error(path, &format_args!("line {line}, column {column}: {message}"))
+    })?;
+    check_keys(&mut values, "", &redacted(path))?;
+    let metadata = Metadata::named(redacted(path)).source(path);
+    Ok(Some(Layer { metadata, values }))
+}
+
+fn file_error(path: &Path, problem: &dyn Display) -> ConfigError {
+    ConfigError::File { path: redacted(path), reason: problem.to_string() }
+}
+
+/// A path that is safe to print. It is masked if it may be a URL with a password, which was set by mistake.
+pub(crate) fn redacted(path: &Path) -> String {
+    printable(&path.to_string_lossy()).escape_debug().to_string()
+}
+
+fn check_keys(values: &mut Dict, section: &str, file: &str) -> Result<(), ConfigError> {
+    for (name, value) in values {
+        let path = if section.is_empty() { name.clone() } else { format!("{section}.{name}") };
+        if let Some(key) = schema::find(&path) {
+            *value = unset_if_empty(key, value.clone());
+        } else if !schema::is_section(&path) {
+            return Err(unknown_key(file, &path));
+        } else if let Value::Dict(_, inner) = value {
+            check_keys(inner, &path, file)?;
+        } else {
+            let subject = format!("{file}: {path}");
+            let expected = format!("expected a table [{path}]");
+            return Err(ConfigError::Value { subject, value: String::new(), expected });
+        }
+    }
+    Ok(())
+}
+
+fn unknown_key(subject: &str, key: &str) -> ConfigError {
+    if let Some((_, new)) = RENAMED.iter().find(|(old, _)| *old == key) {
+        return ConfigError::RenamedKey { subject: subject.to_owned(), old: key.to_owned(), new };
+    }
+    let section = key.rsplit_once('.').map_or("", |(section, _)| section);
+    ConfigError::UnknownKey {
+        subject: subject.to_owned(),
+        key: key.escape_debug().to_string(),
+        accepted: schema::children(section).join(", "),
+    }
+}
+
+fn variable_layer(name: &str, rest: &str, value: &OsStr) -> Result<Layer, ConfigError> {
+    let path = rest.to_ascii_lowercase().replace("__", ".");
+    let source = format!("environment {}", name.escape_debug());
+    let key = schema::find(&path).ok_or_else(|| unknown_key(&source, &path))?;
+    let text = value.to_str().ok_or_else(|| ConfigError::NotUtf8(name.to_owned()))?;
+    let value = match key.kind {
+        ValueKind::Text | ValueKind::Secret => Value::from(text),
+        ValueKind::Scalar => scalar(text),
+        ValueKind::Texts | ValueKind::Numbers if text.is_empty() => Value::from(text),
+        ValueKind::Texts => list(text, |item| Value::from(item)),
+        ValueKind::Numbers => list(text, scalar),
+    };
+    Ok(Layer::from_key(source, key, value))
+}
+
+fn scalar(text: &str) -> Value {
+    let text = text.trim();
+    let boolean = text.parse::<bool>().map(Value::from).ok();
+    let integer = || text.parse::<i64>().map(Value::from).ok();
+    let float = || text.parse::<f64>().map(Value::from).ok();
+    boolean.or_else(integer).or_else(float).unwrap_or_else(|| Value::from(text))
+}
+
+/// Parses a TOML array or comma-separated items. A comma-separated list may begin with `[`, too, because a glob may.
+fn list(text: &str, item: fn(&str) -> Value) -> Value {
+    let array = Toml::from_str::<Dict>(&format!("list = {}", text.trim()))
+        .ok()
+        .filter(|parsed| parsed.len() == 1)
+        .and_then(|mut parsed| parsed.remove("list"))
+        .filter(|value| value.as_array().is_some());
+    let items = || text.split(',').map(str::trim).filter(|item| !item.is_empty());
+    array.unwrap_or_else(|| Value::from(items().map(item).collect::<Vec<_>>()))
+}
+
+fn override_layers(overrides: &Overrides) -> impl Iterator<Item = Layer> {
+    let values = [
+        ("broker.url", "--broker", overrides.broker.as_ref().map(Secret::expose)),
+        // A URL on the command line replaces a URL file that an earlier source sets.
+        ("broker.url_file", "--broker", overrides.broker.as_ref().map(|_| "")),
+        ("http.listen", "--listen", overrides.listen.as_deref()),
+        ("log.level", "--log-level", overrides.log_level.as_deref()),
+        ("log.format", "--log-format", overrides.log_format.as_deref()),
+    ];
+    values.into_iter().filter_map(|(name, option, value)| {
+        Some(Layer::from_key(format!("command line {option}"), schema::find(name)?, Value::from(value?)))
+    })
+}
+
+fn value_error(figment: &Figment, error: figment::Error) -> ConfigError {
+    let path = error.path.join(".");
+    let key = KEYS.iter().find(|key| path == key.name);
+    let subject = match &error.metadata {
+        Some(metadata) if metadata.source.is_some() => format!("{}: {path}", metadata.name),
+        Some(metadata) => metadata.name.to_string(),
+        None => path.clone(),
+    };
+    let value = match key.map(|key| key.kind) {
+        None => String::new(),
+        Some(ValueKind::Secret) => format!(" = {}", Secret::MASK),
+        Some(_) => figment.find_value(&path).map_or(String::new(), |value| format!(" = {}", format_value(&value))),
+    };
+    let expected = match error.kind {
+        FigmentErrorKind::Message(message) => message,
+        FigmentErrorKind::InvalidType(_, expected) if expected == "a boolean" => "expected true or false".to_owned(),
+        _ => "expected text".to_owned(),
+    };
+    ConfigError::Value { subject, value, expected }
+}
+
+fn format_value(value: &Value) -> String {
+    match value {
+        Value::String(_, text) => quoted(printable(text)),
+        Value::Bool(_, flag) => flag.to_string(),
+        Value::Num(_, number) => match number.to_i128() {
+            Some(integer) => integer.to_string(),
+            None => format!("{:?}", number.to_f64().unwrap_or(f64::NAN)),
+        },
+        Value::Array(_, items) => {
+            format!("[{}]", items.iter().map(format_value).collect::<Vec<_>>().join(", "))
+        }
+        _ => "{…}".to_owned(),
+    }
+}
+
+/// Reads the URLs that `url_file` contains. Errors name the file and never contain its content.
+pub(super) fn read_urls(path: &Path) -> Result<BrokerUrls, ConfigError> {
+    let invalid = |reason: String| ConfigError::Value {
+        subject: "broker.url_file".to_owned(),
+        value: format!(" = {}", quoted(&redacted(path))),
+        expected: reason,
+    };
+    let mut text = String::new();
+    let read = File::open(path).and_then(|file| file.take(MAX_URL_FILE + 1).read_to_string(&mut text));
+    match read {
+        Err(error) => Err(invalid(error.to_string())),
+        Ok(bytes) if bytes as u64 > MAX_URL_FILE => Err(invalid("file exceeds 64 KiB".to_owned())),
+        Ok(_) => text.parse().map_err(|error: UrlError| invalid(error.to_string())),
+    }
+}

@@ -1,0 +1,401 @@
+//! The configuration: layered sources, validation, and secrets that cannot be printed. Only [`load()`],
+//! [`Config::validate`] and [`BrokerConfig::urls`] do I/O: they block while they read a file. Nothing here logs.
+//!
+//! [`load()`] merges the sources, [`Config`] is the validated result, and [`LoadedConfig::report`] shows the source of
+//! each value. The first invalid value is returned as a [`ConfigError`], whose text is one line.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+pub mod broker_url;
+mod error;
+mod load;
+mod reload;
+mod schema;
+mod secret;
+#[cfg(test)]
+mod tests;
+mod types;
+mod validate;
+
+pub use broker_url::{BrokerUrl, BrokerUrls};
+pub use error::ConfigError;
+#[doc(hidden)]
+pub use load::load_from;
+pub(crate) use load::redacted;
+pub use load::{LoadedConfig, Overrides, load};
+pub use reload::{ReloadReport, plan_reload};
+pub use secret::Secret;
+pub use types::{FanoutPrefix, Hostnames, Level, LogFormat};
+
+use types::{
+    Buckets, Count, DurationRange, DurationSecs, Fanout, Globs, Listen, Name, OneOf, SaveInterval, Size, TEN_YEARS,
+    Urls, ZeroIsNever, checked, optional,
+};
+
+/// The validated configuration. `Default` has the built-in defaults.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Config {
+    /// The connection to the broker.
+    pub broker: BrokerConfig,
+    /// The events that workers are asked to send and that are counted.
+    pub events: EventsConfig,
+    /// The limits, timeouts and storage of the state.
+    pub state: StateConfig,
+    /// The buckets, label sets and self-metrics.
+    pub metrics: MetricsConfig,
+    /// The HTTP server.
+    pub http: HttpConfig,
+    /// The exporter's log.
+    pub log: LogConfig,
+}
+
+/// `[broker]`: the connection, and options of each transport.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct BrokerConfig {
+    /// Brokers that are tried in turn, or the members of one Sentinel set. Use [`BrokerConfig::urls`], which takes
+    /// `url_file` into account.
+    #[serde(deserialize_with = "checked::<Urls, _, _>")]
+    pub url: BrokerUrls,
+    /// A file that contains the URLs. It takes precedence over `url` and is read again on every connection attempt.
+    pub url_file: Option<PathBuf>,
+    /// Timeout of one connection attempt, from 1 ms to 10 years.
+    #[serde(deserialize_with = "checked::<DurationRange<1, TEN_YEARS>, _, _>")]
+    pub connect_timeout: Duration,
+    /// Longest delay between two connection attempts, from 100 ms to 10 years.
+    #[serde(deserialize_with = "checked::<DurationRange<100, TEN_YEARS>, _, _>")]
+    pub reconnect_backoff_max: Duration,
+    /// Options of TLS, on either transport.
+    pub tls: BrokerTlsConfig,
+    /// Options of `RabbitMQ`.
+    pub amqp: AmqpConfig,
+    /// Options of Redis and Sentinel.
+    pub redis: RedisConfig,
+}
+
+/// `[broker.tls]`. The URL's `ssl_*` parameters have the same meaning and take precedence.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct BrokerTlsConfig {
+    /// `None`: the URL's scheme or an `ssl_*` parameter turns TLS on. `Some(true)`: TLS is on, both to Sentinels and to
+    /// their master. `Some(false)`: a URL that requires TLS is an error.
+    pub enabled: Option<bool>,
+    /// PEM file with trusted root certificates. `None`: the system's roots.
+    pub ca_file: Option<PathBuf>,
+    /// PEM file with the client certificate.
+    pub cert_file: Option<PathBuf>,
+    /// PEM file with the client certificate's key. `None`: the key is in `cert_file`.
+    pub key_file: Option<PathBuf>,
+    /// Whether the server's certificate must name the host in the URL.
+    pub check_hostname: bool,
+    /// Whether any server certificate is accepted.
+    pub insecure_skip_verify: bool,
+}
+
+/// `[broker.amqp]`.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct AmqpConfig {
+    /// The heartbeat interval, in whole seconds from 1 to 65535. The connection is closed if nothing is received for
+    /// twice this time.
+    #[serde(deserialize_with = "checked::<DurationSecs, _, _>")]
+    pub heartbeat: Duration,
+    /// The name of a durable queue, from 1 to 248 bytes. `None`: an exclusive queue that is deleted with the
+    /// connection.
+    #[serde(deserialize_with = "optional::<Name, _, _>")]
+    pub queue: Option<String>,
+    /// `x-message-ttl`, from 1 ms to 30 days: the age at which the broker drops an unread message. `None`: no limit.
+    #[serde(deserialize_with = "optional::<DurationRange<1, MAX_EXPIRY>, _, _>")]
+    pub message_ttl: Option<Duration>,
+    /// `x-expires` as configured, from 1 ms to 30 days. See [`AmqpConfig::effective_expires`].
+    #[serde(deserialize_with = "optional::<DurationRange<1, MAX_EXPIRY>, _, _>")]
+    pub queue_expires: Option<Duration>,
+    /// `x-max-length-bytes` of the exporter's queue, from 64 KiB to 1 TiB. The broker drops the oldest messages first.
+    #[serde(deserialize_with = "checked::<Size<{ 64 << 10 }, { 1 << 40 }>, _, _>")]
+    pub queue_max_bytes: u64,
+    /// The prefetch count as configured, from 1 to 65535. See [`AmqpConfig::effective_prefetch_count`].
+    #[serde(deserialize_with = "optional::<Count<1, 65_535>, _, _>")]
+    pub prefetch_count: Option<u16>,
+}
+
+/// 30 days in milliseconds. `RabbitMQ` requires TTL and expiry in milliseconds to be below 2^32.
+const MAX_EXPIRY: u64 = 30 * 24 * 3_600_000;
+
+/// `[broker.redis]`. The names are those of kombu's transport options.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct RedisConfig {
+    /// The prefix of every key and channel.
+    pub global_keyprefix: String,
+    /// The prefix of fanout channels.
+    #[serde(deserialize_with = "checked::<Fanout, _, _>")]
+    pub fanout_prefix: FanoutPrefix,
+    /// Whether a fanout channel's name includes the routing key.
+    pub fanout_patterns: bool,
+    /// The name of the master in the Sentinels' configuration. Required for `sentinel://` URLs.
+    pub master_name: Option<String>,
+    /// User name for the Sentinels, as opposed to the master.
+    pub sentinel_username: Option<String>,
+    /// Password for the Sentinels, as opposed to the master.
+    pub sentinel_password: Option<Secret>,
+    /// Whether to subscribe and publish also to the channels that kombu before 5.4 uses with Sentinel.
+    pub sentinel_fanout_compat: bool,
+}
+
+/// `[events]`.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct EventsConfig {
+    /// Whether to broadcast `enable_events` to the workers. If false, the exporter sends no control message at all.
+    pub enable_events: bool,
+    /// Time between two such broadcasts, from 100 ms to 10 years.
+    #[serde(deserialize_with = "checked::<DurationRange<100, TEN_YEARS>, _, _>")]
+    pub enable_interval: Duration,
+    /// Celery's `event_exchange`, from 1 to 248 bytes.
+    #[serde(deserialize_with = "checked::<Name, _, _>")]
+    pub exchange: String,
+    /// Celery's `control_exchange`, from 1 to 248 bytes. The exporter appends `.pidbox`.
+    #[serde(deserialize_with = "checked::<Name, _, _>")]
+    pub control_exchange: String,
+    /// The workers whose events are counted. `None`: all workers.
+    #[serde(deserialize_with = "optional::<Globs, _, _>")]
+    pub hostnames: Option<Hostnames>,
+    /// Capacity of the buffer for received messages in bytes, from 64 KiB to 1 TiB.
+    #[serde(deserialize_with = "checked::<Size<{ 64 << 10 }, { 1 << 40 }>, _, _>")]
+    pub buffer_max_bytes: usize,
+    /// Size of the largest message that is decoded in bytes, from 1 KiB to 1 GiB.
+    #[serde(deserialize_with = "checked::<Size<{ 1 << 10 }, { 1 << 30 }>, _, _>")]
+    pub message_max_bytes: usize,
+}
+
+/// `[state]`.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct StateConfig {
+    /// The maximum number of workers in memory, from 1 to 1,000,000.
+    #[serde(deserialize_with = "checked::<Count<1, 1_000_000>, _, _>")]
+    pub max_workers: usize,
+    /// The maximum number of tasks in memory, from 1 to 100,000,000.
+    #[serde(deserialize_with = "checked::<Count<1, 100_000_000>, _, _>")]
+    pub max_tasks: usize,
+    /// Time without an event after which a worker is offline, up to 10 years. `None` (configured as 0): never.
+    #[serde(deserialize_with = "checked::<ZeroIsNever, _, _>")]
+    pub worker_timeout: Option<Duration>,
+    /// Time without an event after which a worker's series are removed, up to 10 years. `None` (configured as 0):
+    /// never.
+    #[serde(deserialize_with = "checked::<ZeroIsNever, _, _>")]
+    pub purge_offline_workers: Option<Duration>,
+    /// Whether the state is saved and survives a restart.
+    pub persistent: bool,
+    /// The file of the saved state.
+    pub db: PathBuf,
+    /// Time between two saves, up to 10 years, or up to 3600 if configured as a number of seconds. `None` (configured
+    /// as 0): the state is saved only at shutdown and on request.
+    #[serde(deserialize_with = "checked::<SaveInterval, _, _>")]
+    pub state_save_interval: Option<Duration>,
+}
+
+/// `[metrics]`.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct MetricsConfig {
+    /// Upper bounds of the runtime histogram in seconds: from 1 to 100 finite numbers in ascending order, without
+    /// `+Inf`.
+    #[serde(deserialize_with = "checked::<Buckets, _, _>")]
+    pub task_runtime_metric_buckets: Vec<f64>,
+    /// The maximum number of (worker, task) label sets, from 1 to 10,000,000. Further ones are counted as task
+    /// `(other)`.
+    #[serde(deserialize_with = "checked::<Count<1, 10_000_000>, _, _>")]
+    pub max_label_sets: usize,
+    /// Whether `/metrics` includes the exporter's own metrics.
+    pub self_metrics: bool,
+}
+
+/// `[http]`.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct HttpConfig {
+    /// The address to listen on. With port 0, the operating system chooses the port.
+    #[serde(deserialize_with = "checked::<Listen, _, _>")]
+    pub listen: SocketAddr,
+    /// The maximum number of open connections, from 1 to 10,000.
+    #[serde(deserialize_with = "checked::<Count<1, 10_000>, _, _>")]
+    pub max_connections: usize,
+    /// Timeout of each phase of a request (head, response, flush), from 1 ms to 10 years.
+    #[serde(deserialize_with = "checked::<DurationRange<1, TEN_YEARS>, _, _>")]
+    pub request_timeout: Duration,
+    /// Time after which an idle keep-alive connection is closed, from 1 ms to 10 years.
+    #[serde(deserialize_with = "checked::<DurationRange<1, TEN_YEARS>, _, _>")]
+    pub idle_timeout: Duration,
+}
+
+/// `[log]`.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct LogConfig {
+    /// The least severe level that is logged.
+    #[serde(deserialize_with = "checked::<OneOf, _, _>")]
+    pub level: Level,
+    /// The format of a log line.
+    #[serde(deserialize_with = "checked::<OneOf, _, _>")]
+    pub format: LogFormat,
+}
+
+impl Default for BrokerConfig {
+    fn default() -> Self {
+        Self {
+            url: BrokerUrls::default(),
+            url_file: None,
+            connect_timeout: Duration::from_secs(5),
+            reconnect_backoff_max: Duration::from_secs(5),
+            tls: BrokerTlsConfig::default(),
+            amqp: AmqpConfig::default(),
+            redis: RedisConfig::default(),
+        }
+    }
+}
+
+impl BrokerConfig {
+    /// The URLs in force: the current content of `url_file` (at most 64 KiB) if it is set, otherwise `url`.
+    ///
+    /// # Errors
+    /// Returns an error if the file cannot be read or does not contain broker URLs, or if other settings contradict the
+    /// URLs. The error names the file but does not contain its content.
+    pub fn urls(&self) -> Result<BrokerUrls, ConfigError> {
+        let urls = match &self.url_file {
+            Some(path) => load::read_urls(path)?,
+            None => self.url.clone(),
+        };
+        validate::validate_urls(self, &urls)?;
+        Ok(urls)
+    }
+
+    /// Whether connections to `url` use TLS.
+    #[must_use]
+    pub fn tls_for(&self, url: &BrokerUrl) -> bool {
+        url.tls || self.tls.enabled == Some(true)
+    }
+}
+
+impl Default for BrokerTlsConfig {
+    fn default() -> Self {
+        Self {
+            enabled: None,
+            ca_file: None,
+            cert_file: None,
+            key_file: None,
+            check_hostname: true,
+            insecure_skip_verify: false,
+        }
+    }
+}
+
+impl Default for AmqpConfig {
+    fn default() -> Self {
+        Self {
+            heartbeat: Duration::from_secs(10),
+            queue: None,
+            message_ttl: None,
+            queue_expires: None,
+            queue_max_bytes: 256 << 20,
+            prefetch_count: None,
+        }
+    }
+}
+
+impl AmqpConfig {
+    /// How long the queue exists without a consumer: `queue_expires` if set, otherwise 60 s, or 1 h for a named queue.
+    #[must_use]
+    pub fn effective_expires(&self) -> Duration {
+        let default = if self.queue.is_some() { 3600 } else { 60 };
+        self.queue_expires.unwrap_or(Duration::from_secs(default))
+    }
+
+    /// The maximum number of unacknowledged messages: `prefetch_count` if set, otherwise 1,000, or 10,000 for a named
+    /// queue.
+    #[must_use]
+    pub fn effective_prefetch_count(&self) -> u16 {
+        let default = if self.queue.is_some() { 10_000 } else { 1000 };
+        self.prefetch_count.unwrap_or(default)
+    }
+}
+
+impl Default for RedisConfig {
+    fn default() -> Self {
+        Self {
+            global_keyprefix: String::new(),
+            fanout_prefix: FanoutPrefix::On,
+            fanout_patterns: true,
+            master_name: None,
+            sentinel_username: None,
+            sentinel_password: None,
+            sentinel_fanout_compat: false,
+        }
+    }
+}
+
+impl Default for EventsConfig {
+    fn default() -> Self {
+        Self {
+            enable_events: true,
+            enable_interval: Duration::from_secs(5),
+            exchange: "celeryev".to_owned(),
+            control_exchange: "celery".to_owned(),
+            hostnames: None,
+            buffer_max_bytes: 64 << 20,
+            message_max_bytes: 16 << 20,
+        }
+    }
+}
+
+impl Default for StateConfig {
+    fn default() -> Self {
+        Self {
+            max_workers: 5000,
+            max_tasks: 100_000,
+            worker_timeout: Some(Duration::from_secs(60)),
+            purge_offline_workers: Some(Duration::from_secs(2 * 3600)),
+            persistent: false,
+            db: PathBuf::from("/var/lib/flower-exporter/state"),
+            state_save_interval: Some(Duration::from_millis(250)),
+        }
+    }
+}
+
+impl Default for MetricsConfig {
+    fn default() -> Self {
+        Self {
+            task_runtime_metric_buckets: vec![
+                0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+            ],
+            max_label_sets: 100_000,
+            self_metrics: false,
+        }
+    }
+}
+
+impl Default for HttpConfig {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 9555)),
+            max_connections: 64,
+            request_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(120),
+        }
+    }
+}

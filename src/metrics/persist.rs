@@ -1,0 +1,168 @@
+//! The saved form of the series: one record per (worker, task) label set.
+
+use std::borrow::Cow;
+
+use serde::{Deserialize, Serialize};
+
+use super::histogram::Histogram;
+use super::label_escaping::OTHER;
+use super::series::{MAX_EVENT_TYPES, Series, SeriesKey, WorkerKey, to_u32};
+use crate::celery::truncate_label;
+
+/// The saved series of a label set.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct SavedTaskSeries<'a> {
+    /// The saved key of its worker.
+    pub worker: u32,
+    /// The task name; `None` for task `(other)`.
+    #[serde(borrow)]
+    pub task: Option<Cow<'a, str>>,
+    /// Event type id, count.
+    events: Cow<'a, [(u8, u64)]>,
+    /// Non-cumulative bucket counts, and the sum in seconds.
+    runtime: Option<(Cow<'a, [u64]>, f64)>,
+    prefetch_time: Option<f64>,
+    prefetched: Option<u32>,
+}
+
+/// The saved gauges of a worker.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct SavedGauges {
+    online: Option<bool>,
+    executing: Option<f64>,
+}
+
+impl WorkerKey {
+    /// The key in saved records.
+    #[must_use]
+    pub fn to_u32(self) -> u32 {
+        self.0
+    }
+}
+
+impl Series {
+    /// Starts to track which label sets change.
+    pub fn track_changes(&mut self) {
+        self.dirty.enable();
+    }
+
+    /// Marks all label sets as changed.
+    pub fn mark_all_dirty(&mut self) {
+        let Self { tasks, dirty, .. } = self;
+        tasks.iter().for_each(|(index, _)| dirty.mark(to_u32(index)));
+    }
+
+    /// Whether any label set changed since the last [`Series::take_changes`].
+    #[must_use]
+    pub fn has_changes(&self) -> bool {
+        !self.dirty.is_empty()
+    }
+
+    /// The saved keys of the label sets that changed or were removed.
+    pub fn take_changes(&mut self) -> Vec<u32> {
+        self.dirty.take()
+    }
+
+    /// The saved form of a label set, or `None` if it was removed. `name` returns a task name by its id.
+    pub fn save_task_series<'a>(&'a self, key: u32, name: impl Fn(u32) -> &'a str) -> Option<SavedTaskSeries<'a>> {
+        let series = self.tasks.get(key as usize)?;
+        Some(SavedTaskSeries {
+            worker: series.worker.0,
+            task: series.task.map(|id| Cow::Borrowed(name(id))),
+            events: Cow::Borrowed(&series.events),
+            runtime: series.runtime.as_deref().map(|histogram| (Cow::Borrowed(&*histogram.counts), histogram.sum)),
+            prefetch_time: series.prefetch_time,
+            prefetched: series.prefetched,
+        })
+    }
+
+    /// The saved form of a worker's gauges.
+    #[must_use]
+    pub fn save_gauges(&self, worker: WorkerKey) -> SavedGauges {
+        let worker = &self.workers[worker.0 as usize];
+        SavedGauges { online: worker.online, executing: worker.executing }
+    }
+
+    /// The upper bounds of the histograms in seconds.
+    #[must_use]
+    pub fn bounds(&self) -> &[f64] {
+        &self.bounds
+    }
+
+    /// The event types seen, in the order of their ids.
+    #[must_use]
+    pub fn event_types(&self) -> Vec<&str> {
+        let mut types: Vec<_> = self.event_types.ids.iter().collect();
+        types.sort_unstable_by_key(|(_, id)| **id);
+        types.into_iter().map(|(name, _)| &**name).collect()
+    }
+
+    /// Restores the event types into an empty table. Returns `None` if they are too many or not distinct.
+    pub fn restore_event_types(&mut self, types: &[Cow<str>]) -> Option<()> {
+        if types.len() > MAX_EVENT_TYPES + 1 {
+            return None;
+        }
+        for (index, name) in types.iter().enumerate() {
+            let id = self.event_types.add(&truncate_label(name));
+            if usize::from(id) != index || self.event_types.ids.len() != index + 1 {
+                return None;
+            }
+        }
+        Some(())
+    }
+
+    /// Restores a worker's gauges. Returns `None` if a value is invalid.
+    pub fn restore_gauges(&mut self, worker: WorkerKey, saved: SavedGauges) -> Option<()> {
+        let worker = &mut self.workers[worker.0 as usize];
+        if saved.executing.is_some_and(|tasks| !is_valid(tasks)) {
+            return None;
+        }
+        (worker.online, worker.executing) = (saved.online, saved.executing);
+        Some(())
+    }
+
+    /// Restores a label set of `worker`, whose task name has the id `task`. The histogram is left out unless
+    /// `same_bounds`. Returns `None` if the label set is already present or a value is invalid.
+    pub fn restore_task_series(
+        &mut self,
+        worker: WorkerKey,
+        task: Option<u32>,
+        saved: SavedTaskSeries,
+        same_bounds: bool,
+    ) -> Option<SeriesKey> {
+        let types = self.event_types.labels.len();
+        let histogram = saved.runtime.filter(|_| same_bounds);
+        let mut seen = [false; MAX_EVENT_TYPES + 1];
+        let are_values_valid = saved
+            .events
+            .iter()
+            .all(|(id, _)| usize::from(*id) < types && !std::mem::replace(&mut seen[usize::from(*id)], true))
+            && saved.prefetch_time.is_none_or(is_valid)
+            && histogram.as_ref().is_none_or(|(counts, sum)| counts.len() == self.bounds.len() + 1 && is_valid(*sum));
+        if !are_values_valid {
+            return None;
+        }
+        let key = match (task, saved.task) {
+            (Some(id), Some(text)) if text != OTHER && self.find_task_series(worker, id).is_none() => {
+                let key = self.create_task_series(worker, &truncate_label(&text), Some(id));
+                self.index.insert((worker, id), key);
+                key
+            }
+            (None, None) if self.workers[worker.0 as usize].other.is_none() => {
+                self.create_task_series(worker, OTHER, None)
+            }
+            _ => return None,
+        };
+        let series = &mut self.tasks[key.index()];
+        series.events = saved.events.into_owned();
+        series.runtime = histogram.map(|(counts, sum)| Box::new(Histogram { counts: counts.into(), sum }));
+        series.prefetch_time = saved.prefetch_time;
+        series.prefetched = saved.prefetched;
+        Some(key)
+    }
+}
+
+/// Whether a value is not negative and not NaN. Infinity is valid, because a sum of finite values can overflow to it.
+fn is_valid(value: f64) -> bool {
+    value >= 0.0
+}

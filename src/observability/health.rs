@@ -1,0 +1,256 @@
+//! The state behind `/healthz`. Written by the session, the ingest loop and the store; read by HTTP.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// A loop that has not run for this long is stalled.
+const STALL_LIMIT: Duration = Duration::from_secs(30);
+
+const SHARED_QUEUE: &str = "another consumer is consuming from broker.amqp.queue, so each exporter counts only a part; \
+                            stop the other consumer, or give each exporter a separate queue";
+
+/// The state of the session with the broker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum BrokerStatus {
+    /// Not subscribed; connecting.
+    Connecting,
+    /// The server has confirmed the subscription.
+    Connected,
+    /// The exporter is stopping or has stopped.
+    Stopped,
+}
+
+impl BrokerStatus {
+    /// The value of `broker` in `/healthz`.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::Connected => "connected",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+/// The exporter's health. No method blocks for longer than a lock is held.
+#[derive(Debug)]
+pub struct Health {
+    started: Instant,
+    state: Mutex<HealthState>,
+    /// In milliseconds since `started`; 0 for never.
+    last_event: AtomicU64,
+    /// In milliseconds since `started`; 0 for never.
+    last_ingest_tick: AtomicU64,
+    /// In milliseconds since `started`; 0 for never.
+    last_session_tick: AtomicU64,
+    queued_batches: AtomicUsize,
+    failed: AtomicBool,
+}
+
+#[derive(Debug)]
+struct HealthState {
+    broker: BrokerStatus,
+    ingest_warnings: Vec<String>,
+    other_consumers: u32,
+    store_warning: Option<String>,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self {
+            started: Instant::now(),
+            state: Mutex::new(HealthState {
+                broker: BrokerStatus::Connecting,
+                ingest_warnings: Vec::new(),
+                other_consumers: 0,
+                store_warning: None,
+            }),
+            last_event: AtomicU64::new(0),
+            last_ingest_tick: AtomicU64::new(0),
+            last_session_tick: AtomicU64::new(0),
+            queued_batches: AtomicUsize::new(0),
+            failed: AtomicBool::new(false),
+        }
+    }
+}
+
+/// Logs the warnings that are not in `before`.
+fn log_new_warnings(before: &[String], warnings: &[String]) {
+    for warning in warnings.iter().filter(|warning| !before.contains(warning)) {
+        tracing::warn!("{warning}");
+    }
+}
+
+impl Health {
+    fn state(&self) -> MutexGuard<'_, HealthState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn milliseconds(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX).max(1)
+    }
+
+    /// Sets the state of the session.
+    pub(crate) fn set_broker(&self, status: BrokerStatus) {
+        self.state().broker = status;
+    }
+
+    /// The state of the session.
+    #[must_use]
+    pub fn broker(&self) -> BrokerStatus {
+        self.state().broker
+    }
+
+    /// Replaces the warnings of the ingest loop.
+    pub(crate) fn set_warnings(&self, warnings: Vec<String>) {
+        let before = self.state().ingest_warnings.clone();
+        log_new_warnings(&before, &warnings);
+        self.state().ingest_warnings = warnings;
+    }
+
+    /// Sets how many other consumers the named queue has.
+    pub(crate) fn set_other_consumers(&self, count: u32) {
+        let before = self.state().other_consumers;
+        if count > 0 && before == 0 {
+            tracing::warn!(count, "{SHARED_QUEUE}");
+        }
+        self.state().other_consumers = count;
+    }
+
+    /// Sets the reason why the state cannot be saved, or clears it.
+    pub(crate) fn set_store_warning(&self, warning: Option<String>) {
+        let before = self.state().store_warning.clone();
+        log_new_warnings(before.as_slice(), warning.as_slice());
+        self.state().store_warning = warning;
+    }
+
+    /// Ongoing conditions that need the operator's attention.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<String> {
+        let state = self.state();
+        let shared = (state.other_consumers > 0).then(|| SHARED_QUEUE.to_owned());
+        state.ingest_warnings.iter().cloned().chain(shared).chain(state.store_warning.clone()).collect()
+    }
+
+    /// Records that events were processed.
+    pub(crate) fn record_event(&self) {
+        self.last_event.store(self.milliseconds(), Ordering::Relaxed);
+    }
+
+    /// Time since the last event was processed. `None` before the first one.
+    #[must_use]
+    pub fn since_last_event(&self) -> Option<Duration> {
+        match self.last_event.load(Ordering::Relaxed) {
+            0 => None,
+            _ => Some(self.since(&self.last_event)),
+        }
+    }
+
+    /// Records that the ingest loop runs.
+    pub(crate) fn ingest_tick(&self) {
+        self.last_ingest_tick.store(self.milliseconds(), Ordering::Relaxed);
+    }
+
+    /// Records that the session's thread runs.
+    pub(crate) fn session_tick(&self) {
+        self.last_session_tick.store(self.milliseconds(), Ordering::Relaxed);
+    }
+
+    /// Records that a batch was put into the inbox.
+    pub(crate) fn batch_enqueued(&self) {
+        self.queued_batches.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Records that a batch was processed.
+    pub(crate) fn batch_processed(&self) {
+        self.queued_batches.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Records that a component ended although it should run.
+    pub(crate) fn mark_failed(&self) {
+        self.failed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether events can still be processed. If not, `/healthz` returns 503.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        let has_work = self.queued_batches.load(Ordering::Relaxed) > 0;
+        let ingest_stalled = has_work && self.since(&self.last_ingest_tick) > STALL_LIMIT;
+        let session_stalled =
+            self.broker() != BrokerStatus::Stopped && self.since(&self.last_session_tick) > STALL_LIMIT;
+        !ingest_stalled && !session_stalled && !self.failed.load(Ordering::Relaxed)
+    }
+
+    /// Whether every component runs, and the session loop and the ingest loop ran within `limit`. They run several
+    /// times per second.
+    #[must_use]
+    pub(crate) fn has_ticked_within(&self, limit: Duration) -> bool {
+        let since = self.since(&self.last_ingest_tick).max(self.since(&self.last_session_tick));
+        since < limit && !self.failed.load(Ordering::Relaxed)
+    }
+
+    fn since(&self, moment: &AtomicU64) -> Duration {
+        Duration::from_millis(self.milliseconds().saturating_sub(moment.load(Ordering::Relaxed)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Health of an exporter that was started this long ago.
+    fn started(ago: Duration) -> Health {
+        Health { started: Instant::now().checked_sub(ago).unwrap(), ..Health::default() }
+    }
+
+    #[test]
+    fn a_stalled_ingest_loop_is_unhealthy_only_while_there_is_work() {
+        let health = started(STALL_LIMIT * 2);
+        health.session_tick();
+        assert!(health.is_alive(), "the ingest loop has nothing to do");
+        health.batch_enqueued();
+        assert!(!health.is_alive());
+        health.ingest_tick();
+        assert!(health.is_alive());
+    }
+
+    #[test]
+    fn a_stalled_session_is_unhealthy_until_the_exporter_stops() {
+        let health = started(STALL_LIMIT * 2);
+        assert!(!health.is_alive());
+        health.set_broker(BrokerStatus::Stopped);
+        assert!(health.is_alive());
+    }
+
+    #[test]
+    fn a_failed_component_is_unhealthy() {
+        let health = Health::default();
+        assert!(health.is_alive());
+        health.mark_failed();
+        assert!(!health.is_alive() && !health.has_ticked_within(STALL_LIMIT));
+    }
+
+    #[test]
+    fn both_loops_must_have_ticked() {
+        let health = started(STALL_LIMIT);
+        health.ingest_tick();
+        assert!(!health.has_ticked_within(STALL_LIMIT / 2));
+        health.session_tick();
+        assert!(health.has_ticked_within(STALL_LIMIT / 2));
+    }
+
+    #[test]
+    fn warnings_of_all_components_are_listed_while_they_last() {
+        let health = Health::default();
+        health.set_warnings(vec!["ingest".to_owned()]);
+        health.set_other_consumers(1);
+        health.set_store_warning(Some("store".to_owned()));
+        assert_eq!(health.warnings(), ["ingest", SHARED_QUEUE, "store"]);
+        health.set_warnings(Vec::new());
+        health.set_other_consumers(0);
+        health.set_store_warning(None);
+        assert!(health.warnings().is_empty());
+    }
+}

@@ -1,0 +1,11 @@
+//! What the exporter reports about itself: its own metrics, its health, and a throttle for its log.
+//!
+//! Every component writes here, and none reads a metric to make a decision.
+
+mod health;
+mod log_throttle;
+mod self_metrics;
+
+pub use health::{BrokerStatus, Health};
+pub use log_throttle::LogThrottle;
+pub use self_metrics::{GapCause, SelfMetrics};

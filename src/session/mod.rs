@@ -1,0 +1,258 @@
+//! Runs sessions with the broker one after another: connect, serve, back off, repeat. Only this module reconnects.
+//!
+//! Runs on one thread and never blocks it. Messages go into the inbox, as does a notice of every gap.
+
+mod backoff;
+mod drop_reporter;
+mod maintenance;
+mod reader;
+
+use std::convert::Infallible;
+use std::error::Error;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::{sleep, timeout};
+
+use crate::broker::{self, BrokerError, BrokerHandle, EventReceiver};
+use crate::config::{BrokerUrl, Config};
+use crate::inbox::{Ack, Inbox, IngestMessage, LIVENESS_CHECK_INTERVAL};
+use crate::observability::{BrokerStatus, Health, LogThrottle, SelfMetrics};
+
+use backoff::Backoff;
+use drop_reporter::DropReporter;
+use maintenance::Maintenance;
+use reader::Reader;
+
+/// A subscription that lasted this long was healthy: the next attempt starts with the initial backoff.
+const HEALTHY_SESSION_THRESHOLD: Duration = Duration::from_secs(60);
+/// How long shutdown waits for a connection attempt to finish, and for a connection to close.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Connects to the broker, and runs a session on each connection until it ends.
+#[derive(Debug)]
+pub struct SessionLoop {
+    /// The current configuration.
+    pub config: watch::Receiver<Arc<Config>>,
+    /// The inbox of the ingest loop.
+    pub inbox: Inbox,
+    /// Acknowledgments from the ingest loop and the store.
+    pub acks_rx: mpsc::UnboundedReceiver<Ack>,
+    /// True once the exporter is shutting down.
+    pub stop_rx: watch::Receiver<bool>,
+    /// The exporter's own metrics.
+    pub self_metrics: Arc<SelfMetrics>,
+    /// The state behind `/healthz`.
+    pub health: Arc<Health>,
+}
+
+/// How a subscription ended.
+#[derive(Debug)]
+struct SessionEnd {
+    /// `None` if the exporter is shutting down.
+    error: Option<BrokerError>,
+    /// Whether any message was received.
+    received: bool,
+    lasted: Duration,
+    at: Instant,
+}
+
+impl SessionEnd {
+    fn was_healthy(&self) -> bool {
+        self.received || self.lasted >= HEALTHY_SESSION_THRESHOLD
+    }
+}
+
+impl SessionLoop {
+    /// Runs until the exporter stops.
+    pub async fn run(mut self) {
+        let (inbox, health) = (self.inbox.clone(), Arc::clone(&self.health));
+        let mut drop_reporter = DropReporter::new(&inbox);
+        tokio::select! {
+            () = self.run_sessions() => {}
+            never = drop_reporter.run() => match never {},
+            never = report_liveness(&health) => match never {},
+        }
+        drop_reporter.report();
+        self.health.set_broker(BrokerStatus::Stopped);
+        self.self_metrics.connected.set(0);
+    }
+
+    async fn run_sessions(&mut self) {
+        let mut stop_rx = self.stop_rx.clone();
+        let mut backoff = Backoff::default();
+        let (mut connect_log, mut disconnect_log) = (LogThrottle::default(), LogThrottle::default());
+        let (mut number, mut disconnected_at) = (0, None);
+        while !is_stopped(&stop_rx) {
+            let started = Instant::now();
+            let connected = tokio::select! {
+                connected = self.connect_any(&mut connect_log) => connected,
+                // An attempt in progress gets CLOSE_TIMEOUT to finish, so that the broker sees a proper close.
+                () = sleep_after_shutdown(&mut stop_rx, CLOSE_TIMEOUT) => return,
+            };
+            // The time that an attempt took counts toward the backoff.
+            let mut waited = started.elapsed();
+            if let Some((url, receiver, broker)) = connected {
+                number += 1;
+                self.subscribed(&url, &receiver, number, disconnected_at.take());
+                let end = self.run_session(receiver, broker, number, (&url, &mut disconnect_log)).await;
+                disconnected_at = Some(end.at);
+                waited = Duration::ZERO;
+                if end.was_healthy() {
+                    backoff.reset();
+                    connect_log = LogThrottle::default();
+                }
+            }
+            let delay = backoff.next(self.config.borrow().broker.reconnect_backoff_max);
+            tokio::select! {
+                () = sleep(delay.saturating_sub(waited)) => {}
+                _ = stop_rx.wait_for(|stop| *stop) => {}
+            }
+        }
+    }
+
+    /// Tries each URL once.
+    async fn connect_any(&self, log: &mut LogThrottle) -> Option<(BrokerUrl, EventReceiver, BrokerHandle)> {
+        let config = Arc::clone(&self.config.borrow());
+        let urls = match config.broker.urls() {
+            Ok(urls) => urls,
+            Err(error) => {
+                warn_throttled(log, "failed to read broker URL; retrying", None, &error);
+                return None;
+            }
+        };
+        for url in urls.iter() {
+            tracing::debug!(broker = %url, "connecting to broker");
+            match broker::connect(url, &urls, &config).await {
+                Ok((receiver, broker)) => return Some((url.clone(), receiver, broker)),
+                Err(error) => warn_throttled(log, "failed to connect to broker; retrying", Some(url), &error),
+            }
+        }
+        None
+    }
+
+    fn subscribed(&self, url: &BrokerUrl, receiver: &EventReceiver, number: u64, disconnected_at: Option<Instant>) {
+        tracing::info!(broker = %url, "subscribed to {}", receiver.describe());
+        if let Some(since) = disconnected_at {
+            self.self_metrics.reconnects.inc();
+            self.self_metrics.disconnected_seconds.inc_by(since.elapsed().as_secs_f64());
+        }
+        self.self_metrics.connected.set(1);
+        let resume_token = receiver.resume_token().map(Arc::from);
+        self.inbox.send(IngestMessage::Connected { session: number, resume_token });
+        self.health.set_broker(BrokerStatus::Connected);
+    }
+
+    /// Serves one subscription until it ends.
+    async fn run_session(
+        &mut self,
+        receiver: EventReceiver,
+        broker: BrokerHandle,
+        number: u64,
+        (url, disconnect_log): (&BrokerUrl, &mut LogThrottle),
+    ) -> SessionEnd {
+        let began = Instant::now();
+        let mut any_received = false;
+        let reader = Reader { receiver, inbox: &self.inbox, received: &mut any_received };
+        let maintenance = Maintenance {
+            broker: &broker,
+            config: self.config.clone(),
+            acks_rx: &mut self.acks_rx,
+            inbox: &self.inbox,
+            health: &self.health,
+            session: number,
+        };
+        let mut stop_rx = self.stop_rx.clone();
+        let error = tokio::select! {
+            error = reader.run() => Some(error),
+            error = maintenance.run() => Some(error),
+            _ = stop_rx.wait_for(|stop| *stop) => None,
+        };
+        let end = SessionEnd { error, received: any_received, lasted: began.elapsed(), at: Instant::now() };
+        if let Some(error) = &end.error {
+            self.self_metrics.disconnects.inc();
+            warn_throttled(disconnect_log, "lost connection to broker; reconnecting", Some(url), error);
+        }
+        self.health.set_broker(BrokerStatus::Connecting);
+        self.self_metrics.connected.set(0);
+        self.inbox.send(IngestMessage::Disconnected);
+        // The broker's answer does not matter. Sending the request does.
+        let _ = timeout(CLOSE_TIMEOUT, broker.close()).await;
+        end
+    }
+}
+
+/// Reports that the session's thread runs.
+async fn report_liveness(health: &Health) -> Infallible {
+    loop {
+        health.session_tick();
+        sleep(LIVENESS_CHECK_INTERVAL).await;
+    }
+}
+
+/// A dropped exporter closes the channel, which is also a stop.
+fn is_stopped(stop_rx: &watch::Receiver<bool>) -> bool {
+    *stop_rx.borrow() || stop_rx.has_changed().is_err()
+}
+
+/// Returns once `duration` has passed since shutdown was requested.
+async fn sleep_after_shutdown(stop_rx: &mut watch::Receiver<bool>, duration: Duration) {
+    // An error is also a stop: see `is_stopped`.
+    let _ = stop_rx.wait_for(|stop| *stop).await;
+    sleep(duration).await;
+}
+
+/// Warns at most once a minute per combination of message, broker and error. The others are logged at debug level.
+fn warn_throttled(log: &mut LogThrottle, message: &str, broker: Option<&BrokerUrl>, error: &dyn Error) {
+    let broker = broker.map(ToString::to_string);
+    if let Some(suppressed) = log.check(&format!("{message} {broker:?} {error}")) {
+        tracing::warn!(broker, %error, suppressed, "{message}");
+    } else {
+        tracing::debug!(broker, %error, "{message}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn end(received: bool, seconds: u64) -> SessionEnd {
+        SessionEnd { error: None, received, lasted: Duration::from_secs(seconds), at: Instant::now() }
+    }
+
+    #[test]
+    fn a_session_is_healthy_once_it_received_a_message_or_lasted_a_minute() {
+        assert!(!end(false, 59).was_healthy());
+        assert!(end(true, 0).was_healthy());
+        assert!(end(false, 60).was_healthy());
+    }
+
+    fn session(url: &str) -> (SessionLoop, watch::Sender<bool>, std::sync::mpsc::Receiver<IngestMessage>) {
+        let mut config = Config::default();
+        config.broker.url = url.parse().unwrap();
+        let (stop_tx, stop_rx) = watch::channel(false);
+        let (self_metrics, health) = (Arc::new(SelfMetrics::new().unwrap()), Arc::new(Health::default()));
+        let (inbox, inbox_rx) = Inbox::new(1 << 20, Arc::clone(&self_metrics), Arc::clone(&health));
+        let (_, config) = watch::channel(Arc::new(config));
+        let (_, acks_rx) = mpsc::unbounded_channel();
+        (SessionLoop { config, inbox, acks_rx, stop_rx, self_metrics, health }, stop_tx, inbox_rx)
+    }
+
+    #[tokio::test]
+    async fn a_stop_ends_the_session_while_the_broker_is_unreachable() {
+        // A port that was free a moment ago.
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let (session, stop_tx, inbox_rx) = session(&format!("redis://127.0.0.1:{port}/0"));
+        let health = Arc::clone(&session.health);
+        assert_eq!(health.broker(), BrokerStatus::Connecting);
+        let running = session.run();
+        let stop = async {
+            sleep(Duration::from_millis(50)).await;
+            stop_tx.send(true).unwrap();
+        };
+        tokio::join!(running, stop);
+        assert_eq!(health.broker(), BrokerStatus::Stopped);
+        assert!(inbox_rx.try_recv().is_err(), "nothing was received");
+    }
+}

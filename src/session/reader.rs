@@ -1,0 +1,44 @@
+//! Moves messages from the broker into the inbox.
+
+use crate::broker::{BrokerError, EventReceiver};
+use crate::inbox::{Batch, BufferPermit, Inbox, IngestMessage};
+
+/// Reads one subscription until it ends.
+pub(super) struct Reader<'s> {
+    pub(super) receiver: EventReceiver,
+    pub(super) inbox: &'s Inbox,
+    /// Set once a message was received.
+    pub(super) received: &'s mut bool,
+}
+
+impl Reader<'_> {
+    pub(super) async fn run(mut self) -> BrokerError {
+        let mut gap = false;
+        loop {
+            let batch = match self.receiver.next().await {
+                Ok(batch) => batch,
+                Err(error) => return error,
+            };
+            *self.received = true;
+            let (batch, permit, dropped) = self.reserve_or_drop(batch).await;
+            if !batch.messages.is_empty() {
+                if std::mem::take(&mut gap) {
+                    self.inbox.send(IngestMessage::Gap);
+                }
+                self.inbox.send_batch(batch, permit);
+            }
+            // The gap follows the messages that still fit: it is reported before the next ones.
+            gap |= dropped > 0;
+        }
+    }
+
+    /// Waits for room if the broker keeps unread messages. Otherwise drops messages that do not fit.
+    async fn reserve_or_drop(&self, mut batch: Batch) -> (Batch, BufferPermit, usize) {
+        if self.receiver.supports_backpressure() {
+            let permit = self.inbox.reserve(&batch).await;
+            return (batch, permit, 0);
+        }
+        let (permit, dropped) = self.inbox.truncate_to_capacity(&mut batch);
+        (batch, permit, dropped)
+    }
+}

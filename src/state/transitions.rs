@@ -1,0 +1,140 @@
+//! The transitions of a task from received to started to its end, and their effect on the gauges.
+//!
+//! With a retry countdown of 0 or with `replace()`, real workers send this order for one uuid: `started`, `received` of
+//! the next run, `retried`, `started`, `succeeded`. A final event therefore ends the run and keeps the entry of the
+//! next run.
+
+use super::State;
+use super::tasks::{PrefetchEntry, RunningTask, TaskState};
+use super::workers::{Presence, Worker, WorkerId};
+use crate::celery::{Event, EventKind};
+use crate::metrics::SeriesKey;
+
+impl State {
+    /// Applies a built-in task event of a tracked sender.
+    pub(super) fn apply_transition(&mut self, slot: u32, sender: usize, key: SeriesKey, event: &Event) {
+        let time = event.timestamp.unwrap_or_default();
+        let worker = self.workers[sender].id;
+        if event.kind != EventKind::TaskSent {
+            self.tasks.get_mut(slot).worker = worker;
+        }
+        match event.kind {
+            EventKind::TaskSent => self.tasks.get_mut(slot).sent = time,
+            EventKind::TaskReceived => self.receive(slot, sender, key, time),
+            EventKind::TaskStarted => self.start(slot, worker, key, time),
+            EventKind::TaskSucceeded => self.end(slot, sender, TaskState::Succeeded, event),
+            EventKind::TaskFailed => self.end(slot, sender, TaskState::Failed, event),
+            EventKind::TaskRetried => self.end(slot, sender, TaskState::Retried, event),
+            EventKind::TaskRevoked => self.end(slot, sender, TaskState::Revoked, event),
+            EventKind::TaskRejected => self.end(slot, sender, TaskState::Rejected, event),
+            EventKind::TaskCancelled => self.end(slot, sender, TaskState::Cancelled, event),
+            _ => {}
+        }
+        self.ensure_series(slot, key, event.kind);
+    }
+
+    fn receive(&mut self, slot: u32, sender: usize, key: SeriesKey, time: f64) {
+        let Worker { id: worker, epoch, presence, .. } = self.workers[sender];
+        let is_offline = presence == Presence::Offline;
+        let task = self.tasks.get_mut(slot);
+        task.state = task.state.after(TaskState::Received);
+        if task.started_by == worker && time <= task.started {
+            // A late event of a run that has started. Flower creates a series for it nevertheless, so the time is kept.
+            if task.received == 0.0 {
+                task.received = time;
+            }
+            return;
+        }
+        (task.received, task.received_by) = (time, worker);
+        let entry = (task.eta.is_none() && !is_offline).then_some(PrefetchEntry { worker, epoch, key });
+        let replaced = std::mem::replace(&mut task.entry, entry);
+        self.release_entry(replaced);
+        if entry.is_some() {
+            self.workers[sender].may_hold_prefetched = true;
+            self.series.add_prefetched(key);
+        }
+    }
+
+    fn start(&mut self, slot: u32, worker: WorkerId, key: SeriesKey, time: f64) {
+        let task = self.tasks.get_mut(slot);
+        task.state = task.state.after(TaskState::Started);
+        (task.started, task.started_by) = (time, worker);
+        let entry = task.entry.take_if(|entry| entry.worker == worker);
+        let is_measured = task.eta.is_none() && task.received_by == worker && task.received != 0.0;
+        let waited = (time - task.received).max(0.0);
+        let run = RunningTask { worker, key: is_measured.then_some(key) };
+        let replaced = task.run.replace(run);
+        self.release_entry(entry);
+        self.finish_run(replaced);
+        if is_measured {
+            self.series.set_prefetch_time(key, waited);
+        }
+    }
+
+    /// Applies an event that ends a run, or the wait for one. Any worker's event updates the task, but only the worker
+    /// that holds the run or the prefetch entry can end it.
+    fn end(&mut self, slot: u32, sender: usize, state: TaskState, event: &Event) {
+        let (worker, epoch) = (self.workers[sender].id, self.workers[sender].epoch);
+        let task = self.tasks.get_mut(slot);
+        task.state = task.state.after(state);
+        task.ended = event.timestamp.unwrap_or_default();
+        task.runtime = event.runtime.filter(|seconds| *seconds >= 0.0).unwrap_or(task.runtime);
+        let holds_entry = task.entry.is_some_and(|entry| entry.worker == worker && entry.epoch == epoch);
+        let holds_run = task.run.is_some_and(|run| run.worker == worker);
+        let never_ran = state == TaskState::Revoked && !event.terminated;
+        if holds_run && !(never_ran && holds_entry) {
+            let run = task.run.take();
+            self.finish_run(run);
+        } else if holds_entry {
+            let entry = task.entry.take();
+            self.release_entry(entry);
+        }
+    }
+
+    /// Creates the series that Flower would have touched (`PrometheusMetrics.observe_task`), at 0 unless they exist.
+    fn ensure_series(&mut self, slot: u32, key: SeriesKey, kind: EventKind) {
+        let task = self.tasks.get(slot);
+        if task.eta.is_some() || task.received == 0.0 {
+            return;
+        }
+        let started = task.started != 0.0;
+        match kind {
+            EventKind::TaskReceived => self.series.ensure_prefetched(key),
+            EventKind::TaskStarted if started => {
+                self.series.ensure_prefetched(key);
+                self.series.ensure_prefetch_time(key);
+            }
+            EventKind::TaskSucceeded | EventKind::TaskFailed if started => self.series.ensure_prefetch_time(key),
+            EventKind::TaskRevoked | EventKind::TaskRejected if !started => self.series.ensure_prefetched(key),
+            _ => {}
+        }
+    }
+
+    /// Subtracts a prefetch entry from the label set it was counted under, unless the worker's entries were cleared
+    /// since.
+    pub(super) fn release_entry(&mut self, entry: Option<PrefetchEntry>) {
+        if let Some(entry) = entry
+            && self.workers.by_id(entry.worker).is_some_and(|worker| worker.epoch == entry.epoch)
+        {
+            self.series.remove_prefetched(entry.key);
+        }
+    }
+
+    /// Ends a run and zeroes the prefetch time that it set.
+    pub(super) fn finish_run(&mut self, run: Option<RunningTask>) {
+        if let Some(RunningTask { worker, key: Some(key) }) = run
+            && self.workers.by_id(worker).is_some()
+        {
+            self.series.set_prefetch_time(key, 0.0);
+        }
+    }
+
+    /// Clears all prefetch entries of a worker by starting a new epoch.
+    pub(super) fn clear_prefetched(&mut self, slot: usize) {
+        let worker = &mut self.workers[slot];
+        if std::mem::take(&mut worker.may_hold_prefetched) {
+            worker.epoch = worker.epoch.wrapping_add(1);
+            self.series.reset_prefetched(worker.key);
+        }
+    }
+}
