@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::config::broker_url::CertReqs;
-use crate::config::{BrokerTlsConfig, BrokerUrl, redacted};
+use crate::config::{BrokerTlsConfig, BrokerUrl, printable_path};
 use crate::tls::{PemFile, TlsOptions};
 
 pub(super) fn tls_options(url: &BrokerUrl, config: &BrokerTlsConfig) -> TlsOptions {
@@ -21,7 +21,7 @@ pub(super) fn tls_options(url: &BrokerUrl, config: &BrokerTlsConfig) -> TlsOptio
 }
 
 fn pem_file(setting: &'static str, path: Option<&PathBuf>) -> Option<PemFile> {
-    path.map(|path| PemFile { setting, display: redacted(path), path: path.clone() })
+    path.map(|path| PemFile { setting, display: printable_path(path), path: path.clone() })
 }
 
 #[cfg(test)]

@@ -225,17 +225,17 @@ fn file_layer(named: Option<&PathBuf>, default: &Path) -> Result<Option<Layer>, 
         let message = error.message().replace('\n', ", ");
         file_error(path, &format_args!("line {line}, column {column}: {message}"))
     })?;
-    check_keys(&mut values, "", &redacted(path))?;
-    let metadata = Metadata::named(redacted(path)).source(path);
+    check_keys(&mut values, "", &printable_path(path))?;
+    let metadata = Metadata::named(printable_path(path)).source(path);
     Ok(Some(Layer { metadata, values }))
 }
 
 fn file_error(path: &Path, problem: &dyn Display) -> ConfigError {
-    ConfigError::File { path: redacted(path), reason: problem.to_string() }
+    ConfigError::File { path: printable_path(path), reason: problem.to_string() }
 }
 
 /// A path that is safe to print. It is masked if it may be a URL with a password, which was set by mistake.
-pub(crate) fn redacted(path: &Path) -> String {
+pub(crate) fn printable_path(path: &Path) -> String {
     printable(&path.to_string_lossy()).escape_debug().to_string()
 }
 
@@ -357,7 +357,7 @@ fn format_value(value: &Value) -> String {
 pub(super) fn read_urls(path: &Path) -> Result<BrokerUrls, ConfigError> {
     let invalid = |reason: String| ConfigError::Value {
         subject: "broker.url_file".to_owned(),
-        value: format!(" = {}", quoted(&redacted(path))),
+        value: format!(" = {}", quoted(&printable_path(path))),
         expected: reason,
     };
     let mut text = String::new();

@@ -25,7 +25,7 @@ pub use broker_url::{BrokerUrl, BrokerUrls};
 pub use error::ConfigError;
 #[doc(hidden)]
 pub use load::load_from;
-pub(crate) use load::redacted;
+pub(crate) use load::printable_path;
 pub use load::{LoadedConfig, Overrides, load};
 pub use reload::{ReloadReport, plan_reload};
 pub use secret::Secret;

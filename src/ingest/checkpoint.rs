@@ -18,7 +18,7 @@ pub(super) struct SaveScheduler {
     /// A named queue outlives the exporter: its messages are acknowledged once their effect is on disk.
     ack_after_save: bool,
     /// A save is due immediately once this many messages are processed, before the broker waits for acknowledgments.
-    save_batch_size: usize,
+    save_threshold: usize,
     /// Time between two saves. `None` saves only on request and at shutdown.
     interval: Option<Duration>,
     messages: usize,
@@ -38,7 +38,7 @@ impl SaveScheduler {
             ack_after_save: store.is_some() && amqp.queue.is_some(),
             store,
             acks_tx,
-            save_batch_size: (usize::from(amqp.effective_prefetch_count()) / 2).max(1),
+            save_threshold: (usize::from(amqp.effective_prefetch_count()) / 2).max(1),
             interval: config.state.state_save_interval,
             messages: 0,
             ack: None,
@@ -80,7 +80,7 @@ impl SaveScheduler {
         if store.status.is_busy() {
             return None;
         }
-        let broker_waits = self.ack.is_some() && self.messages >= self.save_batch_size;
+        let broker_waits = self.ack.is_some() && self.messages >= self.save_threshold;
         // A store that failed and is idle again needs a full save.
         if !self.replies.is_empty() || broker_waits || store.status.is_failing() {
             return Some(Duration::ZERO);

@@ -48,8 +48,8 @@ impl Series {
 
     /// Marks all label sets as changed.
     pub fn mark_all_dirty(&mut self) {
-        let Self { tasks, dirty, .. } = self;
-        tasks.iter().for_each(|(index, _)| dirty.mark(to_u32(index)));
+        let Self { label_sets, dirty, .. } = self;
+        label_sets.iter().for_each(|(index, _)| dirty.mark(to_u32(index)));
     }
 
     /// Whether any label set changed since the last [`Series::take_changes`].
@@ -65,7 +65,7 @@ impl Series {
 
     /// The saved form of a label set, or `None` if it was removed. `name` returns a task name by its id.
     pub fn save_task_series<'a>(&'a self, key: u32, name: impl Fn(u32) -> &'a str) -> Option<SavedTaskSeries<'a>> {
-        let series = self.tasks.get(key as usize)?;
+        let series = self.label_sets.get(key as usize)?;
         Some(SavedTaskSeries {
             worker: series.worker.0,
             task: series.task.map(|id| Cow::Borrowed(name(id))),
@@ -153,7 +153,7 @@ impl Series {
             }
             _ => return None,
         };
-        let series = &mut self.tasks[key.index()];
+        let series = &mut self.label_sets[key.index()];
         series.events = saved.events.into_owned();
         series.runtime = histogram.map(|(counts, sum)| Box::new(Histogram { counts: counts.into(), sum }));
         series.prefetch_time = saved.prefetch_time;

@@ -60,7 +60,7 @@ pub struct Series {
     pub(super) bounds: Arc<[f64]>,
     pub(super) event_types: EventTypes,
     pub(super) workers: Slab<WorkerSeries>,
-    pub(super) tasks: Slab<TaskSeries>,
+    pub(super) label_sets: Slab<TaskSeries>,
     pub(super) index: HashMap<(WorkerKey, u32), SeriesKey, RandomState>,
     max_label_sets: usize,
     limit_warned: bool,
@@ -109,7 +109,7 @@ impl Series {
             bounds: bounds.into(),
             event_types: EventTypes::default(),
             workers: Slab::new(),
-            tasks: Slab::new(),
+            label_sets: Slab::new(),
             index: HashMap::default(),
             max_label_sets,
             limit_warned: false,
@@ -121,7 +121,7 @@ impl Series {
     /// Number of (worker, task) label sets.
     #[must_use]
     pub fn label_set_count(&self) -> usize {
-        self.tasks.len()
+        self.label_sets.len()
     }
 
     /// Adds a worker, without any series.
@@ -145,7 +145,7 @@ impl Series {
     pub fn remove_worker(&mut self, worker: WorkerKey, mut release: impl FnMut(u32)) {
         for key in self.workers.remove(worker.0 as usize).task_series {
             self.dirty.mark(key.to_u32());
-            if let Some(task) = self.tasks.remove(key.index()).task {
+            if let Some(task) = self.label_sets.remove(key.index()).task {
                 self.index.remove(&(worker, task));
                 release(task);
             }
@@ -162,7 +162,7 @@ impl Series {
     /// Adds a label set that [`Series::find_task_series`] does not find. Returns its key, and whether it retains the
     /// task name. At the limit, the key is that of the worker's task `(other)`, which retains no name.
     pub fn add_task_series(&mut self, worker: WorkerKey, task: TaskName) -> (SeriesKey, bool) {
-        if self.tasks.len() < self.max_label_sets && task.text != OTHER {
+        if self.label_sets.len() < self.max_label_sets && task.text != OTHER {
             let key = self.create_task_series(worker, task.text, Some(task.id));
             self.index.insert((worker, task.id), key);
             return (key, true);
@@ -182,7 +182,7 @@ impl Series {
         let split = to_u32(label.len());
         label.push(',');
         append_escaped(&mut label, "worker", &worker.hostname);
-        let key = SeriesKey::from_index(self.tasks.insert(TaskSeries {
+        let key = SeriesKey::from_index(self.label_sets.insert(TaskSeries {
             generation: self.generation,
             worker: worker_key,
             label: label.into(),
@@ -213,7 +213,7 @@ impl Series {
     #[inline]
     fn task_series_mut(&mut self, key: SeriesKey) -> &mut TaskSeries {
         self.dirty.mark(key.to_u32());
-        &mut self.tasks[key.index()]
+        &mut self.label_sets[key.index()]
     }
 
     /// Counts one event.
@@ -230,7 +230,7 @@ impl Series {
     /// Observes a task's runtime in seconds.
     pub fn observe_runtime(&mut self, key: SeriesKey, seconds: f64) {
         self.dirty.mark(key.to_u32());
-        let histogram = &mut self.tasks[key.index()].runtime;
+        let histogram = &mut self.label_sets[key.index()].runtime;
         histogram.get_or_insert_with(|| Box::new(Histogram::new(&self.bounds))).observe(&self.bounds, seconds);
     }
 
@@ -264,7 +264,7 @@ impl Series {
     /// Sets the existing prefetched-tasks gauges of the worker to 0.
     pub fn reset_prefetched(&mut self, worker: WorkerKey) {
         for key in &self.workers[worker.0 as usize].task_series {
-            if let Some(count @ 1..) = &mut self.tasks[key.index()].prefetched {
+            if let Some(count @ 1..) = &mut self.label_sets[key.index()].prefetched {
                 *count = 0;
                 self.dirty.mark(key.to_u32());
             }
@@ -274,7 +274,7 @@ impl Series {
     /// Sets the existing prefetch-time gauges of the worker to 0.
     pub fn reset_prefetch_times(&mut self, worker: WorkerKey) {
         for key in &self.workers[worker.0 as usize].task_series {
-            let prefetch_time = &mut self.tasks[key.index()].prefetch_time;
+            let prefetch_time = &mut self.label_sets[key.index()].prefetch_time;
             if prefetch_time.is_some_and(|seconds| seconds != 0.0) {
                 *prefetch_time = Some(0.0);
                 self.dirty.mark(key.to_u32());

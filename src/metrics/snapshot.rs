@@ -100,8 +100,8 @@ impl SnapshotBuilder {
             bounds: Arc::clone(&series.bounds),
             event_types: Vec::new(),
             workers: Vec::with_capacity(series.workers.len()),
-            task_series: Vec::with_capacity(series.tasks.len()),
-            events: Vec::with_capacity(series.tasks.len() * 4),
+            task_series: Vec::with_capacity(series.label_sets.len()),
+            events: Vec::with_capacity(series.label_sets.len() * 4),
             buckets: Vec::new(),
             sums: Vec::new(),
         };
@@ -118,14 +118,14 @@ impl SnapshotBuilder {
             }
         }
         self.next_worker = end;
-        let end = (self.next_task_series + rest).min(series.tasks.capacity());
+        let end = (self.next_task_series + rest).min(series.label_sets.capacity());
         for slot in self.next_task_series..end {
-            if let Some(series) = series.tasks.get(slot).filter(|series| series.generation <= self.generation) {
+            if let Some(series) = series.label_sets.get(slot).filter(|series| series.generation <= self.generation) {
                 self.snapshot.push(series);
             }
         }
         self.next_task_series = end;
-        self.next_worker >= series.workers.capacity() && self.next_task_series >= series.tasks.capacity()
+        self.next_worker >= series.workers.capacity() && self.next_task_series >= series.label_sets.capacity()
     }
 
     /// Takes steps until the copy is complete or about `budget` has passed. Returns whether the copy is complete.

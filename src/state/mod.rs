@@ -327,7 +327,8 @@ impl State {
 
     /// Applies the timeouts. Call this several times per second, with the clock that [`State::apply`] uses.
     pub fn expire(&mut self, timeouts: &Timeouts, now: Duration) {
-        for slot in timeouts.worker_timeout.map_or_else(Vec::new, |timeout| self.workers.timed_out(timeout, now)) {
+        for slot in timeouts.worker_timeout.map_or_else(Vec::new, |timeout| self.workers.newly_timed_out(timeout, now))
+        {
             self.workers.mark_timed_out(slot);
             let worker = &self.workers[slot];
             if worker.presence != Presence::Offline {

@@ -313,7 +313,7 @@ impl Workers {
     }
 
     /// The slots of the workers that have exceeded their timeout and are not marked as timed out.
-    pub(super) fn timed_out(&self, timeout: Duration, now: Duration) -> Vec<usize> {
+    pub(super) fn newly_timed_out(&self, timeout: Duration, now: Duration) -> Vec<usize> {
         let is_overdue = |worker: &Worker| {
             !worker.timed_out
                 && worker.presence != Presence::Client

@@ -48,7 +48,7 @@ impl Topology {
             Err(error) => return Err(to_broker_error(error)),
         }
         if topology.is_durable {
-            topology.continuity_marker = topology.find_continuity_marker(connection).await?;
+            topology.continuity_marker = topology.find_or_write_continuity_marker(connection).await?;
         }
         Ok(topology)
     }
@@ -56,7 +56,7 @@ impl Topology {
     /// The continuity marker is a transient message, like the events, in a second queue. A restart of the broker keeps
     /// both queues and drops the messages of both. If the marker or the named queue is missing, a new marker is
     /// written.
-    async fn find_continuity_marker(&self, connection: &Connection) -> Result<Option<String>, BrokerError> {
+    async fn find_or_write_continuity_marker(&self, connection: &Connection) -> Result<Option<String>, BrokerError> {
         let channel = connection.create_channel().await.map_err(to_broker_error)?;
         let found = channel.queue_declare(self.queue.clone(), PASSIVE, FieldTable::default()).await.is_ok();
         let channel = connection.create_channel().await.map_err(to_broker_error)?;
