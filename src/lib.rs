@@ -50,8 +50,8 @@
 //! # Observers
 //! An observer is called with every [`Event`] that could be decoded, in order of arrival, after the state has applied
 //! it. That includes events of workers that `events.hostnames` leaves out.
-//! - It runs on the ingest thread and must not block. On Redis, messages that do not fit into the buffer meanwhile are
-//!   dropped.
+//! - It runs on the ingest thread and must not block. On Redis, messages that do not fit into the buffer during a call
+//!   are dropped.
 //! - It must not gather the exporter's [`collector`](Exporter::collector), which waits for the ingest thread.
 //! - A panic is logged and counted, and the observer is called again for the next event.
 //! - The event borrows from the message: copy what must outlive the call. [`exception`](Event::exception),

@@ -134,7 +134,7 @@ class Bench:
             counted = subject.all_counted()
             self.notes.append(
                 f"{subject.title} on {self.kind} lost {subject.sent - counted:,} of {subject.sent:,} events;"
-                f" its log: {subject.last_words()}"
+                f" its log: {subject.log_tail()}"
             )
         result["counted"], result["sent"] = [counted], [subject.sent]
 
@@ -226,7 +226,7 @@ class Bench:
                 return 0, f"finished only {lag:.1f} s after the last event"
             counted = subject.all_counted(5)
             if counted != subject.sent:
-                return 0, f"{subject.sent - counted:,} of {events:,} events lost; its log: {subject.last_words()}"
+                return 0, f"{subject.sent - counted:,} of {events:,} events lost; its log: {subject.log_tail()}"
             return events / sending, None
         except (Failed, AssertionError, OSError) as error:
             return 0, (str(error) or repr(error)).splitlines()[0]

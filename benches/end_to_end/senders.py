@@ -59,7 +59,7 @@ class RedisSender(Sender):
         self.socket.sendall(b"CLIENT REPLY OFF\r\n")
         self.client = broker.client()
 
-    def heard(self):
+    def has_subscriber(self):
         """Whether there is a subscriber."""
         return self.client.pubsub_numpat()
 
@@ -88,7 +88,7 @@ class AmqpSender(Sender):
         self.socket = self.connection.transport.sock
         self.socket.settimeout(DEADLINE)
 
-    def heard(self):
+    def has_subscriber(self):
         returned = []
         self.channel.events["basic_return"].add(lambda *answer: returned.append(answer))
         event = amqp.Message(heartbeat(worker(0)), content_type="application/json", content_encoding="utf-8")

@@ -53,10 +53,10 @@ class Subject:
                 self.get("/metrics")
                 break
             if time.perf_counter() - began > 30:
-                raise Failed(f"no response within 30 s\n{self.last_words()}")
+                raise Failed(f"no response within 30 s\n{self.log_tail()}")
             time.sleep(0.002)
         took = time.perf_counter() - began
-        wait_until(self.heard, 30, lambda: f"{self.title} subscribes\n{self.process.log()}")
+        wait_until(self.has_subscriber, 30, lambda: f"{self.title} subscribes\n{self.process.log()}")
         self.settle(15)
         return took
 
@@ -66,15 +66,15 @@ class Subject:
         with contextlib.suppress(OSError):
             self.sender.close()
 
-    def heard(self):
+    def has_subscriber(self):
         self.alive()
-        return self.sender.heard()
+        return self.sender.has_subscriber()
 
     def alive(self):
         if not self.process.running:
-            raise Failed(f"exited with code {self.process.popen.returncode}: {self.last_words()}")
+            raise Failed(f"exited with code {self.process.popen.returncode}: {self.log_tail()}")
 
-    def last_words(self):
+    def log_tail(self):
         lines = self.process.log().strip().splitlines()
         return lines[-1].strip()[:300] if lines else "no output"
 

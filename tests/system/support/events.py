@@ -18,43 +18,19 @@ def task(kind, uuid="a", worker=W, at=0, fields=None, **usual):
     return event(f"task-{kind}", worker, at, **{"uuid": uuid, **usual, **(fields or {})})
 
 
+def described(kind, uuid, sender, at, name, eta, fields, **usual):
+    """A task event that contains the task's message: `sent` and `received`."""
+    message = {"name": name, "args": "()", "kwargs": "{}", "retries": 0, "eta": eta, "expires": None}
+    return task(kind, uuid, sender, at, fields, **message, root_id=uuid, parent_id=None, **usual)
+
+
 def sent(uuid="a", client="gen1@client", at=0, name="add", eta=None, **fields):
-    return task(
-        "sent",
-        uuid,
-        client,
-        at,
-        name=name,
-        args="()",
-        kwargs="{}",
-        retries=0,
-        eta=eta,
-        expires=None,
-        queue="celery",
-        exchange="",
-        routing_key="celery",
-        root_id=uuid,
-        parent_id=None,
-        fields=fields,
-    )
+    routing = {"queue": "celery", "exchange": "", "routing_key": "celery"}
+    return described("sent", uuid, client, at, name, eta, fields, **routing)
 
 
 def received(uuid="a", worker=W, at=0, name="add", eta=None, **fields):
-    return task(
-        "received",
-        uuid,
-        worker,
-        at,
-        name=name,
-        args="()",
-        kwargs="{}",
-        retries=0,
-        eta=eta,
-        expires=None,
-        root_id=uuid,
-        parent_id=None,
-        fields=fields,
-    )
+    return described("received", uuid, worker, at, name, eta, fields)
 
 
 def started(uuid="a", worker=W, at=0, **fields):
