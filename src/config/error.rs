@@ -33,14 +33,14 @@ pub enum ConfigError {
         new: &'static str,
     },
     /// A value has the wrong type or is out of bounds.
-    #[error("{subject}{value}: {expected}")]
+    #[error("{subject}{value}: {reason}")]
     Value {
         /// The source, and the key if the source does not name it.
         subject: String,
         /// ` = value`, masked if it may contain a password; empty for a table.
         value: String,
-        /// What is accepted.
-        expected: String,
+        /// Why it is refused, or what is accepted.
+        reason: String,
     },
     /// An environment variable is not text.
     #[error("environment {0}: not valid UTF-8")]

@@ -250,8 +250,8 @@ fn check_keys(values: &mut Dict, section: &str, file: &str) -> Result<(), Config
             check_keys(inner, &path, file)?;
         } else {
             let subject = format!("{file}: {path}");
-            let expected = format!("expected a table [{path}]");
-            return Err(ConfigError::Value { subject, value: String::new(), expected });
+            let reason = format!("expected a table [{path}]");
+            return Err(ConfigError::Value { subject, value: String::new(), reason });
         }
     }
     Ok(())
@@ -330,12 +330,12 @@ fn value_error(figment: &Figment, error: figment::Error) -> ConfigError {
         Some(ValueKind::Secret) => format!(" = {}", Secret::MASK),
         Some(_) => figment.find_value(&path).map_or(String::new(), |value| format!(" = {}", format_value(&value))),
     };
-    let expected = match error.kind {
+    let reason = match error.kind {
         FigmentErrorKind::Message(message) => message,
         FigmentErrorKind::InvalidType(_, expected) if expected == "a boolean" => "expected true or false".to_owned(),
         _ => "expected text".to_owned(),
     };
-    ConfigError::Value { subject, value, expected }
+    ConfigError::Value { subject, value, reason }
 }
 
 fn format_value(value: &Value) -> String {
@@ -358,7 +358,7 @@ pub(super) fn read_urls(path: &Path) -> Result<BrokerUrls, ConfigError> {
     let invalid = |reason: String| ConfigError::Value {
         subject: "broker.url_file".to_owned(),
         value: format!(" = {}", quoted(&printable_path(path))),
-        expected: reason,
+        reason,
     };
     let mut text = String::new();
     let read = File::open(path).and_then(|file| file.take(MAX_URL_FILE + 1).read_to_string(&mut text));

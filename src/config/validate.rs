@@ -37,10 +37,10 @@ pub(super) fn validate_urls(broker: &BrokerConfig, urls: &BrokerUrls) -> Result<
     let is_unix = |url: &BrokerUrl| matches!(url.address, Address::Unix(_));
     match broker.tls.enabled {
         Some(false) if urls.iter().any(|url| url.tls) => {
-            let expected = format!(
+            let reason = format!(
                 "{url_key} requires TLS (amqps://, rediss:// or an ssl_ parameter): enable TLS, or use a URL without it"
             );
-            Err(invalid("broker.tls.enabled", " = false", &expected))
+            Err(invalid("broker.tls.enabled", " = false", &reason))
         }
         Some(true) if urls.iter().any(is_unix) => Err(invalid(
             "broker.tls.enabled",
@@ -51,6 +51,6 @@ pub(super) fn validate_urls(broker: &BrokerConfig, urls: &BrokerUrls) -> Result<
     }
 }
 
-fn invalid(subject: &str, value: &str, expected: &str) -> ConfigError {
-    ConfigError::Value { subject: subject.to_owned(), value: value.to_owned(), expected: expected.to_owned() }
+fn invalid(subject: &str, value: &str, reason: &str) -> ConfigError {
+    ConfigError::Value { subject: subject.to_owned(), value: value.to_owned(), reason: reason.to_owned() }
 }

@@ -93,7 +93,7 @@ pub struct SelfMetrics {
     pub oldest_unsaved_change: Gauge,
     /// Seconds that the last save took.
     pub last_save_duration: Gauge,
-    /// Saves that failed.
+    /// Failed attempts to open or write the state file.
     pub save_failures: IntCounter,
     /// The exporter's clock minus the timestamp of the last event, in seconds.
     pub event_lag: Gauge,
@@ -159,7 +159,7 @@ impl SelfMetrics {
                 .counter("broker_disconnected_seconds_total", "Seconds without a subscription after the first one.")?,
             reconnects: registrar.counter("broker_reconnects_total", "Subscriptions after the first one.")?,
             observer_panics: registrar
-                .counter("observer_panics_total", "Panics of an embedding program's observer.")?,
+                .counter("observer_panics_total", "Panics of an observer; always 0 in the daemon.")?,
             worker_clock_paused_seconds: registrar.counter(
                 "worker_clock_paused_seconds_total",
                 "Seconds in which no worker could time out, because events might not have arrived.",
@@ -173,7 +173,8 @@ impl SelfMetrics {
                 "Time since the save of the oldest unsaved change was due; 0 without state.persistent.",
             )?,
             last_save_duration: registrar.gauge("state_last_save_duration_seconds", "Time that the last save took.")?,
-            save_failures: registrar.counter("state_save_failures_total", "Saves of the state that failed.")?,
+            save_failures: registrar
+                .counter("state_save_failures_total", "Failed attempts to open or write the state file.")?,
             event_lag: registrar
                 .gauge("event_lag_seconds", "The exporter's clock minus the timestamp of the last event.")?,
             tracked_tasks: registrar.gauge("tracked_tasks", "Tasks in memory.")?,

@@ -221,5 +221,10 @@ async fn role_of(client: &Client) -> Role {
 }
 
 fn to_broker_error(error: &fred::error::Error, command: &str) -> BrokerError {
-    BrokerError::Refused(format!("{command}: {}", strip_arguments(error.details())))
+    let reason = format!("{command}: {}", strip_arguments(error.details()));
+    match error.kind() {
+        ErrorKind::Tls => BrokerError::Tls(reason),
+        ErrorKind::IO | ErrorKind::Timeout | ErrorKind::Canceled => BrokerError::Disconnected(reason),
+        _ => BrokerError::Refused(reason),
+    }
 }
