@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use base64_simd::STANDARD;
 use flower_exporter::celery::{envelope, event};
-use flower_exporter::state::{Limits, State};
+use flower_exporter::state::{Arrival, Limits, State};
 
 /// Events per message.
 pub const BATCH: usize = 6;
@@ -123,6 +123,8 @@ pub fn decode(messages: &[Vec<u8>], buffer: &mut Vec<u8>) -> usize {
 /// Decodes bodies and applies their events.
 pub fn ingest(state: &mut State, bodies: &[Vec<u8>]) {
     for body in bodies {
-        event::decode(body, false, |event| state.apply(&event.expect("an event"), Duration::from_secs(1)));
+        event::decode(body, false, |event| {
+            state.apply(&event.expect("an event"), Arrival::in_order(Duration::from_secs(1)))
+        });
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::{exposition, samples};
 use flower_exporter::celery::{DecodeError, Event, event};
 use flower_exporter::metrics::encode::Format;
-use flower_exporter::state::{Limits, State, Timeouts};
+use flower_exporter::state::{Arrival, Limits, State, Timeouts};
 
 const WORKERS: usize = 3;
 const TASKS: usize = 4;
@@ -69,7 +69,7 @@ impl Fixture {
 
     fn apply(&mut self, event: &Event) {
         self.task_events += f64::from(u8::from(event.kind.is_task()));
-        self.state.apply(event, self.now);
+        self.state.apply(event, Arrival::in_order(self.now));
         assert!(self.state.worker_count() <= WORKERS);
         assert!(self.state.task_count() <= TASKS);
         // Each worker, and worker `(other)`, may have one more label set, for task `(other)`.

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
 
 use flower_exporter::celery::event;
 use flower_exporter::config::Config;
@@ -12,7 +13,7 @@ use flower_exporter::inbox::Inbox;
 use flower_exporter::ingest::{IngestHandle, Query};
 use flower_exporter::metrics::{Snapshot, SnapshotBuilder};
 use flower_exporter::observability::{Health, SelfMetrics};
-use flower_exporter::state::{Limits, State};
+use flower_exporter::state::{Arrival, Limits, State};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
@@ -115,7 +116,7 @@ fn snapshot() -> Snapshot {
         {"type": "task-succeeded", "hostname": "w", "timestamp": 2, "uuid": "a", "runtime": 0.5}]"#;
     let mut state = State::new(&Limits { max_workers: 9, max_tasks: 9, max_label_sets: 9, buckets: vec![1.0] });
     event::decode(BODY, false, |event| {
-        state.apply(&event.expect("an event"), std::time::Duration::ZERO);
+        state.apply(&event.expect("an event"), Arrival::in_order(Duration::ZERO));
     });
     let mut builder = SnapshotBuilder::new(state.series());
     while !builder.step(state.series(), 100) {}

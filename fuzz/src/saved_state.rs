@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::{exposition, samples};
 use flower_exporter::celery::event;
 use flower_exporter::metrics::encode::Format;
-use flower_exporter::state::{Corrupt, Delta, Limits, RecordBatch, Restorer, State};
+use flower_exporter::state::{Arrival, Corrupt, Delta, Limits, RecordBatch, Restorer, State};
 
 /// Runs one input.
 ///
@@ -43,7 +43,7 @@ fn apply_lifecycle(state: &mut State, uuid: &str, worker: &str) {
             "runtime": 1,
         });
         event::decode(event.to_string().as_bytes(), false, |event| {
-            state.apply(&event.expect("an event"), Duration::from_secs(1));
+            state.apply(&event.expect("an event"), Arrival::in_order(Duration::from_secs(1)));
         });
     }
 }

@@ -28,7 +28,7 @@ use crate::config::Config;
 use crate::inbox::{Ack, Batch, Encoding, IngestMessage, Message, ReplyFn};
 use crate::metrics::{Snapshot, SnapshotBuilder};
 use crate::observability::{GapCause, Health, LogThrottle, SelfMetrics};
-use crate::state::{State, Timeouts};
+use crate::state::{Arrival, State, Timeouts};
 use crate::store::{Restored, StoreHandle};
 
 /// Called with every event, on the ingest thread, after the state has applied it. It must not block, because the loop
@@ -41,6 +41,9 @@ pub const COPY_BUDGET: Duration = Duration::from_millis(1);
 const MAX_RETAINED_BUFFER: usize = 1 << 20;
 /// A warning is logged if no message arrives for this long after connecting.
 const NO_EVENTS_WARNING_DELAY: Duration = Duration::from_secs(60);
+/// How many of the broker's heartbeats pass until it notices that the previous connection is dead. lapin and `RabbitMQ`
+/// tolerate two missing ones.
+const HEARTBEATS_UNTIL_ORDERED: u32 = 3;
 /// The most workers that warnings name at a time.
 const MAX_WARNED_WORKERS: usize = 10;
 /// How many bytes of an invalid message are logged.
@@ -88,6 +91,9 @@ struct IngestLoop {
     session: u64,
     connected_at: Option<Duration>,
     received_since_connect: bool,
+    /// Until then, the broker may deliver messages of a named queue out of order: it still holds those that it had sent
+    /// to the previous connection.
+    reordered_until: Option<Instant>,
     snapshot: Option<(SnapshotBuilder, Vec<ReplyFn<Arc<Snapshot>>>)>,
     base64: Vec<u8>,
     redelivery_filter: RedeliveryFilter,
@@ -112,6 +118,7 @@ impl IngestLoop {
             session: 0,
             connected_at: None,
             received_since_connect: false,
+            reordered_until: None,
             snapshot: None,
             base64: Vec::new(),
             redelivery_filter,
@@ -199,6 +206,8 @@ impl IngestLoop {
         self.clock.broker_last_seen = Instant::now();
         self.connected_at = Some(self.clock.elapsed);
         self.received_since_connect = false;
+        let amqp = &self.config.broker.amqp;
+        self.reordered_until = amqp.queue.is_some().then(|| Instant::now() + amqp.heartbeat * HEARTBEATS_UNTIL_ORDERED);
     }
 
     fn record_gap(&mut self, cause: GapCause) {
@@ -207,14 +216,15 @@ impl IngestLoop {
     }
 
     fn process_batch(&mut self, batch: &Batch) {
+        let is_reordered = self.reordered_until.is_some_and(|until| batch.arrived < until);
         for message in &batch.messages {
-            self.process_message(message);
+            self.process_message(message, message.redelivered || is_reordered);
         }
         let ack = batch.ack.map(|tag| Ack { session: self.session, tag });
         self.checkpoint.record(batch.messages.len(), ack);
     }
 
-    fn process_message(&mut self, message: &Message) {
+    fn process_message(&mut self, message: &Message, may_be_late: bool) {
         if self.redelivery_filter.is_duplicate(message) {
             self.context.self_metrics.duplicates.inc();
             return;
@@ -226,24 +236,24 @@ impl IngestLoop {
             Encoding::Undecodable(failure) => Err(failure.clone()),
         };
         match body {
-            Ok(body) => self.process_events(&body),
+            Ok(body) => self.process_events(&body, may_be_late),
             Err(failure) => self.skip_invalid(&failure, &message.bytes),
         }
         // One huge message must not keep a huge buffer allocated.
         self.base64 = if base64.len() > MAX_RETAINED_BUFFER { Vec::new() } else { base64 };
     }
 
-    fn process_events(&mut self, body: &[u8]) {
+    fn process_events(&mut self, body: &[u8], may_be_late: bool) {
         let mut count = 0;
         let mut last = None;
-        let now = self.clock.event_time();
+        let arrival = Arrival { at: self.clock.event_time(), may_be_late };
         let config = Arc::clone(&self.config);
         event::decode(body, !self.context.observers.is_empty(), |event| match event {
             Ok(event) => {
                 count += 1;
                 last = event.timestamp.or(last);
                 if config.events.hostnames.as_ref().is_none_or(|names| names.matches(&event.hostname)) {
-                    self.state.apply(&event, now);
+                    self.state.apply(&event, arrival);
                 } else {
                     self.state.learn_metadata(&event);
                 }

@@ -5,6 +5,7 @@
 //! differences. A task holds at most one prefetch entry, and each prefetched-tasks gauge is the number of entries that
 //! were counted under its label set and still exist.
 
+mod info;
 mod interner;
 mod persist;
 mod tasks;
@@ -17,9 +18,10 @@ use interner::{NameId, NameInterner};
 use tasks::{Task, TaskId, Tasks};
 use workers::{Presence, TaskEventBaseline, Worker, Workers};
 
+pub use info::{TaskInfo, WorkerInfo};
 pub use persist::{Corrupt, Delta, FORMAT, RecordBatch, Restorer};
-pub use tasks::{TaskInfo, TaskState};
-pub use workers::{WorkerId, WorkerInfo};
+pub use tasks::TaskState;
+pub use workers::WorkerId;
 
 use crate::celery::event::Eta;
 use crate::celery::{Event, EventKind, truncate_label};
@@ -45,6 +47,24 @@ pub struct Timeouts {
     pub worker_timeout: Option<Duration>,
     /// After this long, the worker's series are removed.
     pub purge_offline_workers: Option<Duration>,
+}
+
+/// When and how an event arrived.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrival {
+    /// By a monotonic clock that advances only while the exporter is subscribed.
+    pub at: Duration,
+    /// Whether newer events of the same worker may have arrived before it. A worker event that is older than one of
+    /// them has no effect. Otherwise the timestamps in worker events do not matter, because a host's clock may step.
+    pub may_be_late: bool,
+}
+
+impl Arrival {
+    /// An event that arrives after all older events.
+    #[must_use]
+    pub const fn in_order(at: Duration) -> Self {
+        Self { at, may_be_late: false }
+    }
 }
 
 /// How long `processed` must rise without a task event before the worker is reported as sending none.
@@ -110,14 +130,14 @@ impl State {
         self.names.len()
     }
 
-    /// Applies an event. `now` is monotonic, and advances only while the exporter is subscribed.
-    pub fn apply(&mut self, event: &Event, now: Duration) {
+    /// Applies an event.
+    pub fn apply(&mut self, event: &Event, arrival: Arrival) {
         if event.kind.is_task() {
-            self.apply_task(event, now);
+            self.apply_task(event, arrival);
         } else if event.kind.is_worker() {
-            self.apply_worker(event, now);
+            self.apply_worker(event, arrival);
         } else if let Some(slot) = self.workers.find(&event.hostname) {
-            self.workers[slot].last_seen = now;
+            self.workers[slot].last_seen = arrival.at;
         }
     }
 
@@ -131,9 +151,9 @@ impl State {
         }
     }
 
-    fn apply_task(&mut self, event: &Event, now: Duration) {
+    fn apply_task(&mut self, event: &Event, arrival: Arrival) {
         let is_client = event.kind == EventKind::TaskSent;
-        let source = self.source(event, !is_client, now);
+        let source = self.source(event, !is_client, arrival);
         let slot = self.task_slot(&event.uuid);
         self.tasks.get_mut(slot).is_counted = true;
         if event.kind != EventKind::TaskCustom {
@@ -156,17 +176,17 @@ impl State {
 
     /// Finds or adds the sender of an event, and records that it is alive.
     #[inline]
-    fn source(&mut self, event: &Event, is_worker: bool, now: Duration) -> Source {
+    fn source(&mut self, event: &Event, is_worker: bool, arrival: Arrival) -> Source {
         if event.hostname == OTHER {
             return Source::Other;
         }
-        let Some(slot) = self.workers.find(&event.hostname).or_else(|| self.add_worker(&event.hostname, now)) else {
+        let Some(slot) = self.workers.find(&event.hostname).or_else(|| self.add_worker(&event.hostname, arrival.at))
+        else {
             self.warn_full();
             return Source::Other;
         };
         let worker = &mut self.workers[slot];
-        worker.last_seen = now;
-        worker.timed_out = false;
+        worker.record_event(event.timestamp, arrival);
         if is_worker && worker.presence == Presence::Client {
             worker.presence = Presence::Unconfirmed;
         }
@@ -209,7 +229,7 @@ impl State {
 
     fn forget_task(&mut self, task: &Task) {
         self.release_entry(task.entry);
-        self.finish_run(task.run);
+        self.finish_run(task.open_run());
         self.names.release(task.name);
     }
 
@@ -275,8 +295,11 @@ impl State {
         }
     }
 
-    fn apply_worker(&mut self, event: &Event, now: Duration) {
-        let Source::Known(slot) = self.source(event, true, now) else { return };
+    fn apply_worker(&mut self, event: &Event, arrival: Arrival) {
+        if arrival.may_be_late && self.is_outdated(event) {
+            return;
+        }
+        let Source::Known(slot) = self.source(event, true, arrival) else { return };
         let worker = &mut self.workers[slot];
         let key = worker.key;
         let decreased = matches!((worker.processed, event.processed), (Some(before), Some(after)) if after < before);
@@ -288,6 +311,7 @@ impl State {
                 worker.presence = Presence::Online;
                 self.series.set_online(key, true);
                 if restarted {
+                    worker.idle_at = worker.idle_at.max(event.timestamp.unwrap_or_default());
                     self.clear_prefetched(slot);
                     self.series.reset_prefetch_times(key);
                 }
@@ -301,12 +325,19 @@ impl State {
         }
         if let (EventKind::WorkerHeartbeat, Some(active)) = (event.kind, active) {
             self.series.set_executing(key, active);
-            if active == 0.0 && std::mem::take(&mut self.workers[slot].stale_after_gap) {
-                // Every task that was running before the gap has finished, but its final event is missing.
-                self.series.reset_prefetch_times(key);
+            if active == 0.0
+                && let Some(time) = event.timestamp
+            {
+                self.finish_runs(slot, time);
             }
-            self.track_missing_task_events(slot, now);
+            self.track_missing_task_events(slot, arrival.at);
         }
+    }
+
+    /// Whether a worker event is older than the last event of its worker, by the worker's clock.
+    fn is_outdated(&mut self, event: &Event) -> bool {
+        let slot = self.workers.find(&event.hostname);
+        slot.zip(event.timestamp).is_some_and(|(slot, time)| time < self.workers[slot].last_timestamp)
     }
 
     /// Resets the baseline at a heartbeat, unless `processed` has risen since the baseline without a task event.

@@ -10,7 +10,7 @@ use hashbrown::HashMap;
 use serde::{Deserialize, Serialize};
 
 use super::interner::NameId;
-use super::tasks::{PrefetchEntry, RunningTask, Task, TaskId};
+use super::tasks::{PrefetchEntry, Run, Task, TaskId};
 use super::workers::{Presence, Worker, WorkerId};
 use super::{Limits, State, TaskState};
 use crate::celery::truncate_label;
@@ -18,7 +18,7 @@ use crate::metrics::{OTHER, SavedGauges, SavedTaskSeries, SeriesKey, WorkerKey};
 
 /// The version of these records and of the message hashes stored with them. A file of another version is
 /// moved aside. That may change only until the first release, after which the previous version must also be read.
-pub const FORMAT: u32 = 3;
+pub const FORMAT: u32 = 4;
 
 /// Encoded records by key. A key without a record was removed.
 #[derive(Debug, Default)]
@@ -104,6 +104,14 @@ struct SavedWorker<'a> {
     software: Cow<'a, [Option<Box<str>>; 3]>,
     events: Cow<'a, [(Box<str>, u64)]>,
     gauges: SavedGauges,
+    last_timestamp: f64,
+    last_started: f64,
+    idle_at: f64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct SavedRun {
+    key: Option<u32>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -123,8 +131,9 @@ struct SavedTask<'a> {
     runtime: Option<f64>,
     received_by: WorkerId,
     entry: Option<(WorkerId, u32, u32)>,
-    run: Option<(WorkerId, Option<u32>)>,
+    run: Option<SavedRun>,
     started_by: WorkerId,
+    ended_by: WorkerId,
     is_counted: bool,
     order: u64,
 }
@@ -203,6 +212,9 @@ impl State {
             software: Cow::Borrowed(&worker.software),
             events: Cow::Borrowed(&worker.events),
             gauges: self.series.save_gauges(worker.key),
+            last_timestamp: worker.last_timestamp,
+            last_started: worker.last_started,
+            idle_at: worker.idle_at,
         }
     }
 
@@ -221,8 +233,9 @@ impl State {
             runtime: (task.runtime >= 0.0).then_some(task.runtime),
             received_by: task.received_by,
             entry: task.entry.map(|entry| (entry.worker, entry.epoch, entry.key.to_u32())),
-            run: task.run.map(|run| (run.worker, run.key.map(SeriesKey::to_u32))),
+            run: task.run.map(|run| SavedRun { key: run.key.map(SeriesKey::to_u32) }),
             started_by: task.started_by,
+            ended_by: task.ended_by,
             is_counted: task.is_counted,
             order: task.order,
         }
@@ -295,7 +308,9 @@ impl Restorer {
         worker.freq = saved.freq.filter(|freq| *freq > 0.0).map(Worker::cap_freq);
         worker.software = saved.software.into_owned();
         worker.events = saved.events.into_owned();
-        worker.may_hold_prefetched = true;
+        worker.last_timestamp = saved.last_timestamp;
+        (worker.last_started, worker.idle_at) = (saved.last_started, saved.idle_at);
+        (worker.may_hold_prefetched, worker.may_hold_runs) = (true, true);
         let restored_slot = workers.insert(worker);
         self.needs_full_save |= restored_slot != slot as usize || key.to_u32() != saved.key;
         self.worker_keys.insert(saved.key, key);
@@ -331,7 +346,7 @@ impl Restorer {
         }
         let mut task = Task::new(saved.id.into_owned());
         task.entry = self.entry(saved.entry)?;
-        task.run = self.run(saved.run)?;
+        task.run = self.run(saved.started_by, saved.run)?;
         task.name = self.state.names.intern(&saved.name);
         (task.state, task.retries, task.is_counted) = (saved.state, saved.retries, saved.is_counted);
         task.order = saved.order;
@@ -339,7 +354,8 @@ impl Restorer {
         (task.sent, task.received) = (saved.sent, saved.received);
         (task.started, task.ended) = (saved.started, saved.ended);
         task.runtime = saved.runtime.unwrap_or(task.runtime);
-        (task.worker, task.received_by, task.started_by) = (saved.worker, saved.received_by, saved.started_by);
+        (task.worker, task.received_by) = (saved.worker, saved.received_by);
+        (task.started_by, task.ended_by) = (saved.started_by, saved.ended_by);
         let restored_slot = self.state.tasks.restore(task);
         self.needs_full_save |= restored_slot != slot;
         Ok(())
@@ -351,10 +367,10 @@ impl Restorer {
         Ok(key.map(|key| PrefetchEntry { worker, epoch, key }))
     }
 
-    fn run(&self, saved: Option<(WorkerId, Option<u32>)>) -> Result<Option<RunningTask>, Corrupt> {
-        let Some((worker, key)) = saved else { return Ok(None) };
+    fn run(&self, worker: WorkerId, saved: Option<SavedRun>) -> Result<Option<Run>, Corrupt> {
+        let Some(SavedRun { key }) = saved else { return Ok(None) };
         let key = key.map(|key| self.series_key(worker, key)).transpose()?.flatten();
-        Ok(Some(RunningTask { worker, key }))
+        Ok(Some(Run { key }))
     }
 
     /// The restored key of a label set that a task refers to, or `None` if the worker and its series have been removed.

@@ -1,7 +1,6 @@
 //! The tracked tasks, at most `state.max_tasks`. Finished ones are evicted first, in the order in which they finished.
 
 use std::hash::{BuildHasher, Hash};
-use std::time::{Duration, SystemTime};
 
 use foldhash::fast::RandomState;
 use hashbrown::HashTable;
@@ -11,7 +10,6 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::interner::NameId;
 use super::workers::WorkerId;
-use crate::celery::event::system_time;
 use crate::metrics::{DirtySet, SeriesKey};
 
 /// A task id: 16 bytes if it is a UUID in Celery's notation, or else the text itself.
@@ -90,10 +88,19 @@ pub(super) struct PrefetchEntry {
     pub(super) key: SeriesKey,
 }
 
-/// The current run of a task.
+/// What a task stores about its open run, which belongs to the worker that last started the task and began then.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct RunningTask {
+pub(super) struct Run {
+    /// The label set whose prefetch time it set.
+    pub(super) key: Option<SeriesKey>,
+}
+
+/// An open run with its worker and its start.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct OpenRun {
     pub(super) worker: WorkerId,
+    /// By the worker's clock.
+    pub(super) started: f64,
     /// The label set whose prefetch time it set.
     pub(super) key: Option<SeriesKey>,
 }
@@ -118,9 +125,11 @@ pub(super) struct Task {
     /// The worker that `received` came from.
     pub(super) received_by: WorkerId,
     pub(super) entry: Option<PrefetchEntry>,
-    pub(super) run: Option<RunningTask>,
-    /// The worker that last started it.
+    pub(super) run: Option<Run>,
+    /// The worker that `started` came from.
     pub(super) started_by: WorkerId,
+    /// The worker that `ended` came from.
+    pub(super) ended_by: WorkerId,
     /// An event of this task was counted. Otherwise only its metadata is used.
     pub(super) is_counted: bool,
     /// Its position in its list. Increases from older to newer.
@@ -150,12 +159,18 @@ impl Task {
             entry: None,
             run: None,
             started_by: WorkerId::NONE,
+            ended_by: WorkerId::NONE,
             is_counted: false,
             order: 0,
             older: NIL,
             newer: NIL,
             listed_finished: false,
         }
+    }
+
+    /// The open run, if there is one.
+    pub(super) fn open_run(&self) -> Option<OpenRun> {
+        self.run.map(|run| OpenRun { worker: self.started_by, started: self.started, key: run.key })
     }
 
     fn belongs_in_finished(&self) -> bool {
@@ -384,51 +399,4 @@ fn shard(hash: u64) -> usize {
     #[allow(clippy::cast_possible_truncation, reason = "six bits")]
     let shard = (hash >> 40) as usize % SHARDS;
     shard
-}
-
-/// A task as the embedding program sees it. Times are by the sender's clock.
-#[derive(Clone, Debug, PartialEq)]
-#[non_exhaustive]
-pub struct TaskInfo {
-    /// The id: a UUID, unless the application set another.
-    pub uuid: String,
-    /// The name; empty if no event contained it.
-    pub name: String,
-    /// The state by its events.
-    pub state: TaskState,
-    /// Hostname of the worker that last sent an event of this task, if the worker is still tracked.
-    pub worker: Option<String>,
-    /// When the client sent it.
-    pub sent: Option<SystemTime>,
-    /// When a worker last received it.
-    pub received: Option<SystemTime>,
-    /// When a worker last started it.
-    pub started: Option<SystemTime>,
-    /// When it last ended, in any final state or for a retry.
-    pub ended: Option<SystemTime>,
-    /// The runtime that its last `task-succeeded` reported.
-    pub runtime: Option<Duration>,
-    /// Number of retries, by the last event that contained it.
-    pub retries: u32,
-    /// The earliest time to run it, as Celery wrote it (ISO 8601).
-    pub eta: Option<String>,
-}
-
-impl TaskInfo {
-    pub(super) fn new(task: &Task, name: &str, worker: Option<&str>) -> Self {
-        let known = |time: f64| Some(time).filter(|time| *time != 0.0).and_then(system_time);
-        Self {
-            uuid: task.id.to_string(),
-            name: name.to_owned(),
-            state: task.state,
-            worker: worker.map(str::to_owned),
-            sent: known(task.sent),
-            received: known(task.received),
-            started: known(task.started),
-            ended: known(task.ended),
-            runtime: Duration::try_from_secs_f64(task.runtime).ok(),
-            retries: task.retries,
-            eta: task.eta.as_deref().map(ToString::to_string),
-        }
-    }
 }

@@ -17,6 +17,7 @@ const SECOND: Duration = Duration::from_secs(1);
 struct Fixture {
     state: State,
     now: Duration,
+    may_be_late: bool,
 }
 
 impl Fixture {
@@ -27,11 +28,16 @@ impl Fixture {
     fn with_limits(change: impl FnOnce(&mut Limits)) -> Self {
         let mut limits = Limits { max_workers: 100, max_tasks: 100, max_label_sets: 100, buckets: vec![0.5, 1.0] };
         change(&mut limits);
-        Self { state: State::new(&limits), now: SECOND }
+        Self::of(State::new(&limits))
+    }
+
+    fn of(state: State) -> Self {
+        Self { state, now: SECOND, may_be_late: false }
     }
 
     fn event(&mut self, event: &Value) -> &mut Self {
-        event::decode(event.to_string().as_bytes(), false, |event| self.state.apply(&event.unwrap(), self.now));
+        let arrival = Arrival { at: self.now, may_be_late: self.may_be_late };
+        event::decode(event.to_string().as_bytes(), false, |event| self.state.apply(&event.unwrap(), arrival));
         self
     }
 
@@ -365,18 +371,72 @@ fn a_live_worker_is_not_purged_before_its_timeout() {
 }
 
 #[test]
-fn a_gap_clears_the_prefetch_time_on_an_idle_heartbeat() {
-    let mut fixture = Fixture::new();
-    let idle = json!({"active": 0});
-    fixture.task("received", "w", "a", 1.0).task("started", "w", "a", 3.0).worker("heartbeat", "w", idle.clone());
+fn an_idle_heartbeat_ends_the_runs_that_began_before_it() {
+    let mut fixture = Fixture::with_limits(|limits| limits.max_tasks = 2);
+    let heartbeat = |active: u32, time: f64| json!({"active": active, "timestamp": time});
+    fixture.task("received", "w", "a", 1.0).task("started", "w", "a", 3.0).worker("heartbeat", "w", heartbeat(0, 3.0));
     assert_eq!(fixture.prefetch_time("w"), Some(2.0), "a heartbeat may overtake earlier task events");
-    fixture.state.record_gap();
-    fixture.worker("heartbeat", "w", json!({"active": 1}));
+    fixture.worker("heartbeat", "w", heartbeat(1, 4.0)).worker("heartbeat", "v", heartbeat(0, 4.0));
     assert_eq!(fixture.prefetch_time("w"), Some(2.0));
-    fixture.worker("heartbeat", "w", idle.clone());
+    fixture.worker("heartbeat", "w", heartbeat(0, 5.0));
     assert_eq!(fixture.prefetch_time("w"), Some(0.0));
-    fixture.task("received", "w", "b", 4.0).task("started", "w", "b", 5.0).worker("heartbeat", "w", idle);
-    assert_eq!(fixture.prefetch_time("w"), Some(1.0));
+    fixture.task("received", "w", "b", 6.0).task("started", "w", "b", 6.5).task("succeeded", "w", "a", 7.0);
+    assert_eq!(fixture.prefetch_time("w"), Some(0.5), "the run of a had ended before b started");
+    fixture.worker("heartbeat", "w", heartbeat(0, 6.0));
+    assert_eq!(fixture.prefetch_time("w"), Some(0.5), "b started after the heartbeat");
+}
+
+#[test]
+fn a_run_that_began_before_an_idle_heartbeat_does_not_end_a_later_one() {
+    let mut fixture = Fixture::with_limits(|limits| limits.max_tasks = 2);
+    fixture.task("received", "w", "a", 1.0).task("started", "w", "a", 3.0);
+    fixture.worker("heartbeat", "w", json!({"active": 0, "timestamp": 5.0}));
+    fixture.task("received", "w", "b", 6.0).task("started", "w", "b", 7.0).task("received", "w", "c", 8.0);
+    assert_eq!((fixture.state.find_task("a"), fixture.prefetch_time("w")), (None, Some(1.0)), "a was evicted");
+    fixture.task("received", "w", "d", 1.0).task("started", "w", "d", 2.0);
+    assert_eq!(fixture.prefetch_time("w"), Some(1.0), "the clock of w stepped back");
+    fixture.task("succeeded", "w", "d", 2.5);
+    assert_eq!(fixture.prefetch_time("w"), Some(0.0));
+}
+
+#[test]
+fn a_late_started_event_of_a_run_that_has_ended_is_ignored() {
+    let mut fixture = Fixture::new();
+    fixture.task("received", "w", "a", 1.0).task("succeeded", "w", "a", 4.0).task("started", "w", "a", 3.0);
+    assert_eq!((fixture.prefetched("w"), fixture.prefetch_time("w")), (Some(0.0), Some(0.0)));
+    fixture.task("received", "w", "a", 2.0);
+    assert_eq!(fixture.prefetched("w"), Some(0.0), "it started later");
+    fixture.task("received", "w", "a", 5.0).task("started", "w", "a", 6.0);
+    assert_eq!(fixture.prefetch_time("w"), Some(1.0), "the next run");
+    fixture.task("retried", "w", "a", 7.0).task("received", "v", "a", 1.0).task("started", "v", "a", 2.0);
+    assert_eq!((fixture.prefetch_time("w"), fixture.prefetch_time("v")), (Some(0.0), Some(1.0)), "another clock");
+}
+
+#[test]
+fn a_worker_event_that_may_be_late_has_no_effect_if_it_is_older_than_the_last_one() {
+    let mut fixture = Fixture::new();
+    let late = |fixture: &mut Fixture, kind: &str, time: f64| {
+        fixture.may_be_late = true;
+        fixture.worker(kind, "w", json!({"timestamp": time, "active": 9})).may_be_late = false;
+    };
+    late(&mut fixture, "heartbeat", 5.0);
+    assert_eq!(fixture.executing("w"), Some(9.0), "the first event of the worker");
+    fixture.worker("heartbeat", "w", json!({"timestamp": 10.0, "active": 1})).task("received", "w", "a", 11.0);
+    for kind in ["offline", "online", "heartbeat"] {
+        late(&mut fixture, kind, 10.5);
+        assert_eq!((fixture.online("w"), fixture.executing("w")), (Some(1.0), Some(1.0)), "{kind}");
+        assert_eq!(fixture.prefetched("w"), Some(1.0), "{kind}");
+    }
+    fixture.may_be_late = true;
+    fixture.task("started", "w", "a", 9.0);
+    late(&mut fixture, "offline", 10.5);
+    assert_eq!(fixture.online("w"), Some(1.0), "an older task event does not turn the clock back");
+    late(&mut fixture, "offline", 12.0);
+    assert_eq!(fixture.online("w"), Some(0.0));
+    fixture.worker("online", "w", json!({"timestamp": 2.0}));
+    assert_eq!(fixture.online("w"), Some(1.0), "in order: the clock has stepped back");
+    late(&mut fixture, "heartbeat", 3.0);
+    assert_eq!(fixture.executing("w"), Some(9.0));
 }
 
 #[test]
@@ -523,7 +583,7 @@ fn changed_buckets_discard_the_saved_histograms() {
     saved.save(&mut fixture.state);
     let mut changed = limits(100, 100, 100);
     changed.buckets = vec![0.25];
-    let fixture = Fixture { state: saved.restore(&changed).unwrap(), now: SECOND };
+    let fixture = Fixture::of(saved.restore(&changed).unwrap());
     assert!(fixture.samples().keys().all(|name| !name.contains("runtime")));
     assert!(fixture.samples().keys().any(|name| name.contains("events_total")));
     assert!(fixture.state.has_changes(), "the next save contains the new buckets");
@@ -543,7 +603,7 @@ fn a_lower_max_tasks_keeps_the_newest_tasks() {
     assert!(state.find_task("t39").is_none() && state.find_task("t40").is_some() && state.find_task("t49").is_some());
     saved.save(&mut state);
     assert_eq!(saved.tables[2].len(), 10, "the file does not contain the dropped tasks");
-    let samples = Fixture { state, now: SECOND }.samples();
+    let samples = Fixture::of(state).samples();
     assert_eq!(samples[r#"flower_worker_prefetched_tasks{task="t",worker="w"}"#], 10.0);
 }
 
@@ -619,7 +679,7 @@ proptest! {
         events in prop::collection::vec((any_event(), 0..90_u32, 0..10_u8), 1..200),
     ) {
         let limits = limits(3, 4, 6);
-        let mut fixture = Fixture { state: State::new(&limits), now: SECOND };
+        let mut fixture = Fixture::of(State::new(&limits));
         fixture.state.track_changes();
         let mut saved = Saved::default();
         for (event, seconds, save) in &events {
@@ -646,9 +706,9 @@ proptest! {
         prop_assert_eq!(sorted(&state), sorted(&fixture.state));
         let mut again = saved.clone();
         again.save(&mut state);
-        prop_assert_eq!(Fixture { state, now: SECOND }.samples(), fixture.samples());
+        prop_assert_eq!(Fixture::of(state).samples(), fixture.samples());
         let state = again.restore(&limits).unwrap();
-        prop_assert_eq!(Fixture { state, now: SECOND }.samples(), fixture.samples());
+        prop_assert_eq!(Fixture::of(state).samples(), fixture.samples());
     }
 
     /// A state that is repeatedly restored from its last save continues like one that was never interrupted.
@@ -657,8 +717,8 @@ proptest! {
         events in prop::collection::vec((any_event(), 0..20_u8), 1..200),
     ) {
         let limits = limits(100, 100, 100);
-        let mut fixture = Fixture { state: State::new(&limits), now: SECOND };
-        let mut restored = Fixture { state: State::new(&limits), now: SECOND };
+        let mut fixture = Fixture::of(State::new(&limits));
+        let mut restored = Fixture::of(State::new(&limits));
         restored.state.track_changes();
         let mut saved = Saved::default();
         for (event, action) in &events {

@@ -5,8 +5,8 @@
 //! next run.
 
 use super::State;
-use super::tasks::{PrefetchEntry, RunningTask, TaskState};
-use super::workers::{Presence, Worker, WorkerId};
+use super::tasks::{OpenRun, PrefetchEntry, Run, TaskState};
+use super::workers::{Presence, Worker};
 use crate::celery::{Event, EventKind};
 use crate::metrics::SeriesKey;
 
@@ -21,7 +21,7 @@ impl State {
         match event.kind {
             EventKind::TaskSent => self.tasks.get_mut(slot).sent = time,
             EventKind::TaskReceived => self.receive(slot, sender, key, time),
-            EventKind::TaskStarted => self.start(slot, worker, key, time),
+            EventKind::TaskStarted => self.start(slot, sender, key, time),
             EventKind::TaskSucceeded => self.end(slot, sender, TaskState::Succeeded, event),
             EventKind::TaskFailed => self.end(slot, sender, TaskState::Failed, event),
             EventKind::TaskRetried => self.end(slot, sender, TaskState::Retried, event),
@@ -55,18 +55,27 @@ impl State {
         }
     }
 
-    fn start(&mut self, slot: u32, worker: WorkerId, key: SeriesKey, time: f64) {
+    fn start(&mut self, slot: u32, sender: usize, key: SeriesKey, time: f64) {
+        let worker = self.workers[sender].id;
         let task = self.tasks.get_mut(slot);
         task.state = task.state.after(TaskState::Started);
+        if task.ended_by == worker && time <= task.ended {
+            // A late event of a run that has ended.
+            if task.run.is_none() {
+                (task.started, task.started_by) = (time, worker);
+            }
+            return;
+        }
+        let replaced = task.open_run();
         (task.started, task.started_by) = (time, worker);
         let entry = task.entry.take_if(|entry| entry.worker == worker);
         let is_measured = task.eta.is_none() && task.received_by == worker && task.received != 0.0;
         let waited = (time - task.received).max(0.0);
-        let run = RunningTask { worker, key: is_measured.then_some(key) };
-        let replaced = task.run.replace(run);
+        task.run = Some(Run { key: is_measured.then_some(key) });
         self.release_entry(entry);
         self.finish_run(replaced);
         if is_measured {
+            self.workers[sender].record_start(time);
             self.series.set_prefetch_time(key, waited);
         }
     }
@@ -77,13 +86,14 @@ impl State {
         let (worker, epoch) = (self.workers[sender].id, self.workers[sender].epoch);
         let task = self.tasks.get_mut(slot);
         task.state = task.state.after(state);
-        task.ended = event.timestamp.unwrap_or_default();
+        (task.ended, task.ended_by) = (event.timestamp.unwrap_or_default(), worker);
         task.runtime = event.runtime.filter(|seconds| *seconds >= 0.0).unwrap_or(task.runtime);
         let holds_entry = task.entry.is_some_and(|entry| entry.worker == worker && entry.epoch == epoch);
-        let holds_run = task.run.is_some_and(|run| run.worker == worker);
+        let holds_run = task.run.is_some() && task.started_by == worker;
         let never_ran = state == TaskState::Revoked && !event.terminated;
         if holds_run && !(never_ran && holds_entry) {
-            let run = task.run.take();
+            let run = task.open_run();
+            task.run = None;
             self.finish_run(run);
         } else if holds_entry {
             let entry = task.entry.take();
@@ -120,12 +130,20 @@ impl State {
         }
     }
 
-    /// Ends a run and zeroes the prefetch time that it set.
-    pub(super) fn finish_run(&mut self, run: Option<RunningTask>) {
-        if let Some(RunningTask { worker, key: Some(key) }) = run
-            && self.workers.by_id(worker).is_some()
+    /// Zeroes the prefetch time that a run set, unless the worker has been idle since.
+    pub(super) fn finish_run(&mut self, run: Option<OpenRun>) {
+        if let Some(OpenRun { worker, started, key: Some(key) }) = run
+            && self.workers.by_id(worker).is_some_and(|worker| !worker.was_idle_after(started))
         {
             self.series.set_prefetch_time(key, 0.0);
+        }
+    }
+
+    /// Ends all runs of a worker that reports at `time` that it executes nothing: some have no final event, for example
+    /// after `raise Ignore()`, or their final event is missing.
+    pub(super) fn finish_runs(&mut self, worker: usize, time: f64) {
+        if self.workers[worker].end_runs(time) {
+            self.series.reset_prefetch_times(self.workers[worker].key);
         }
     }
 

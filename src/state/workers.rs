@@ -8,6 +8,7 @@ use hashbrown::{HashMap, HashTable};
 use serde::{Deserialize, Serialize};
 use slab::Slab;
 
+use super::Arrival;
 use crate::celery::{Event, EventKind, truncate_label};
 use crate::metrics::{DirtySet, MAX_EVENT_TYPES, WorkerKey};
 
@@ -84,8 +85,15 @@ pub struct Worker {
     pub task_event_baseline: Option<TaskEventBaseline>,
     /// Tasks may hold prefetch entries of the current epoch.
     pub(super) may_hold_prefetched: bool,
-    /// Events have been missed since it last reported that it executes nothing.
-    pub(super) stale_after_gap: bool,
+    /// The time of its last event, by its own clock.
+    pub(super) last_timestamp: f64,
+    /// When it last started a task whose prefetch time was set, by its own clock.
+    pub(super) last_started: f64,
+    /// When it last reported that it executes nothing after such a start, by its own clock. Runs that began earlier have
+    /// ended.
+    pub(super) idle_at: f64,
+    /// Runs may have set prefetch times since then.
+    pub(super) may_hold_runs: bool,
 }
 
 impl Worker {
@@ -106,8 +114,44 @@ impl Worker {
             events: Vec::new(),
             task_event_baseline: None,
             may_hold_prefetched: false,
-            stale_after_gap: false,
+            last_timestamp: 0.0,
+            last_started: 0.0,
+            idle_at: 0.0,
+            may_hold_runs: false,
         }
+    }
+
+    /// Records that it has sent an event, and is therefore alive.
+    pub(super) fn record_event(&mut self, timestamp: Option<f64>, arrival: Arrival) {
+        self.last_seen = arrival.at;
+        self.timed_out = false;
+        if let Some(timestamp) = timestamp {
+            let earliest = if arrival.may_be_late { self.last_timestamp } else { timestamp };
+            self.last_timestamp = timestamp.max(earliest);
+        }
+    }
+
+    /// Records the start of a run that sets a prefetch time.
+    pub(super) fn record_start(&mut self, time: f64) {
+        self.last_started = time;
+        // If the clock has stepped back, this run is not one of those that have ended.
+        self.idle_at = self.idle_at.min(time);
+        self.may_hold_runs = true;
+    }
+
+    /// Records that no run that began before `time` is open any more. Returns whether there may have been one.
+    pub(super) fn end_runs(&mut self, time: f64) -> bool {
+        if !self.may_hold_runs || time <= self.last_started {
+            return false;
+        }
+        self.idle_at = time;
+        self.may_hold_runs = false;
+        true
+    }
+
+    /// Whether a run that began at this time had ended when the worker last reported that it executes nothing.
+    pub(super) fn was_idle_after(&self, started: f64) -> bool {
+        started < self.idle_at
     }
 
     /// Updates the fields that a worker event reports, except for the presence.
@@ -292,7 +336,6 @@ impl Workers {
     /// hold prefetch entries.
     pub(super) fn mark_stale(&mut self) -> Vec<usize> {
         let prefetching = self.slots.iter_mut().filter_map(|(slot, worker)| {
-            worker.stale_after_gap = true;
             // Its task events may have been lost in the gap.
             worker.task_event_baseline = None;
             worker.may_hold_prefetched.then_some(slot)
@@ -378,51 +421,4 @@ impl std::ops::IndexMut<usize> for Workers {
 #[allow(clippy::cast_possible_truncation, reason = "at most a million workers")]
 fn to_u32(slot: usize) -> u32 {
     slot as u32
-}
-
-/// A worker as the embedding program sees it.
-#[derive(Clone, Debug, PartialEq)]
-#[non_exhaustive]
-pub struct WorkerInfo {
-    /// The node name, for example `celery@host`.
-    pub hostname: String,
-    /// Whether the worker is online: the value of `flower_worker_online`.
-    pub online: bool,
-    /// The last reported number of tasks it executes.
-    pub active: Option<f64>,
-    /// The last reported number of tasks accepted since it started.
-    pub processed: Option<f64>,
-    /// The load average of its host over 1, 5 and 15 minutes.
-    pub loadavg: Option<[f64; 3]>,
-    /// The time between its periodic heartbeats.
-    pub freq: Option<Duration>,
-    /// `sw_ident`: `py-celery`.
-    pub sw_ident: Option<String>,
-    /// `sw_ver`: Celery's version.
-    pub sw_ver: Option<String>,
-    /// `sw_sys`: the operating system.
-    pub sw_sys: Option<String>,
-    /// Time since its last event of any type, without the time during which the exporter was not subscribed.
-    pub since_last_event: Duration,
-    /// Event counts by type since the worker was first seen, for at most 64 types.
-    pub events: Vec<(String, u64)>,
-}
-
-impl WorkerInfo {
-    pub(super) fn new(worker: &Worker, now: Duration) -> Self {
-        let [ident, ver, sys] = worker.software.each_ref().map(|text| text.as_deref().map(str::to_owned));
-        Self {
-            hostname: worker.hostname.to_string(),
-            online: worker.presence == Presence::Online,
-            active: worker.active,
-            processed: worker.processed,
-            loadavg: worker.loadavg,
-            freq: worker.freq.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
-            sw_ident: ident,
-            sw_ver: ver,
-            sw_sys: sys,
-            since_last_event: now.saturating_sub(worker.last_seen),
-            events: worker.events.iter().map(|(name, count)| (name.to_string(), *count)).collect(),
-        }
-    }
 }

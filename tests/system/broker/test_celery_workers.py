@@ -6,7 +6,7 @@ import pytest
 
 from support.exposition import EVENTS, EXECUTING, ONLINE, PREFETCH_TIME, PREFETCHED, RUNTIME
 from support.processes import wait_until
-from support.worker import MIDDLE, OLDEST, UNICODE, client
+from support.worker import MIDDLE, NEWEST, OLDEST, UNICODE, client
 
 pytestmark = pytest.mark.every_release
 
@@ -92,6 +92,20 @@ def test_all_task_outcomes_are_counted(services, broker, pool):
     assert samples.one(f"{RUNTIME}_bucket", worker=host, task="nap", le="2.5") == 0
     assert samples.one(f"{RUNTIME}_bucket", worker=host, task="nap", le="+Inf") == 2
     assert samples.one(f"{RUNTIME}_count", worker=host, task="add") == 7
+
+
+@pytest.mark.parametrize(
+    "version, pool, task", [(NEWEST, "prefork", "ignore"), (MIDDLE, "gevent", "ignore"), (MIDDLE, "gevent", "overlong")]
+)
+def test_tasks_that_end_without_an_event(services, broker, version, pool, task):
+    """After `raise Ignore()`, and after a hard time limit with gevent, an idle heartbeat ends the prefetch time."""
+    exporter, worker = exporter_and_worker(services, broker, version=version, pool=pool)
+    host = worker.hostname
+    with client(broker) as app:
+        app.send_task(task)
+        exporter.wait_for(lambda m: m.one(PREFETCH_TIME, worker=host, task=task), 10, "the task is running")
+    samples = exporter.wait_for(lambda m: m.one(PREFETCH_TIME, worker=host, task=task) == 0, 15, worker.log)
+    assert {dict(labels)["type"] for name, labels in samples if name == EVENTS} == {"task-received", "task-started"}
 
 
 @pytest.mark.short_form

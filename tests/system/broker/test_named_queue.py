@@ -2,12 +2,13 @@
 
 import signal
 import threading
+import time
 
 import pytest
 
 from support import events as ev
 from support.events import W
-from support.exposition import EVENTS, PREFETCHED
+from support.exposition import EVENTS, EXECUTING, ONLINE, PREFETCHED
 from support.processes import directory, wait_until
 
 pytestmark = [pytest.mark.every_release, pytest.mark.short_form, pytest.mark.quorum]
@@ -117,6 +118,45 @@ def test_rabbitmq_restart_is_a_gap(services):
     after = harness.publish(ev.received("b"))
     assert after.one(PREFETCHED, worker=W, task="add") == 1
     assert after.events("received", W) == 2
+
+
+def test_worker_event_that_is_late_after_a_connect_has_no_effect(services, vhost):
+    """RabbitMQ may deliver newer messages first until it notices that the previous connection is gone."""
+    harness = services.harness(vhost, QUEUE)
+    samples = harness.publish(ev.heartbeat(at=10, active=1), ev.received("a", at=11), ev.offline(at=9), ev.online(at=9))
+    assert (samples.one(ONLINE, worker=W), samples.one(EXECUTING, worker=W)) == (1, 1)
+    assert samples.one(PREFETCHED, worker=W, task="add") == 1
+    other = services.harness(vhost)
+    assert other.publish(ev.heartbeat(at=10), ev.offline(at=9)).one(ONLINE, worker=W) == 0, "clocks may step"
+
+
+def test_redelivered_worker_event_that_is_late_has_no_effect(services, vhost):
+    """Long after the connect, only a redelivered message may be late."""
+    amqp = {**QUEUE["broker"]["amqp"], "heartbeat": "1s", "prefetch_count": 2}
+    harness = services.harness(vhost, {"broker": {"amqp": amqp}})
+    connected = time.monotonic()
+    harness.publish(ev.heartbeat(at=10))
+    while time.monotonic() < connected + 3.5:
+        time.sleep(0.1)
+    assert harness.publish(ev.offline(at=9)).one(ONLINE, worker=W) == 0, "delivered in order"
+    harness.publish(ev.heartbeat(at=10))
+    harness.exporter.send(signal.SIGSTOP)
+    with vhost.connection() as connection:
+        channel = connection.channel()
+        harness.publisher.send(ev.received("a", at=11))
+        harness.publisher.send(ev.received("b", at=11))
+        wait_until(lambda: queue_depth(channel) == 0, 1, "both are delivered")
+        harness.publisher.send(ev.offline(at=9))
+        wait_until(lambda: queue_depth(channel) == 1, 1, "one is left")
+        channel.basic_reject(channel.basic_get("flower-exporter").delivery_tag, requeue=True)
+    harness.exporter.send(signal.SIGCONT)
+    samples = harness.publish()
+    assert samples.events("received", W) == 2
+    assert samples.one(ONLINE, worker=W) == 1
+
+
+def queue_depth(channel):
+    return channel.queue_declare("flower-exporter", passive=True).message_count
 
 
 def expect_failure(request, reason):

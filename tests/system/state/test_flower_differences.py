@@ -52,6 +52,19 @@ def test_prefetch_time_is_stuck_in_flower(harness, end):
     assert harness.publish(*events).one(PREFETCH_TIME, worker=W, task="add") == 0
 
 
+def test_prefetch_time_of_a_task_without_a_final_event_is_stuck_in_flower(harness):
+    """For example after `raise Ignore()`. The exporter waits for a heartbeat of the idle worker."""
+    events = [ev.received(), ev.started(at=4), ev.heartbeat(at=6, active=0)]
+    assert Flower().feed(events).metrics().one(PREFETCH_TIME, worker=W, task="add") == 4
+    assert harness.publish(*events).one(PREFETCH_TIME, worker=W, task="add") == 0
+
+
+def test_late_start_sets_a_prefetch_time_in_flower(harness):
+    events = [ev.received(), ev.succeeded(at=5, runtime=1.0), ev.started(at=4)]
+    assert Flower().feed(events).metrics().one(PREFETCH_TIME, worker=W, task="add") == 4
+    assert harness.publish(*events).one(PREFETCH_TIME, worker=W, task="add") == 0
+
+
 def test_replace_ends_the_prefetch_time(harness):
     """`replace()` ends a task without an event. The next task-received has the same id."""
     events = [ev.received(name="old"), ev.started(at=4), ev.received(at=5, name="new"), ev.started(at=6)]

@@ -172,10 +172,10 @@ def test_heartbeats_without_a_restart_keep_the_set(harness):
         ev.received(),
         ev.received("b"),
         ev.started("b", at=1),
-        ev.heartbeat(at=1, processed=3),
-        ev.heartbeat(at=2, processed=4),
-        ev.without(ev.heartbeat(at=3), "processed"),
-        ev.heartbeat(at=4, processed=4),
+        ev.heartbeat(at=1, active=1, processed=3),
+        ev.heartbeat(at=2, active=1, processed=4),
+        ev.without(ev.heartbeat(at=3, active=1), "processed"),
+        ev.heartbeat(at=4, active=1, processed=4),
     )
     assert (prefetched(samples), prefetch_time(samples)) == (1, 1)
 
@@ -188,9 +188,28 @@ def test_processed_of_worker_offline_is_not_compared(harness, processed, left):
         ev.received(),
         ev.started(at=1),
         ev.offline(at=2, processed=processed),
-        ev.heartbeat(at=3, processed=min(processed, 5)),
+        ev.heartbeat(at=3, active=1, processed=min(processed, 5)),
     )
     assert prefetch_time(samples) == left
+
+
+def test_idle_heartbeat_ends_the_runs_that_began_before_it(harness):
+    """`raise Ignore()` ends a task without an event. The heartbeat is from the same clock as the start."""
+    run = [ev.received("a"), ev.started("a", at=3)]
+    assert prefetch_time(harness.publish(*run, ev.heartbeat(at=3), ev.heartbeat(V, at=9), ev.heartbeat(at=9, active=1))) == 3
+    assert prefetch_time(harness.publish(ev.heartbeat(at=10))) == 0
+    again = [ev.received("b", at=11), ev.started("b", at=13), ev.succeeded("a", at=14), ev.heartbeat(at=12)]
+    assert prefetch_time(harness.publish(*again)) == 2, "the end of a does not end the run of b"
+
+
+@pytest.mark.parametrize("late", [2, 3], ids=["older", "as old"])
+def test_late_started_is_ignored(harness, late):
+    """It is not newer than the end of the task on the same worker. An end on another worker does not matter."""
+    samples = harness.publish(ev.received(), ev.succeeded(at=3), ev.started(at=late), ev.received(at=1))
+    assert (prefetched(samples), prefetch_time(samples)) == (0, 0)
+    assert samples.events("started") == 1
+    samples = harness.publish(ev.received("b", V, name="b"), ev.failed("b", at=9), ev.started("b", V, at=4))
+    assert prefetch_time(samples, V, "b") == 4
 
 
 def test_worker_offline_clears_the_set(harness):
@@ -243,7 +262,8 @@ def test_any_stream_agrees_with_the_model(services, shared_redis, seed, disorder
                 given |= {"name": dice.choice(names), "eta": dice.choice([None] * 9 + [ETA])}
             items.append(kind(**given) if kind is ev.sent else kind(worker=worker, **given))
             if dice.random() < 0.03:
-                items.append(dice.choice([ev.online, ev.offline, ev.heartbeat])(worker, processed=dice.choice([0, 5])))
+                fields = {"processed": dice.choice([0, 5]), "active": dice.choice([0, 0, 1])}
+                items.append(dice.choice([ev.online, ev.offline, ev.heartbeat])(worker, at=given["at"], **fields))
         gauges = {key: value for key, value in harness.publish(*items).short().items() if key[0].startswith("prefetch")}
         assert all(value >= 0 for value in gauges.values())
         assert {key: value for key, value in gauges.items() if value} == model.feed(items).gauges(), f"part {part}"

@@ -6,7 +6,7 @@ ENDS = {"succeeded", "failed", "retried", "rejected", "cancelled", "revoked"}
 
 
 class Task:
-    name, eta, received, entry, run, last = "", None, None, None, None, None
+    name, eta, received, entry, run, last, end = "", None, None, None, None, None, None
 
 
 class Model:
@@ -15,6 +15,8 @@ class Model:
         self.times = {}
         self.offline = set()
         self.processed = {}
+        self.last_start = {}
+        self.idle_at = {}
 
     def feed(self, events):
         for event in events:
@@ -31,6 +33,7 @@ class Model:
             elif kind == "started":
                 self.started(task, worker, at)
             elif kind in ENDS:
+                task.end = worker, at
                 self.ended(task, worker, entry_first=kind == "revoked" and not event["terminated"])
         return self
 
@@ -42,6 +45,10 @@ class Model:
             task.entry = worker, task.name
 
     def started(self, task, worker, at):
+        if task.end and task.end[0] == worker and at <= task.end[1]:
+            if not task.run:
+                task.last = worker, at
+            return
         if task.entry and task.entry[0] == worker:
             task.entry = None
         self.close(task)
@@ -49,7 +56,9 @@ class Model:
         if not task.eta and task.received and task.received[0] == worker:
             pair = worker, task.name
             self.times[pair] = max(0, at - task.received[1])
-        task.run, task.last = (worker, pair), (worker, at)
+            self.last_start[worker] = at
+            self.idle_at[worker] = min(self.idle_at.get(worker, 0), at)
+        task.run, task.last = (worker, pair, at), (worker, at)
 
     def ended(self, task, worker, entry_first):
         run, entry = task.run and task.run[0] == worker, task.entry and task.entry[0] == worker
@@ -60,7 +69,9 @@ class Model:
 
     def close(self, task):
         if task.run and task.run[1]:
-            self.times[task.run[1]] = 0
+            worker, pair, started = task.run
+            if started >= self.idle_at.get(worker, 0):
+                self.times[pair] = 0
         task.run = None
 
     def worker(self, kind, worker, event):
@@ -70,6 +81,13 @@ class Model:
             for task in self.tasks.values():
                 if task.entry and task.entry[0] == worker:
                     task.entry = None
+        if restarted:
+            self.idle_at[worker] = max(self.idle_at.get(worker, 0), event["timestamp"])
+        if kind == "heartbeat" and event["active"] == 0 and event["timestamp"] > self.last_start.get(worker, float("inf")):
+            # It executes nothing, so every run that began before has ended.
+            self.idle_at[worker] = event["timestamp"]
+            self.last_start.pop(worker)
+            restarted = True
         if restarted:
             self.times.update({pair: 0 for pair in self.times if pair[0] == worker})
         if kind == "offline":

@@ -27,6 +27,7 @@ class Stream:
         self.processed = dict.fromkeys(WORKERS, 0)
         self.active = {}
         self.immediate = {}
+        self.running = set()
         self.stuck = set()
         self.flat = []
 
@@ -134,6 +135,10 @@ class Stream:
         """Tracks the pairs whose prefetch time is stuck in Flower."""
         self.flat.append(event)
         kind, uuid = event["type"].removeprefix("task-"), event["uuid"]
+        if kind == "started":
+            self.running.add((event["hostname"], uuid))
+        elif kind in ("succeeded", "failed", "retried", "revoked", "rejected", "cancelled"):
+            self.running.discard((event["hostname"], uuid))
         if kind == "received" or (kind == "sent" and uuid in self.immediate):
             self.immediate[uuid] = not event["eta"]
         elif not self.immediate.get(uuid):
@@ -168,7 +173,8 @@ class Stream:
     def add_heartbeat(self, worker):
         """Adds a heartbeat or an event that the exporter ignores."""
         self.processed[worker] += self.random.randint(0, 9)
-        fields = {"processed": self.processed[worker], "active": self.random.choice([0, 1, 2, 16, 3.0, None])}
+        idle = [] if worker in {worker for worker, _ in self.running} else [0]
+        fields = {"processed": self.processed[worker], "active": self.random.choice([*idle, 1, 2, 16, 3.0, None])}
         beat = ev.heartbeat(worker, self.now, **fields)
         for key in self.random.choice([(), (), ("timestamp",), ("active", "processed", "loadavg"), ("freq",)]):
             beat.pop(key, None)

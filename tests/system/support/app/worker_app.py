@@ -5,7 +5,7 @@ import os
 import time
 
 from celery import Celery
-from celery.exceptions import Reject
+from celery.exceptions import Ignore, Reject
 
 app = Celery("tests", broker=os.environ["TEST_BROKER"])
 app.conf.update(
@@ -43,6 +43,16 @@ def retry(self, countdown=0):
 @app.task(name="reject", acks_late=True)
 def reject():
     raise Reject("no thanks", requeue=False)
+
+
+@app.task(name="ignore")
+def ignore():
+    raise Ignore()
+
+
+@app.task(name="overlong", time_limit=1)
+def overlong():
+    time.sleep(60)
 
 
 @app.task(name='räkna.算 "\\')
