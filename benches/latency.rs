@@ -42,7 +42,7 @@ fn saves() {
     });
     report("save of the changes", durations.take(200).collect());
     let durations = std::iter::repeat_with(|| {
-        state.save_all();
+        state.require_full_save();
         save(&mut state)
     });
     report("save of the full state", durations.take(20).collect());

@@ -34,7 +34,7 @@ pub enum StartError {
     /// The broker's settings are invalid, or a file that they name cannot be used.
     #[error(transparent)]
     Broker(#[from] BrokerConfigError),
-    /// The address is in use, does not belong to this host, or needs a privilege.
+    /// The address is in use, does not belong to this host, or requires privileges.
     #[error(
         "failed to bind http.listen = \"{address}\": {source}; choose another address, or stop the process that uses it"
     )]
@@ -83,9 +83,10 @@ impl ExporterBuilder {
     /// events. With `state.persistent`, returns once the saved state is loaded.
     ///
     /// # Errors
-    /// Returns an error if the configuration is invalid, if a file that it names cannot be used, if the address cannot
-    /// be bound, or if another process has held the state file for ten seconds. A broker that cannot be reached is not
-    /// an error: the exporter retries indefinitely. A state file that cannot be decoded is moved aside.
+    /// Returns an error if the configuration is invalid, if a URL or TLS file that it names cannot be used, if the
+    /// address cannot be bound, or if another process has held the state file for ten seconds. A broker that cannot be
+    /// reached is not an error: the exporter retries indefinitely. A state file that cannot be decoded is moved aside,
+    /// and one that cannot be opened is retried while the exporter runs without it.
     pub async fn start(self) -> Result<Exporter, StartError> {
         Exporter::start(self.config, self.observers).await
     }

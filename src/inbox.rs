@@ -40,7 +40,7 @@ pub struct Message {
     pub redelivered: bool,
 }
 
-/// AMQP's delivery tag. Acknowledging it acknowledges every message up to it on its connection.
+/// AMQP's delivery tag. Acknowledging it acknowledges every message up to it on its channel (`multiple`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeliveryTag(pub u64);
 
@@ -96,7 +96,7 @@ pub enum IngestMessage {
         /// The session's number, for its acknowledgments.
         session: u64,
         /// Identifies the contents of a named queue. The same token as before means that nothing is missing.
-        resume_token: Option<Arc<str>>,
+        continuity_token: Option<Arc<str>>,
     },
     /// Messages, and the room they take up in the buffer.
     Batch(Batch, BufferPermit),

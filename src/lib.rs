@@ -44,8 +44,8 @@
 //! ```
 //!
 //! `examples/failed_tasks.rs` is a complete program. A broker that cannot be reached is not an error: the exporter
-//! retries indefinitely. An address in use, a file that cannot be read, or a state file that another process has open is
-//! a [`StartError`].
+//! retries indefinitely. An address in use, a URL or TLS file that cannot be read, or a state file that another process
+//! has open is a [`StartError`].
 //!
 //! # Observers
 //! An observer is called with every [`Event`] that could be decoded, in order of arrival, after the state has applied

@@ -124,7 +124,7 @@ pub fn decode(messages: &[Vec<u8>], buffer: &mut Vec<u8>) -> usize {
 pub fn ingest(state: &mut State, bodies: &[Vec<u8>]) {
     for body in bodies {
         event::decode(body, false, |event| {
-            state.apply(&event.expect("an event"), Arrival::in_order(Duration::from_secs(1)))
+            state.apply(&event.expect("an event"), Arrival::in_order(Duration::from_secs(1)));
         });
     }
 }

@@ -20,7 +20,7 @@ pub fn run(input: &[u8]) {
     let text = exposition(&state, Format::Text);
     assert!(samples(&text).values().all(|value| *value >= 0.0), "{text}");
 
-    state.save_all();
+    state.require_full_save();
     let mut reloaded = restore(&saved(&state.take_changes())).expect("saved records can be restored");
     assert_eq!(exposition(&reloaded, Format::Text), text);
     for state in [&mut state, &mut reloaded] {

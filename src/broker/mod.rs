@@ -2,7 +2,7 @@
 //!
 //! A connection has two halves. The [`EventReceiver`] yields what is received. The [`BrokerHandle`] sends broadcasts
 //! and acknowledgments and maintains the subscription, so that neither half waits for the other. Nothing here
-//! reconnects.
+//! subscribes again after a failure: the session does.
 
 mod amqp;
 mod error;
@@ -77,12 +77,12 @@ impl EventReceiver {
     }
 
     /// Identifies the contents of a named queue. It stays the same as long as nothing is missing from the queue. `None`
-    /// if the broker collects nothing while the exporter is disconnected.
+    /// without a named queue, or without permission for the continuity marker.
     #[must_use]
-    pub fn resume_token(&self) -> Option<&str> {
+    pub fn continuity_token(&self) -> Option<&str> {
         match self {
             Self::Redis(_) => None,
-            Self::Amqp(amqp) => amqp.resume_token(),
+            Self::Amqp(amqp) => amqp.continuity_token(),
         }
     }
 

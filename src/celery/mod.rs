@@ -15,7 +15,7 @@ pub use control::Broadcast;
 pub use event::{Event, EventKind};
 pub use truncate::truncate_label;
 
-/// Why a message, or one event of a batch, is invalid. [`as_str`](Self::as_str) is the `reason` label of
+/// Why a message, or one event of a message, is invalid. [`as_str`](Self::as_str) is the `reason` label of
 /// `flower_exporter_invalid_messages_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DecodeError {
@@ -29,9 +29,9 @@ pub enum DecodeError {
     Compression,
     /// The body is declared as base64 but is not.
     Base64,
-    /// The body, or one element of a batch, is not JSON.
+    /// The body, or one element of its array, is not JSON.
     Json,
-    /// The body is JSON, but neither an object nor a list of objects.
+    /// The body is JSON, but neither an object nor an array of objects.
     NotAnEvent,
     /// The event has no `type`, or one that is not a string.
     NoType,

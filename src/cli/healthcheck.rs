@@ -19,7 +19,7 @@ const MAX_BODY: usize = 64 << 10;
 /// Prints the response.
 ///
 /// # Errors
-/// Returns an error if the exporter does not respond, or not with success.
+/// Returns an error if the exporter does not respond, or responds with an error status.
 pub(super) async fn run(config: &Config) -> anyhow::Result<()> {
     let address = connect_address(config.http.listen);
     let request_timeout = MAX_TIMEOUT.min(config.http.request_timeout);

@@ -56,8 +56,8 @@ pub struct LoadedConfig {
     pub config: Config,
     /// In the order of `KEYS`.
     sources: Vec<String>,
-    /// Environment variables that lack one underscore.
-    unrecognized_env: Vec<String>,
+    /// Warnings about environment variables that have `_` in place of `__`.
+    env_warnings: Vec<String>,
 }
 
 impl LoadedConfig {
@@ -88,7 +88,7 @@ impl LoadedConfig {
     /// file.
     #[must_use]
     pub fn warnings(&self) -> Vec<String> {
-        self.unrecognized_env.iter().cloned().chain(self.shadowed_url()).collect()
+        self.env_warnings.iter().cloned().chain(self.shadowed_url()).collect()
     }
 
     fn shadowed_url(&self) -> Option<String> {
@@ -132,7 +132,7 @@ pub fn load_from(
     let config: Config = figment.extract().map_err(|error| value_error(&figment, error))?;
     config.validate()?;
     let sources = KEYS.iter().map(|key| source(&figment, key)).collect();
-    Ok(LoadedConfig { config, sources, unrecognized_env: environment.unrecognized })
+    Ok(LoadedConfig { config, sources, env_warnings: environment.unrecognized })
 }
 
 /// The exporter's environment variables.
@@ -277,8 +277,8 @@ fn variable_layer(name: &str, rest: &str, value: &OsStr) -> Result<Layer, Config
     let value = match key.kind {
         ValueKind::Text | ValueKind::Secret => Value::from(text),
         ValueKind::Scalar => scalar(text),
-        ValueKind::Texts | ValueKind::Numbers if text.is_empty() => Value::from(text),
-        ValueKind::Texts => list(text, |item| Value::from(item)),
+        ValueKind::Strings | ValueKind::Numbers if text.is_empty() => Value::from(text),
+        ValueKind::Strings => list(text, |item| Value::from(item)),
         ValueKind::Numbers => list(text, scalar),
     };
     Ok(Layer::from_key(source, key, value))
@@ -333,7 +333,7 @@ fn value_error(figment: &Figment, error: figment::Error) -> ConfigError {
     let reason = match error.kind {
         FigmentErrorKind::Message(message) => message,
         FigmentErrorKind::InvalidType(_, expected) if expected == "a boolean" => "expected true or false".to_owned(),
-        _ => "expected text".to_owned(),
+        _ => "expected a string".to_owned(),
     };
     ConfigError::Value { subject, value, reason }
 }

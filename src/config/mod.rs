@@ -109,7 +109,7 @@ pub struct AmqpConfig {
     /// twice this time.
     #[serde(deserialize_with = "checked::<DurationSecs, _, _>")]
     pub heartbeat: Duration,
-    /// The name of a durable queue, from 1 to 248 bytes. `None`: an exclusive queue that is deleted with the
+    /// The name of a durable queue, from 1 to 218 bytes. `None`: an exclusive queue that is deleted with the
     /// connection.
     #[serde(deserialize_with = "optional::<Name, _, _>")]
     pub queue: Option<String>,
@@ -162,10 +162,10 @@ pub struct EventsConfig {
     /// Time between two such broadcasts, from 100 ms to 10 years.
     #[serde(deserialize_with = "checked::<DurationRange<100, TEN_YEARS>, _, _>")]
     pub enable_interval: Duration,
-    /// Celery's `event_exchange`, from 1 to 248 bytes.
+    /// Celery's `event_exchange`, from 1 to 218 bytes.
     #[serde(deserialize_with = "checked::<Name, _, _>")]
     pub exchange: String,
-    /// Celery's `control_exchange`, from 1 to 248 bytes. The exporter appends `.pidbox`.
+    /// Celery's `control_exchange`, from 1 to 218 bytes. The exporter appends `.pidbox`.
     #[serde(deserialize_with = "checked::<Name, _, _>")]
     pub control_exchange: String,
     /// The workers whose events are counted. `None`: all workers.

@@ -19,7 +19,7 @@ pub(super) enum ValueKind {
     /// A boolean, a number, or a string with a unit.
     Scalar,
     /// A list of strings, comma-separated or as a TOML array.
-    Texts,
+    Strings,
     /// A list of numbers, comma-separated or as a TOML array.
     Numbers,
 }
@@ -109,7 +109,7 @@ pub(super) static KEYS: &[Key] = &[
     live_key!(Scalar, events.enable_interval),
     key!(Text, events.exchange),
     key!(Text, events.control_exchange),
-    key!(Texts, events.hostnames).optional(),
+    key!(Strings, events.hostnames).optional(),
     key!(Scalar, events.buffer_max_bytes).format(|config| size(config.events.buffer_max_bytes as u64)),
     key!(Scalar, events.message_max_bytes).format(|config| size(config.events.message_max_bytes as u64)),
     key!(Scalar, state.max_workers),

@@ -203,7 +203,7 @@ const INVALID_VALUES: &[(&str, &[&str])] = &[
         &["state.max_tasks = -5", "state.max_tasks = 1.5", r#"state.max_tasks = "7""#],
     ),
     ("expected true or false", &[r#"state.persistent = "yes""#, "broker.tls.enabled = 1"]),
-    ("expected text", &["state.db = 5", r#"broker.tls.ca_file = [1, "a"]"#]),
+    ("expected a string", &["state.db = 5", r#"broker.tls.ca_file = [1, "a"]"#]),
     (
         r#"expected a duration such as "500ms", "10m" or a number of seconds, from 1ms to 10years"#,
         &[
@@ -235,7 +235,7 @@ const INVALID_VALUES: &[(&str, &[&str])] = &[
         r#"expected a size such as "64MiB", "100kB" or a number of bytes, from 1KiB to 1GiB"#,
         &[r#"events.message_max_bytes = "12 parsecs""#, "events.message_max_bytes = 1"],
     ),
-    ("expected a name of 1 to 248 bytes", &[r#"events.exchange = """#]),
+    ("expected a name of 1 to 218 bytes", &[r#"events.exchange = """#]),
     (
         r#"expected globs of worker hostnames, such as ["*@my-pod"]"#,
         &["events.hostnames = []", r#"events.hostnames = "*""#],
@@ -271,7 +271,7 @@ fn an_invalid_value_is_a_one_line_error() {
     assert_invalid(
         "broker.redis.sentinel_password = 123",
         &[],
-        "x.toml: broker.redis.sentinel_password = ***: expected text",
+        "x.toml: broker.redis.sentinel_password = ***: expected a string",
     );
 }
 

@@ -11,7 +11,8 @@ use serde::{Deserialize, de};
 use super::broker_url::{BrokerUrls, UrlError};
 use super::secret::printable;
 
-/// An unvalidated TOML value. The environment and the command line provide text for keys that may be text.
+/// An unvalidated TOML value. The command line always provides text, and the environment
+/// what the `ValueKind` of the key implies.
 #[derive(Deserialize)]
 #[serde(untagged)]
 pub(super) enum Raw {
@@ -198,14 +199,14 @@ pub(super) fn format_size(bytes: u64) -> String {
     }
 }
 
-/// A name of 1 to 248 bytes: with the suffix `.pidbox`, it fits into AMQP's 255 bytes.
+/// A name of 1 to 218 bytes: with a dot and a UUID, as in the name of an unnamed queue, it fits into AMQP's 255 bytes.
 pub(super) struct Name;
 
 impl FromRaw<String> for Name {
     fn from_raw(raw: Raw) -> Result<String, String> {
         match raw {
-            Raw::Text(name) if (1..=248).contains(&name.len()) => Ok(name),
-            _ => Err("expected a name of 1 to 248 bytes".to_owned()),
+            Raw::Text(name) if (1..=218).contains(&name.len()) => Ok(name),
+            _ => Err("expected a name of 1 to 218 bytes".to_owned()),
         }
     }
 }

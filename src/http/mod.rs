@@ -152,7 +152,7 @@ fn joined(headers: &HeaderMap, name: &HeaderName) -> String {
 /// Binds a listening socket.
 ///
 /// # Errors
-/// Returns an error if the address is in use, does not belong to this host or requires a privilege.
+/// Returns an error if the address is in use, does not belong to this host or requires privileges.
 pub fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     socket.set_reuseaddr(true)?;

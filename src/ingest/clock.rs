@@ -18,7 +18,7 @@ pub(super) struct ListeningClock {
     pub(super) last_tick: Instant,
     pub(super) is_listening: bool,
     pub(super) broker_backlogged: bool,
-    /// Whether the inbox was empty since the last tick.
+    /// Whether the inbox was empty at least once since the last tick.
     pub(super) drained: bool,
     pub(super) broker_last_seen: Instant,
 }

@@ -1,12 +1,12 @@
 //! The ingest loop: the sole owner of the state. It decodes messages in place and applies each event.
 //!
-//! Runs on a separate thread and waits only for its inbox. Between two batches it answers queries, for a millisecond
-//! at a time, and submits saves. It does no I/O.
+//! Runs on a separate thread and waits only for its inbox. Between two batches it answers queries, copies
+//! snapshots for a millisecond at a time, and submits saves. It does no I/O.
 
-mod checkpoint;
 mod clock;
 mod handle;
 mod redelivery;
+mod save_scheduler;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -15,9 +15,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{mpsc, watch};
 
-use checkpoint::SaveScheduler;
 use clock::{ListeningClock, TICK};
 use redelivery::RedeliveryFilter;
+use save_scheduler::SaveScheduler;
 
 pub use handle::{IngestHandle, Query};
 pub use redelivery::redelivery_window;
@@ -44,7 +44,7 @@ const NO_EVENTS_WARNING_DELAY: Duration = Duration::from_secs(60);
 /// How many of the broker's heartbeats pass until it notices that the previous connection is dead. lapin and `RabbitMQ`
 /// tolerate two missing ones.
 const HEARTBEATS_UNTIL_ORDERED: u32 = 3;
-/// The most workers that warnings name at a time.
+/// Maximum number of workers that warnings name at a time.
 const MAX_WARNED_WORKERS: usize = 10;
 /// How many bytes of an invalid message are logged.
 const PAYLOAD_PREFIX_LEN: usize = 64;
@@ -74,16 +74,20 @@ impl Ingest {
         let config = Arc::clone(&self.config.borrow());
         let mut ingest = IngestLoop::new(self, &config, restored, store);
         while ingest.run_once() {}
-        ingest.checkpoint.submit(&mut ingest.state, &mut ingest.redelivery_filter, ingest.resume_token.as_ref());
+        ingest.save_scheduler.submit(
+            &mut ingest.state,
+            &mut ingest.redelivery_filter,
+            ingest.continuity_token.as_ref(),
+        );
     }
 }
 
 struct IngestLoop {
     context: Ingest,
     state: State,
-    checkpoint: SaveScheduler,
+    save_scheduler: SaveScheduler,
     /// Identifies the contents of the queue that the last messages came from.
-    resume_token: Option<Arc<str>>,
+    continuity_token: Option<Arc<str>>,
     /// Whether the state was restored and no session has connected since.
     is_restored: bool,
     config: Arc<Config>,
@@ -102,17 +106,17 @@ struct IngestLoop {
 
 impl IngestLoop {
     fn new(context: Ingest, config: &Arc<Config>, restored: Restored, store: Option<StoreHandle>) -> Self {
-        let Restored { state, message_hashes, resume_token, is_new } = restored;
+        let Restored { state, message_hashes, continuity_token, is_new } = restored;
         let mut redelivery_filter = RedeliveryFilter::new(config);
         if store.is_some() {
             redelivery_filter.restore(message_hashes);
         }
         Self {
             config: Arc::clone(config),
-            checkpoint: SaveScheduler::new(store, context.acks_tx.clone(), config),
+            save_scheduler: SaveScheduler::new(store, context.acks_tx.clone(), config),
             context,
             state,
-            resume_token,
+            continuity_token,
             is_restored: !is_new,
             clock: ListeningClock::new(),
             session: 0,
@@ -138,8 +142,11 @@ impl IngestLoop {
             Ok(message) => self.handle(message),
             Err(RecvTimeoutError::Timeout) => {}
         }
-        self.checkpoint.poll(&mut self.state, &mut self.redelivery_filter, self.resume_token.as_ref());
-        self.context.self_metrics.oldest_unsaved_change.set(self.checkpoint.overdue(&self.state).as_secs_f64());
+        self.save_scheduler.poll(&mut self.state, &mut self.redelivery_filter, self.continuity_token.as_ref());
+        self.context
+            .self_metrics
+            .oldest_unsaved_change
+            .set(self.save_scheduler.update_overdue(&self.state).as_secs_f64());
         self.answer_queries();
         if self.clock.last_tick.elapsed() >= TICK {
             self.tick();
@@ -155,14 +162,14 @@ impl IngestLoop {
             Duration::ZERO
         } else {
             let tick = TICK.saturating_sub(self.clock.last_tick.elapsed());
-            self.checkpoint.due_in(&self.state).map_or(tick, |due_in| due_in.min(tick))
+            self.save_scheduler.due_in(&self.state).map_or(tick, |due_in| due_in.min(tick))
         };
         self.context.inbox_rx.recv_timeout(timeout)
     }
 
     fn handle(&mut self, message: IngestMessage) {
         match message {
-            IngestMessage::Connected { session, resume_token } => self.connected(session, resume_token),
+            IngestMessage::Connected { session, continuity_token } => self.connected(session, continuity_token),
             IngestMessage::Disconnected => {
                 self.clock.is_listening = false;
                 self.connected_at = None;
@@ -180,11 +187,11 @@ impl IngestLoop {
         }
     }
 
-    fn connected(&mut self, session: u64, resume_token: Option<Arc<str>>) {
+    fn connected(&mut self, session: u64, continuity_token: Option<Arc<str>>) {
         let is_restored = std::mem::take(&mut self.is_restored);
-        let is_continuous = resume_token.is_some() && self.resume_token == resume_token;
+        let is_continuous = continuity_token.is_some() && self.continuity_token == continuity_token;
         let is_named_queue = self.config.broker.amqp.queue.is_some();
-        let cause = match (&resume_token, session > 1) {
+        let cause = match (&continuity_token, session > 1) {
             _ if is_continuous => None,
             (None, _) if is_named_queue && (session > 1 || is_restored) => Some(GapCause::ContinuityUnknown),
             (Some(_), _) if is_named_queue && (session > 1 || is_restored) => Some(GapCause::QueueRecreated),
@@ -199,7 +206,7 @@ impl IngestLoop {
         } else if !is_continuous {
             self.state.record_gap();
         }
-        self.resume_token = resume_token;
+        self.continuity_token = continuity_token;
         self.session = session;
         self.clock.is_listening = true;
         self.clock.broker_backlogged = false;
@@ -221,7 +228,7 @@ impl IngestLoop {
             self.process_message(message, message.redelivered || is_reordered);
         }
         let ack = batch.ack.map(|tag| Ack { session: self.session, tag });
-        self.checkpoint.record(batch.messages.len(), ack);
+        self.save_scheduler.record(batch.messages.len(), ack);
     }
 
     fn process_message(&mut self, message: &Message, may_be_late: bool) {
@@ -300,7 +307,7 @@ impl IngestLoop {
                 Query::Workers(reply) => reply(self.state.workers(self.clock.event_time())),
                 Query::Task(uuid, reply) => reply(self.state.find_task(&uuid)),
                 Query::Tasks { start, count, reply } => reply(self.state.tasks(start, count)),
-                Query::Save(reply) => self.checkpoint.request(reply),
+                Query::Save(reply) => self.save_scheduler.request(reply),
             }
         }
         self.copy_snapshot();

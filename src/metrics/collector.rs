@@ -8,7 +8,7 @@ use prometheus::proto;
 
 use super::Snapshot;
 use super::family::{Family, MetricType};
-use super::snapshot::{TaskSample, WorkerSample};
+use super::snapshot::{TaskValues, WorkerValues};
 
 /// Collects the six families from a [`Snapshot`] per gathering.
 pub struct FlowerCollector {
@@ -65,8 +65,8 @@ impl Snapshot {
 
     fn event_metrics(&self) -> Vec<proto::Metric> {
         let mut metrics = Vec::with_capacity(self.events.len());
-        for (index, sample) in self.task_series.iter().enumerate() {
-            let (task, worker) = sample.label.split_at(sample.split as usize);
+        for (index, values) in self.task_series.iter().enumerate() {
+            let (task, worker) = values.labels.split_at(values.split as usize);
             for (id, count) in self.task_events(index) {
                 let mut counter = proto::Counter::default();
                 counter.set_value(*count as f64);
@@ -79,19 +79,19 @@ impl Snapshot {
         metrics
     }
 
-    fn task_metrics(&self, value: impl Fn(&TaskSample) -> Option<proto::Metric>) -> Vec<proto::Metric> {
-        let metric = |sample: &TaskSample| {
-            let mut metric = value(sample)?;
-            metric.set_label(labels(&sample.label));
+    fn task_metrics(&self, value: impl Fn(&TaskValues) -> Option<proto::Metric>) -> Vec<proto::Metric> {
+        let metric = |values: &TaskValues| {
+            let mut metric = value(values)?;
+            metric.set_label(labels(&values.labels));
             Some(metric)
         };
         self.task_series.iter().filter_map(metric).collect()
     }
 
-    fn worker_metrics(&self, value: impl Fn(&WorkerSample) -> Option<f64>) -> Vec<proto::Metric> {
-        let metric = |worker: &WorkerSample| {
+    fn worker_metrics(&self, value: impl Fn(&WorkerValues) -> Option<f64>) -> Vec<proto::Metric> {
+        let metric = |worker: &WorkerValues| {
             let mut metric = gauge(value(worker)?);
-            metric.set_label(labels(&worker.label));
+            metric.set_label(labels(&worker.labels));
             Some(metric)
         };
         self.workers.iter().filter_map(metric).collect()

@@ -1,5 +1,5 @@
 //! Flower's six metric families: their series, a snapshot of them per scrape, and the exposition formats.
-//! The ingest loop alone owns the [`Series`]. Nothing here blocks, does I/O or knows the meaning of an event.
+//! The ingest loop alone owns the [`SeriesTable`]. Nothing here blocks, does I/O or knows the meaning of an event.
 //!
 //! A scrape copies the values into a [`Snapshot`], in short steps between events. Another thread then encodes the
 //! snapshot with [`encode::Exposition`], so neither the series nor a lock on them is held while megabytes are
@@ -23,5 +23,5 @@ pub(crate) use dirty::DirtySet;
 pub use family::{Family, MetricType};
 pub use label_escaping::OTHER;
 pub use persist::{SavedGauges, SavedTaskSeries};
-pub use series::{MAX_EVENT_TYPES, Series, SeriesKey, TaskName, WorkerKey};
+pub use series::{MAX_EVENT_TYPES, SeriesKey, SeriesTable, TaskName, WorkerKey};
 pub use snapshot::{Snapshot, SnapshotBuilder};

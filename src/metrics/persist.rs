@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::histogram::Histogram;
 use super::label_escaping::OTHER;
-use super::series::{MAX_EVENT_TYPES, Series, SeriesKey, WorkerKey, to_u32};
+use super::series::{MAX_EVENT_TYPES, SeriesKey, SeriesTable, WorkerKey, to_u32};
 use crate::celery::truncate_label;
 
 /// The saved series of a label set.
@@ -40,7 +40,7 @@ impl WorkerKey {
     }
 }
 
-impl Series {
+impl SeriesTable {
     /// Starts to track which label sets change.
     pub fn track_changes(&mut self) {
         self.dirty.enable();
@@ -52,7 +52,7 @@ impl Series {
         label_sets.iter().for_each(|(index, _)| dirty.mark(to_u32(index)));
     }
 
-    /// Whether any label set changed since the last [`Series::take_changes`].
+    /// Whether any label set changed since the last [`SeriesTable::take_changes`].
     #[must_use]
     pub fn has_changes(&self) -> bool {
         !self.dirty.is_empty()
@@ -64,7 +64,7 @@ impl Series {
     }
 
     /// The saved form of a label set, or `None` if it was removed. `name` returns a task name by its id.
-    pub fn save_task_series<'a>(&'a self, key: u32, name: impl Fn(u32) -> &'a str) -> Option<SavedTaskSeries<'a>> {
+    pub fn task_series_record<'a>(&'a self, key: u32, name: impl Fn(u32) -> &'a str) -> Option<SavedTaskSeries<'a>> {
         let series = self.label_sets.get(key as usize)?;
         Some(SavedTaskSeries {
             worker: series.worker.0,
@@ -78,7 +78,7 @@ impl Series {
 
     /// The saved form of a worker's gauges.
     #[must_use]
-    pub fn save_gauges(&self, worker: WorkerKey) -> SavedGauges {
+    pub fn gauges_record(&self, worker: WorkerKey) -> SavedGauges {
         let worker = &self.workers[worker.0 as usize];
         SavedGauges { online: worker.online, executing: worker.executing }
     }

@@ -54,9 +54,9 @@ pub struct TaskName<'a> {
     pub text: &'a str,
 }
 
-/// Every series of the six families.
+/// The table of all series of the six families.
 #[derive(Debug)]
-pub struct Series {
+pub struct SeriesTable {
     pub(super) bounds: Arc<[f64]>,
     pub(super) event_types: EventTypes,
     pub(super) workers: Slab<WorkerSeries>,
@@ -72,9 +72,9 @@ pub struct Series {
 
 #[derive(Debug)]
 pub(super) struct WorkerSeries {
-    /// [`Series::generation`] when it was added.
+    /// [`SeriesTable::generation`] when it was added.
     pub(super) generation: u64,
-    pub(super) label: Arc<str>,
+    pub(super) labels: Arc<str>,
     pub(super) online: Option<bool>,
     pub(super) executing: Option<f64>,
     hostname: Arc<str>,
@@ -85,11 +85,11 @@ pub(super) struct WorkerSeries {
 
 #[derive(Debug)]
 pub(super) struct TaskSeries {
-    /// [`Series::generation`] when it was added.
+    /// [`SeriesTable::generation`] when it was added.
     pub(super) generation: u64,
     pub(super) worker: WorkerKey,
     /// `task="…",worker="…"`; `split` is the byte index of the comma.
-    pub(super) label: Arc<str>,
+    pub(super) labels: Arc<str>,
     pub(super) split: u32,
     /// Event type id, count.
     pub(super) events: Vec<(u8, u64)>,
@@ -100,7 +100,7 @@ pub(super) struct TaskSeries {
     pub(super) task: Option<u32>,
 }
 
-impl Series {
+impl SeriesTable {
     /// Creates an empty table. `bounds` are the runtime histogram's upper bounds in seconds, ascending, without `+Inf`.
     /// After `max_label_sets` label sets, new ones are counted under task `(other)` of their worker.
     #[must_use]
@@ -126,12 +126,12 @@ impl Series {
 
     /// Adds a worker, without any series.
     pub fn add_worker(&mut self, hostname: &str) -> WorkerKey {
-        let mut label = String::with_capacity(hostname.len() + 10);
-        append_escaped(&mut label, "worker", hostname);
+        let mut labels = String::with_capacity(hostname.len() + 10);
+        append_escaped(&mut labels, "worker", hostname);
         self.generation += 1;
         let worker = WorkerSeries {
             generation: self.generation,
-            label: label.into(),
+            labels: labels.into(),
             hostname: hostname.into(),
             online: None,
             executing: None,
@@ -159,8 +159,8 @@ impl Series {
         self.index.get(&(worker, task)).copied()
     }
 
-    /// Adds a label set that [`Series::find_task_series`] does not find. Returns its key, and whether it retains the
-    /// task name. At the limit, the key is that of the worker's task `(other)`, which retains no name.
+    /// Adds a label set that [`SeriesTable::find_task_series`] does not find. Returns its key, and whether it retains
+    /// the task name. At the limit, the key is that of the worker's task `(other)`, which retains no name.
     pub fn add_task_series(&mut self, worker: WorkerKey, task: TaskName) -> (SeriesKey, bool) {
         if self.label_sets.len() < self.max_label_sets && task.text != OTHER {
             let key = self.create_task_series(worker, task.text, Some(task.id));
@@ -177,15 +177,15 @@ impl Series {
     pub(super) fn create_task_series(&mut self, worker_key: WorkerKey, text: &str, task: Option<u32>) -> SeriesKey {
         self.generation += 1;
         let worker = &mut self.workers[worker_key.0 as usize];
-        let mut label = String::with_capacity(text.len() + worker.hostname.len() + 20);
-        append_escaped(&mut label, "task", text);
-        let split = to_u32(label.len());
-        label.push(',');
-        append_escaped(&mut label, "worker", &worker.hostname);
+        let mut labels = String::with_capacity(text.len() + worker.hostname.len() + 20);
+        append_escaped(&mut labels, "task", text);
+        let split = to_u32(labels.len());
+        labels.push(',');
+        append_escaped(&mut labels, "worker", &worker.hostname);
         let key = SeriesKey::from_index(self.label_sets.insert(TaskSeries {
             generation: self.generation,
             worker: worker_key,
-            label: label.into(),
+            labels: labels.into(),
             split,
             events: Vec::new(),
             runtime: None,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::series::{Series, TaskSeries, WorkerSeries, to_u32};
+use super::series::{SeriesTable, TaskSeries, WorkerSeries, to_u32};
 
 /// Series copied between two checks of the clock.
 const STEP: usize = 256;
@@ -14,8 +14,8 @@ pub struct Snapshot {
     pub(super) bounds: Arc<[f64]>,
     /// `type="…"`, by event type id.
     pub(super) event_types: Vec<Arc<str>>,
-    pub(super) workers: Vec<WorkerSample>,
-    pub(super) task_series: Vec<TaskSample>,
+    pub(super) workers: Vec<WorkerValues>,
+    pub(super) task_series: Vec<TaskValues>,
     /// The event counts of all label sets, concatenated: event type id, count.
     pub(super) events: Vec<(u8, u64)>,
     /// The histograms of all label sets, concatenated: `bounds.len() + 1` non-cumulative counts each.
@@ -25,15 +25,15 @@ pub struct Snapshot {
 }
 
 #[derive(Debug)]
-pub(super) struct WorkerSample {
-    pub(super) label: Arc<str>,
+pub(super) struct WorkerValues {
+    pub(super) labels: Arc<str>,
     pub(super) online: Option<bool>,
     pub(super) executing: Option<f64>,
 }
 
 #[derive(Debug)]
-pub(super) struct TaskSample {
-    pub(super) label: Arc<str>,
+pub(super) struct TaskValues {
+    pub(super) labels: Arc<str>,
     pub(super) split: u32,
     /// End of its part of [`Snapshot::events`], which starts where the previous part ends.
     pub(super) events_end: u32,
@@ -63,8 +63,8 @@ impl Snapshot {
             self.sums.push(histogram.sum);
             to_u32(self.sums.len() - 1)
         });
-        self.task_series.push(TaskSample {
-            label: Arc::clone(&series.label),
+        self.task_series.push(TaskValues {
+            labels: Arc::clone(&series.labels),
             split: series.split,
             events_end: to_u32(self.events.len()),
             runtime,
@@ -74,9 +74,9 @@ impl Snapshot {
     }
 }
 
-impl WorkerSample {
+impl WorkerValues {
     fn new(worker: &WorkerSeries) -> Self {
-        Self { label: Arc::clone(&worker.label), online: worker.online, executing: worker.executing }
+        Self { labels: Arc::clone(&worker.labels), online: worker.online, executing: worker.executing }
     }
 }
 
@@ -88,14 +88,14 @@ pub struct SnapshotBuilder {
     snapshot: Snapshot,
     next_worker: usize,
     next_task_series: usize,
-    /// [`Series::generation`] at the start.
+    /// [`SeriesTable::generation`] at the start.
     generation: u64,
 }
 
 impl SnapshotBuilder {
     /// Starts a snapshot.
     #[must_use]
-    pub fn new(series: &Series) -> Self {
+    pub fn new(series: &SeriesTable) -> Self {
         let snapshot = Snapshot {
             bounds: Arc::clone(&series.bounds),
             event_types: Vec::new(),
@@ -109,19 +109,19 @@ impl SnapshotBuilder {
     }
 
     /// Visits at most `count` more slots. Returns whether the copy is complete.
-    pub fn step(&mut self, series: &Series, count: usize) -> bool {
+    pub fn step(&mut self, series: &SeriesTable, count: usize) -> bool {
         let end = (self.next_worker + count).min(series.workers.capacity());
         let rest = count - (end - self.next_worker);
         for slot in self.next_worker..end {
             if let Some(worker) = series.workers.get(slot).filter(|worker| worker.generation <= self.generation) {
-                self.snapshot.workers.push(WorkerSample::new(worker));
+                self.snapshot.workers.push(WorkerValues::new(worker));
             }
         }
         self.next_worker = end;
         let end = (self.next_task_series + rest).min(series.label_sets.capacity());
         for slot in self.next_task_series..end {
-            if let Some(series) = series.label_sets.get(slot).filter(|series| series.generation <= self.generation) {
-                self.snapshot.push(series);
+            if let Some(row) = series.label_sets.get(slot).filter(|row| row.generation <= self.generation) {
+                self.snapshot.push(row);
             }
         }
         self.next_task_series = end;
@@ -129,7 +129,7 @@ impl SnapshotBuilder {
     }
 
     /// Takes steps until the copy is complete or about `budget` has passed. Returns whether the copy is complete.
-    pub fn step_for(&mut self, series: &Series, budget: Duration) -> bool {
+    pub fn step_for(&mut self, series: &SeriesTable, budget: Duration) -> bool {
         let started = Instant::now();
         while !self.step(series, STEP) {
             if started.elapsed() >= budget {
@@ -141,7 +141,7 @@ impl SnapshotBuilder {
 
     /// Returns the snapshot. Call it after the last step.
     #[must_use]
-    pub fn finish(mut self, series: &Series) -> Snapshot {
+    pub fn finish(mut self, series: &SeriesTable) -> Snapshot {
         self.snapshot.event_types.clone_from(&series.event_types.labels);
         self.snapshot
     }

@@ -7,8 +7,8 @@ use super::encode::{Exposition, Format};
 use super::*;
 use crate::celery::EventKind;
 
-fn series() -> Series {
-    let mut series = Series::new(&[0.075, 1.0, 2_000_000.0], 100);
+fn series() -> SeriesTable {
+    let mut series = SeriesTable::new(&[0.075, 1.0, 2_000_000.0], 100);
     let worker = series.add_worker("celery@\"höst\"\\\n");
     series.set_online(worker, true);
     series.set_executing(worker, 2.5);
@@ -25,7 +25,7 @@ fn series() -> Series {
     series
 }
 
-fn snapshot(series: &Series) -> Arc<Snapshot> {
+fn snapshot(series: &SeriesTable) -> Arc<Snapshot> {
     let mut builder = SnapshotBuilder::new(series);
     while !builder.step(series, 1) {}
     Arc::new(builder.finish(series))
@@ -80,7 +80,7 @@ fn the_piece_size_does_not_change_the_text() {
 
 #[test]
 fn the_exposition_matches_the_golden_text() {
-    let mut series = Series::new(&[1.0], 100);
+    let mut series = SeriesTable::new(&[1.0], 100);
     let worker = series.add_worker("w");
     let (key, _) = series.add_task_series(worker, TaskName { id: 1, text: "t" });
     series.count_event(key, EventKind::TaskSucceeded, "task-succeeded");
@@ -115,7 +115,7 @@ flower_worker_online{worker="w"} 0
 
 #[test]
 fn label_sets_with_equal_concatenation_are_distinct() {
-    let mut series = Series::new(&[1.0], 100);
+    let mut series = SeriesTable::new(&[1.0], 100);
     for (id, (worker, task)) in [("ab", "c"), ("a", "bc")].into_iter().enumerate() {
         let worker = series.add_worker(worker);
         let (key, _) = series.add_task_series(worker, TaskName { id: u32::try_from(id).unwrap(), text: task });

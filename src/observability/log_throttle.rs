@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 const INTERVAL: Duration = Duration::from_secs(60);
-/// The most keys in memory. When they are reached, all are removed, so that memory stays bounded.
+/// Maximum number of keys in memory. When they are reached, all are removed, so that memory stays bounded.
 const MAX_KEYS: usize = 64;
 
 /// Tracks which lines were logged recently.

@@ -75,7 +75,7 @@ pub struct SelfMetrics {
     pub dropped: IntCounter,
     /// Subscriptions that broke.
     pub disconnects: IntCounter,
-    /// Seconds without a subscription after the first one.
+    /// Seconds without a subscription after the first one, added when each outage ends.
     pub disconnected_seconds: Counter,
     /// Subscriptions after the first one.
     pub reconnects: IntCounter,
@@ -123,7 +123,11 @@ impl SelfMetrics {
             "Messages and events that could not be decoded, by reason.",
             "reason",
         )?;
-        let gaps = registrar.vec("gaps_total", "Times that events are or may be missing, by cause.", "cause")?;
+        let gaps = registrar.vec(
+            "gaps_total",
+            "Number of times that events were or may have been missed, by cause.",
+            "cause",
+        )?;
         let info = IntGauge::with_opts(
             Opts::new("flower_exporter_build_info", "The exporter's version, and the commit it was built from.")
                 .const_label("version", env!("CARGO_PKG_VERSION"))
@@ -155,8 +159,10 @@ impl SelfMetrics {
             )?,
             dropped: registrar.counter("dropped_messages_total", "Messages dropped because the buffer was full.")?,
             disconnects: registrar.counter("broker_disconnects_total", "Subscriptions that broke.")?,
-            disconnected_seconds: registrar
-                .counter("broker_disconnected_seconds_total", "Seconds without a subscription after the first one.")?,
+            disconnected_seconds: registrar.counter(
+                "broker_disconnected_seconds_total",
+                "Seconds without a subscription after the first one, added when each outage ends.",
+            )?,
             reconnects: registrar.counter("broker_reconnects_total", "Subscriptions after the first one.")?,
             observer_panics: registrar
                 .counter("observer_panics_total", "Panics of an observer; always 0 in the daemon.")?,

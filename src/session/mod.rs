@@ -1,4 +1,5 @@
-//! Runs sessions with the broker one after another: connect, serve, back off, repeat. Only this module reconnects.
+//! Runs sessions with the broker one after another: connect, serve, back off, repeat. Only this module subscribes again
+//! after a disconnect.
 //!
 //! Runs on one thread and never blocks it. Messages go into the inbox, as does a notice of every gap.
 
@@ -27,7 +28,7 @@ use reader::Reader;
 
 /// A subscription that lasted this long was healthy: the next attempt starts with the initial backoff.
 const HEALTHY_SESSION_THRESHOLD: Duration = Duration::from_secs(60);
-/// How long shutdown waits for a connection attempt to finish, and for a connection to close.
+/// How long to wait for a connection to close, and at shutdown for a connection attempt to finish.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Connects to the broker, and runs a session on each connection until it ends.
@@ -139,8 +140,8 @@ impl SessionLoop {
             self.self_metrics.disconnected_seconds.inc_by(since.elapsed().as_secs_f64());
         }
         self.self_metrics.connected.set(1);
-        let resume_token = receiver.resume_token().map(Arc::from);
-        self.inbox.send(IngestMessage::Connected { session: number, resume_token });
+        let continuity_token = receiver.continuity_token().map(Arc::from);
+        self.inbox.send(IngestMessage::Connected { session: number, continuity_token });
         self.health.set_broker(BrokerStatus::Connected);
     }
 

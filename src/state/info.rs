@@ -61,7 +61,7 @@ pub struct TaskInfo {
     pub uuid: String,
     /// The name; empty if no event contained it.
     pub name: String,
-    /// The state by its events.
+    /// The state according to its events.
     pub state: TaskState,
     /// Hostname of the worker that last sent an event of this task, if the worker is still tracked.
     pub worker: Option<String>,

@@ -25,7 +25,7 @@ pub use workers::WorkerId;
 
 use crate::celery::event::Eta;
 use crate::celery::{Event, EventKind, truncate_label};
-use crate::metrics::{OTHER, Series, SeriesKey, TaskName, WorkerKey};
+use crate::metrics::{OTHER, SeriesKey, SeriesTable, TaskName, WorkerKey};
 
 /// The bounds of a [`State`].
 #[derive(Clone, Debug)]
@@ -76,12 +76,12 @@ pub struct State {
     names: NameInterner,
     workers: Workers,
     tasks: Tasks,
-    series: Series,
+    series: SeriesTable,
     /// Worker `(other)`, which has counters and histograms but no gauges.
     other: Option<WorkerKey>,
     warned_full: bool,
     /// The next save contains every record, not only the dirty ones.
-    save_all: bool,
+    require_full_save: bool,
 }
 
 /// The sender of an event: a tracked hostname by its slot, or one beyond the limit.
@@ -99,16 +99,16 @@ impl State {
             names: NameInterner::default(),
             workers: Workers::new(limits.max_workers),
             tasks: Tasks::new(limits.max_tasks),
-            series: Series::new(&limits.buckets, limits.max_label_sets),
+            series: SeriesTable::new(&limits.buckets, limits.max_label_sets),
             other: None,
             warned_full: false,
-            save_all: false,
+            require_full_save: false,
         }
     }
 
     /// The series of the six families.
     #[must_use]
-    pub fn series(&self) -> &Series {
+    pub fn series(&self) -> &SeriesTable {
         &self.series
     }
 

@@ -17,7 +17,7 @@ use crate::celery::truncate_label;
 use crate::metrics::{OTHER, SavedGauges, SavedTaskSeries, SeriesKey, WorkerKey};
 
 /// The version of these records and of the message hashes stored with them. A file of another version is
-/// moved aside. That may change only until the first release, after which the previous version must also be read.
+/// moved aside. From the first release on, the previous version must also be readable.
 pub const FORMAT: u32 = 4;
 
 /// Encoded records by key. A key without a record was removed.
@@ -50,7 +50,7 @@ impl RecordBatch {
 
     /// Total size of the records in bytes.
     #[must_use]
-    pub fn bytes(&self) -> usize {
+    pub fn byte_len(&self) -> usize {
         self.bytes.len()
     }
 }
@@ -73,8 +73,8 @@ pub struct Delta {
 impl Delta {
     /// Total size of the records in bytes.
     #[must_use]
-    pub fn bytes(&self) -> usize {
-        self.workers.bytes() + self.task_series.bytes() + self.tasks.bytes()
+    pub fn byte_len(&self) -> usize {
+        self.workers.byte_len() + self.task_series.byte_len() + self.tasks.byte_len()
     }
 }
 
@@ -109,7 +109,7 @@ struct SavedWorker<'a> {
     idle_at: f64,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Copy, Serialize, Deserialize)]
 struct SavedRun {
     key: Option<u32>,
 }
@@ -144,37 +144,40 @@ impl State {
         self.tasks.dirty.enable();
         self.workers.dirty.enable();
         self.series.track_changes();
-        self.save_all = true;
+        self.require_full_save = true;
     }
 
     /// Makes the next save contain every record.
-    pub fn save_all(&mut self) {
-        self.save_all = true;
+    pub fn require_full_save(&mut self) {
+        self.require_full_save = true;
     }
 
     /// Whether there is anything to save.
     #[must_use]
     pub fn has_changes(&self) -> bool {
-        self.save_all || !self.tasks.dirty.is_empty() || !self.workers.dirty.is_empty() || self.series.has_changes()
+        self.require_full_save
+            || !self.tasks.dirty.is_empty()
+            || !self.workers.dirty.is_empty()
+            || self.series.has_changes()
     }
 
     /// Returns the changes since the last call, and treats them as saved.
     pub fn take_changes(&mut self) -> Delta {
-        let is_full = std::mem::take(&mut self.save_all);
+        let is_full = std::mem::take(&mut self.require_full_save);
         if is_full {
             self.mark_all_dirty();
         }
         let mut delta = Delta { is_full, header: self.header(), ..Delta::default() };
         for slot in self.workers.dirty.take() {
-            let worker = self.workers.slots().get(slot as usize).map(|worker| self.save_worker(worker));
+            let worker = self.workers.slots().get(slot as usize).map(|worker| self.worker_record(worker));
             delta.workers.put(slot, worker.as_ref());
         }
         for key in self.series.take_changes() {
-            let series = self.series.save_task_series(key, |id| self.names.text(NameId(id)));
+            let series = self.series.task_series_record(key, |id| self.names.text(NameId(id)));
             delta.task_series.put(key, series.as_ref());
         }
         for slot in self.tasks.dirty.take() {
-            delta.tasks.put(slot, Some(&self.save_task(self.tasks.get(slot))));
+            delta.tasks.put(slot, Some(&self.task_record(self.tasks.get(slot))));
         }
         delta
     }
@@ -197,7 +200,7 @@ impl State {
         batch.bytes
     }
 
-    fn save_worker<'a>(&'a self, worker: &'a Worker) -> SavedWorker<'a> {
+    fn worker_record<'a>(&'a self, worker: &'a Worker) -> SavedWorker<'a> {
         SavedWorker {
             id: worker.id,
             key: worker.key.to_u32(),
@@ -211,14 +214,14 @@ impl State {
             loadavg: worker.loadavg,
             software: Cow::Borrowed(&worker.software),
             events: Cow::Borrowed(&worker.events),
-            gauges: self.series.save_gauges(worker.key),
+            gauges: self.series.gauges_record(worker.key),
             last_timestamp: worker.last_timestamp,
             last_started: worker.last_started,
             idle_at: worker.idle_at,
         }
     }
 
-    fn save_task<'a>(&'a self, task: &'a Task) -> SavedTask<'a> {
+    fn task_record<'a>(&'a self, task: &'a Task) -> SavedTask<'a> {
         SavedTask {
             id: Cow::Borrowed(&task.id),
             name: Cow::Borrowed(self.names.text(task.name)),
@@ -390,7 +393,7 @@ impl Restorer {
             state.forget_task(task);
         }
         state.track_changes();
-        state.save_all = needs_full_save || !evicted.is_empty();
+        state.require_full_save = needs_full_save || !evicted.is_empty();
         state
     }
 }

@@ -1,4 +1,5 @@
-//! The tracked tasks, at most `state.max_tasks`. Finished ones are evicted first, in the order in which they finished.
+//! The tracked tasks, at most `state.max_tasks`. Finished tasks, and those of which only metadata is used, are evicted
+//! first, in the order in which they became such.
 
 use std::hash::{BuildHasher, Hash};
 
@@ -49,7 +50,8 @@ impl std::fmt::Display for TaskId {
     }
 }
 
-/// The state of a task by its events (`celery.states`, from the lowest precedence to the highest, and Flower's events).
+/// The state of a task according to its events, in ascending order of precedence (`celery.states`; `Cancelled` is the
+/// state after `task-cancelled`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "named after the event types")]
 #[non_exhaustive]
@@ -136,7 +138,7 @@ pub(super) struct Task {
     pub(super) order: u64,
     older: u32,
     newer: u32,
-    listed_finished: bool,
+    listed_first: bool,
 }
 
 const _: () = assert!(size_of::<Task>() == 136);
@@ -164,7 +166,7 @@ impl Task {
             order: 0,
             older: NIL,
             newer: NIL,
-            listed_finished: false,
+            listed_first: false,
         }
     }
 
@@ -173,7 +175,7 @@ impl Task {
         self.run.map(|run| OpenRun { worker: self.started_by, started: self.started, key: run.key })
     }
 
-    fn belongs_in_finished(&self) -> bool {
+    fn is_evicted_first(&self) -> bool {
         self.state.is_finished() || !self.is_counted
     }
 }
@@ -196,8 +198,8 @@ pub(super) struct Tasks {
     chunks: Vec<Vec<Task>>,
     index: Vec<HashTable<u32>>,
     hasher: RandomState,
-    unfinished: Ends,
-    finished: Ends,
+    evict_last: Ends,
+    evict_first: Ends,
     len: usize,
     max: usize,
     next_order: u64,
@@ -212,8 +214,8 @@ impl Tasks {
             chunks: Vec::new(),
             index: std::iter::repeat_with(HashTable::new).take(SHARDS).collect(),
             hasher: RandomState::default(),
-            unfinished: empty,
-            finished: empty,
+            evict_last: empty,
+            evict_first: empty,
             len: 0,
             max,
             next_order: 0,
@@ -235,7 +237,7 @@ impl Tasks {
         if self.len < self.max {
             return None;
         }
-        [self.finished.oldest, self.unfinished.oldest].into_iter().find(|slot| *slot != NIL)
+        [self.evict_first.oldest, self.evict_last.oldest].into_iter().find(|slot| *slot != NIL)
     }
 
     /// Adds a task in the slot of `eviction_candidate`, or in a new slot. Returns the slot and the evicted task.
@@ -269,7 +271,7 @@ impl Tasks {
         // Over the limit, the tasks that would be evicted first come first.
         order.sort_unstable_by_key(|slot| {
             let task = self.get(*slot);
-            (excess > 0 && !task.belongs_in_finished(), task.order)
+            (excess > 0 && !task.is_evicted_first(), task.order)
         });
         if excess > 0 {
             let mut all: Vec<_> = std::mem::take(&mut self.chunks).into_iter().flatten().map(Some).collect();
@@ -295,7 +297,7 @@ impl Tasks {
 
     fn link_by_state(&mut self, slot: u32) {
         let task = self.get(slot);
-        let (order, finished) = (task.order, task.belongs_in_finished());
+        let (order, finished) = (task.order, task.is_evicted_first());
         self.link(slot, finished);
         self.get_mut(slot).order = order;
         self.next_order = self.next_order.max(order.saturating_add(1));
@@ -336,19 +338,19 @@ impl Tasks {
     /// Moves a task to the newest end of the list for its state, unless it is in that list.
     pub(super) fn move_to_list(&mut self, slot: u32) {
         let task = self.get(slot);
-        let finished = task.belongs_in_finished();
-        if finished != task.listed_finished {
+        let finished = task.is_evicted_first();
+        if finished != task.listed_first {
             self.unlink(slot);
             self.link(slot, finished);
         }
     }
 
     fn link(&mut self, slot: u32, finished: bool) {
-        let before = if finished { self.finished.newest } else { self.unfinished.newest };
+        let before = if finished { self.evict_first.newest } else { self.evict_last.newest };
         let order = self.next_order;
         self.next_order = self.next_order.saturating_add(1);
         let task = self.get_mut(slot);
-        (task.older, task.newer, task.listed_finished) = (before, NIL, finished);
+        (task.older, task.newer, task.listed_first) = (before, NIL, finished);
         task.order = order;
         if before != NIL {
             self.get_mut(before).newer = slot;
@@ -362,7 +364,7 @@ impl Tasks {
 
     fn unlink(&mut self, slot: u32) {
         let task = self.get(slot);
-        let (older, newer, finished) = (task.older, task.newer, task.listed_finished);
+        let (older, newer, finished) = (task.older, task.newer, task.listed_first);
         if older == NIL {
             self.ends(finished).oldest = newer;
         } else {
@@ -376,7 +378,7 @@ impl Tasks {
     }
 
     fn ends(&mut self, finished: bool) -> &mut Ends {
-        if finished { &mut self.finished } else { &mut self.unfinished }
+        if finished { &mut self.evict_first } else { &mut self.evict_last }
     }
 
     /// The tasks from slot `start`, in no particular order.

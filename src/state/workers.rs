@@ -89,8 +89,8 @@ pub struct Worker {
     pub(super) last_timestamp: f64,
     /// When it last started a task whose prefetch time was set, by its own clock.
     pub(super) last_started: f64,
-    /// When it last reported that it executes nothing after such a start, by its own clock. Runs that began earlier have
-    /// ended.
+    /// When it last reported that it executes nothing after such a start, by its own clock. Runs that began earlier
+    /// have ended.
     pub(super) idle_at: f64,
     /// Runs may have set prefetch times since then.
     pub(super) may_hold_runs: bool,
@@ -189,7 +189,7 @@ impl Worker {
         }
     }
 
-    /// Since when `processed` has risen without a task event, if it has.
+    /// The time since which `processed` has risen without a task event, if it has.
     pub(super) fn task_events_missing_since(&self) -> Option<Duration> {
         let (baseline, processed) = self.task_event_baseline.zip(self.processed)?;
         (processed > baseline.processed).then_some(baseline.since)
@@ -247,7 +247,7 @@ impl Workers {
         }
     }
 
-    /// The slot of a hostname. All events of a batch have the same sender, so the last slot found is tried first.
+    /// The slot of a hostname. All events of a message have the same sender, so the last slot found is tried first.
     #[inline]
     pub(super) fn find(&mut self, hostname: &str) -> Option<usize> {
         if self.slots.get(self.last_found).is_some_and(|worker| *worker.hostname == *hostname) {

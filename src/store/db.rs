@@ -28,11 +28,11 @@ const MESSAGE_HASHES: TableDefinition<u64, &[u8]> = TableDefinition::new("messag
 const KEY_FORMAT: &str = "format";
 const KEY_STORE_ID: &str = "store_id";
 const KEY_HEADER: &str = "header";
-const KEY_RESUME_TOKEN: &str = "resume_token";
+const KEY_CONTINUITY_TOKEN: &str = "continuity_token";
 
 /// Size of the page cache in bytes. A save touches few pages.
 const CACHE: usize = 4 << 20;
-/// A file that has grown by less than this since the last compaction is not compacted.
+/// A file is compacted once it exceeds twice its size after the last compaction by this many bytes.
 const MIN_COMPACTION_GROWTH: u64 = 16 << 20;
 const HASH_LEN: usize = size_of::<u64>();
 
@@ -42,7 +42,7 @@ pub(super) enum DbError {
     /// Another process has the file open.
     #[error("locked by another process")]
     Locked,
-    /// Its content cannot be decoded.
+    /// Its content cannot be decoded, or is of another version or another state.
     #[error("{0}")]
     Unreadable(String),
     /// An error of the system or of redb that may be transient.
@@ -85,10 +85,10 @@ pub(super) struct StateDb {
     /// Chosen when the file was created. It shows whether the file contains the state in memory.
     pub(super) store_id: u64,
     header: Vec<u8>,
-    resume_token: Option<Arc<str>>,
+    continuity_token: Option<Arc<str>>,
     /// The number of each save with message hashes, and how many it has.
     hash_counts: VecDeque<(u64, usize)>,
-    /// The number of the next save with message hashes.
+    /// The number of the next save.
     next_save: u64,
     size_after_compaction: u64,
 }
@@ -140,7 +140,7 @@ impl StateDb {
             identity: (metadata.dev(), metadata.ino()),
             store_id: fastrand::u64(..),
             header: Vec::new(),
-            resume_token: None,
+            continuity_token: None,
             hash_counts: VecDeque::new(),
             next_save: 0,
             size_after_compaction: metadata.len(),
@@ -169,12 +169,12 @@ impl StateDb {
         let store_id = meta(&read, KEY_STORE_ID)?.ok_or_else(missing)?;
         self.store_id = u64::from_le_bytes(store_id.as_slice().try_into().map_err(|_| missing())?);
         self.header = meta(&read, KEY_HEADER)?.ok_or_else(missing)?;
-        let resume_token =
-            meta(&read, KEY_RESUME_TOKEN)?.map(|resume_token| String::from_utf8_lossy(&resume_token).into());
+        let continuity_token = meta(&read, KEY_CONTINUITY_TOKEN)?
+            .map(|continuity_token| String::from_utf8_lossy(&continuity_token).into());
         let state = restore(&read, limits, &self.header)?;
-        self.resume_token.clone_from(&resume_token);
+        self.continuity_token.clone_from(&continuity_token);
         let message_hashes = self.load_message_hashes(&read)?;
-        Ok(Some(Restored { state, message_hashes, resume_token, is_new: false }))
+        Ok(Some(Restored { state, message_hashes, continuity_token, is_new: false }))
     }
 
     fn load_message_hashes(&mut self, read: &ReadTransaction) -> Result<Vec<u64>, DbError> {
@@ -208,7 +208,7 @@ impl StateDb {
             self.hash_counts = hash_counts;
             self.next_save += 1;
             self.header.clone_from(&save.delta.header);
-            self.resume_token.clone_from(&save.resume_token);
+            self.continuity_token.clone_from(&save.continuity_token);
             Ok(())
         })
     }
@@ -222,10 +222,10 @@ impl StateDb {
         if save.delta.header != self.header {
             meta.insert(KEY_HEADER, save.delta.header.as_slice())?;
         }
-        match &save.resume_token {
-            resume_token if *resume_token == self.resume_token => {}
-            Some(resume_token) => drop(meta.insert(KEY_RESUME_TOKEN, resume_token.as_bytes())?),
-            None => drop(meta.remove(KEY_RESUME_TOKEN)?),
+        match &save.continuity_token {
+            continuity_token if *continuity_token == self.continuity_token => {}
+            Some(continuity_token) => drop(meta.insert(KEY_CONTINUITY_TOKEN, continuity_token.as_bytes())?),
+            None => drop(meta.remove(KEY_CONTINUITY_TOKEN)?),
         }
         Ok(())
     }
@@ -267,7 +267,7 @@ impl StateDb {
         }
     }
 
-    /// Shrinks the file if it has doubled and grown by at least 16 MiB.
+    /// Shrinks the file once it exceeds twice its size after the last compaction plus 16 MiB.
     pub(super) fn compact(&mut self) -> Result<(), DbError> {
         let length = fs::metadata(&self.path).map_err(|error| DbError::from_io(&error))?.len();
         if length < self.size_after_compaction.saturating_mul(2).saturating_add(MIN_COMPACTION_GROWTH) {

@@ -24,9 +24,9 @@ use crate::inbox::{Ack, Inbox, IngestMessage, ReplyFn};
 use crate::observability::{Health, SelfMetrics};
 use crate::state::{Delta, Limits, State};
 
-/// How long to wait for another exporter to release the file.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
-const LOCK_POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// How long to wait for the file if another exporter has it open or it cannot be opened.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+const OPEN_POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The exporter cannot start with its saved state.
 #[derive(Debug, thiserror::Error)]
@@ -69,7 +69,7 @@ pub struct Save {
     /// Hashes of the messages that changed it, from a named queue.
     pub message_hashes: Vec<u64>,
     /// Identifies the contents of that queue.
-    pub resume_token: Option<Arc<str>>,
+    pub continuity_token: Option<Arc<str>>,
     /// Sent after the save, even if it failed: messages do not wait for a disk that cannot be written.
     pub ack: Option<Ack>,
     /// Receives the result of a requested save.
@@ -84,7 +84,7 @@ pub struct Restored {
     /// Hashes of the last messages, oldest first.
     pub message_hashes: Vec<u64>,
     /// Identifies the contents of the queue that they came from.
-    pub resume_token: Option<Arc<str>>,
+    pub continuity_token: Option<Arc<str>>,
     /// Whether there was no saved state.
     pub is_new: bool,
 }
@@ -100,7 +100,7 @@ impl Restored {
     /// A new state that is not saved.
     #[must_use]
     pub fn without_store(limits: &Limits) -> Self {
-        Self { state: State::new(limits), message_hashes: Vec::new(), resume_token: None, is_new: true }
+        Self { state: State::new(limits), message_hashes: Vec::new(), continuity_token: None, is_new: true }
     }
 }
 
@@ -211,7 +211,7 @@ impl Store {
         opened_tx: &oneshot::Sender<Result<Restored, OpenError>>,
     ) -> Result<(Result<StateDb, DbError>, Restored), OpenError> {
         let started = Instant::now();
-        let may_wait = || started.elapsed() < LOCK_TIMEOUT && !opened_tx.is_closed();
+        let may_wait = || started.elapsed() < OPEN_TIMEOUT && !opened_tx.is_closed();
         let mut last_error = None;
         let error = loop {
             match StateDb::open(&self.path, &self.limits) {
@@ -230,7 +230,7 @@ impl Store {
                 // Starting without a file that exists but cannot be opened yet would lose its contents.
                 Err(error) if matches!(error, DbError::Locked) || self.may_exist() && may_wait() => {
                     self.log_waiting(&error, &mut last_error);
-                    thread::sleep(LOCK_POLL_INTERVAL);
+                    thread::sleep(OPEN_POLL_INTERVAL);
                 }
                 Err(error) => break error,
             }

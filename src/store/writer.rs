@@ -118,7 +118,7 @@ impl StoreWriter {
             health.set_store_warning(None);
             tracing::info!(path = %path.display(), "state is being saved again");
         }
-        tracing::trace!(bytes = save.delta.bytes(), full = save.delta.is_full, ?elapsed, "state saved");
+        tracing::trace!(bytes = save.delta.byte_len(), full = save.delta.is_full, ?elapsed, "state saved");
     }
 
     fn failed(&mut self, error: &DbError) {
@@ -244,7 +244,7 @@ mod tests {
     }
 
     fn full_save(state: &mut State) -> Save {
-        state.save_all();
+        state.require_full_save();
         Save { delta: state.take_changes(), ..Save::default() }
     }
 
@@ -256,14 +256,18 @@ mod tests {
         assert!(restored.is_new);
         let ack = Ack { session: 1, tag: DeliveryTag(5) };
         let message_hashes = vec![1, 2, 3];
-        let save =
-            Save { message_hashes, resume_token: Some("q".into()), ack: Some(ack), ..full_save(&mut restored.state) };
+        let save = Save {
+            message_hashes,
+            continuity_token: Some("q".into()),
+            ack: Some(ack),
+            ..full_save(&mut restored.state)
+        };
         fixture.save(save).unwrap();
         assert_eq!(fixture.acks_rx.try_recv().unwrap().tag, DeliveryTag(5));
         fixture.stop();
         let (fixture, restored) = Fixture::new(&path);
         assert!(!restored.is_new);
-        assert_eq!((restored.message_hashes, restored.resume_token.as_deref()), (vec![1, 2, 3], Some("q")));
+        assert_eq!((restored.message_hashes, restored.continuity_token.as_deref()), (vec![1, 2, 3], Some("q")));
         fixture.stop();
     }
 

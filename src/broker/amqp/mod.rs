@@ -29,7 +29,7 @@ pub(super) async fn connect(
     tls: Option<&TlsConfig>,
 ) -> Result<(EventReceiver, BrokerHandle), BrokerError> {
     let (connection, shutdown_on_drop) = connection::open(url, config, tls).await?;
-    let topology = Topology::find(&connection, config).await?;
+    let topology = Topology::prepare(&connection, config).await?;
     let consumer_channel = connection.create_channel().await.map_err(to_broker_error)?;
     let initial_queue_depth = topology.declare(&consumer_channel).await?.queued;
     let prefetch_count = config.broker.amqp.effective_prefetch_count();

@@ -27,7 +27,7 @@ pub struct EventReceiver {
     max_batch_bytes: usize,
     exchange: String,
     queue: String,
-    resume_token: Option<String>,
+    continuity_token: Option<String>,
     /// How the subscription ended, returned after the last messages.
     error: Option<BrokerError>,
 }
@@ -47,7 +47,7 @@ impl EventReceiver {
             max_batch_bytes: MAX_BATCH_BYTES.min(config.events.buffer_max_bytes),
             exchange: topology.exchange.to_string(),
             queue: topology.queue.to_string(),
-            resume_token: marker.map(|marker| format!("{}/{} {} {marker}", url.address, url.vhost, topology.queue)),
+            continuity_token: marker.map(|marker| format!("{}/{} {} {marker}", url.address, url.vhost, topology.queue)),
             error: None,
         }
     }
@@ -56,8 +56,8 @@ impl EventReceiver {
         format!("queue {} bound to exchange {}", self.queue, self.exchange)
     }
 
-    pub(in crate::broker) fn resume_token(&self) -> Option<&str> {
-        self.resume_token.as_deref()
+    pub(in crate::broker) fn continuity_token(&self) -> Option<&str> {
+        self.continuity_token.as_deref()
     }
 
     pub(in crate::broker) async fn next(&mut self) -> Result<Batch, BrokerError> {

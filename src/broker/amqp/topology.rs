@@ -34,9 +34,9 @@ pub(super) struct Topology {
 }
 
 impl Topology {
-    /// Finds out what exists and what the user may do. A refusal closes the channel, so each request has a separate
-    /// one.
-    pub(super) async fn find(connection: &Connection, config: &Config) -> Result<Self, BrokerError> {
+    /// Declares the event exchange, and finds or writes the continuity marker of a named queue. A refusal closes the
+    /// channel, so the parts use separate ones.
+    pub(super) async fn prepare(connection: &Connection, config: &Config) -> Result<Self, BrokerError> {
         let mut topology = Self::new(config);
         let channel = connection.create_channel().await.map_err(to_broker_error)?;
         match topology.declare_exchange(&channel).await {

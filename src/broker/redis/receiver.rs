@@ -19,7 +19,7 @@ use crate::inbox::{Batch, Encoding, Message};
 
 /// A server that has sent nothing for this long receives a PING.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
-/// The most messages in one batch.
+/// Maximum number of messages in one batch.
 const MAX_BATCH: usize = 1024;
 /// Bytes of an oversized message that are kept for the log.
 const SAMPLE_LEN: usize = 64;

@@ -15,7 +15,7 @@ use crate::config::Secret;
 use crate::config::broker_url::Address;
 use crate::tls::TlsConfig;
 
-/// The most bytes in a reply.
+/// Maximum number of bytes in a reply.
 const MAX_REPLY: usize = 64 << 10;
 /// Bytes read at a time: below the mmap threshold of common allocators.
 pub(super) const READ_SIZE: usize = 64 << 10;
@@ -151,13 +151,13 @@ pub(super) struct Frame {
 #[derive(Debug, PartialEq)]
 pub(super) enum Scan {
     Complete(Frame),
-    /// An incomplete frame, and the position of its last bulk string.
+    /// An incomplete frame, and the position of the bulk string in which it breaks off.
     Partial(Option<Range<usize>>),
 }
 
-/// The most elements in a frame, nested ones included: enough for the reply to ROLE.
+/// Maximum number of elements in a frame, nested ones included: enough for the reply to ROLE.
 const MAX_ELEMENTS: usize = 4096;
-/// The most bytes in a line: only errors and simple strings are long.
+/// Maximum number of bytes in a line: only errors and simple strings are long.
 const MAX_LINE: usize = 4096;
 
 impl Frame {

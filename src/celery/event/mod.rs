@@ -1,5 +1,5 @@
 //! Celery events, borrowed from the message that contains them (`celery.events.event.Event`).
-//! Decoding is pure, and an invalid event does not affect the other events of its batch.
+//! Decoding is pure, and an invalid event does not affect the other events of its message.
 
 #[cfg(test)]
 mod tests;
@@ -37,7 +37,7 @@ pub enum EventKind {
     WorkerOffline,
     /// A `worker-…` event that Celery does not define.
     WorkerCustom,
-    /// An event of any other group. It is ignored, as in Flower.
+    /// An event of any other group. It is not counted, as in Flower, and shows only that its sender is alive.
     Other,
 }
 

@@ -18,7 +18,7 @@ pub(crate) enum Scalar<'a> {
     Bool(bool),
     Number(f64),
     Text(Cow<'a, str>),
-    /// A list or an object.
+    /// An array or an object.
     Other,
 }
 
@@ -53,10 +53,11 @@ pub(crate) trait ValueReader<'a> {
     /// Reads any value.
     fn scalar(&mut self) -> Result<Scalar<'a>, Self::Error>;
 
-    /// Reads a list of exactly three numbers. Any other value reads as `None`.
+    /// Reads an array of exactly three numbers. Any other value reads as `None`.
     fn three_numbers(&mut self) -> Result<Option<[f64; 3]>, Self::Error>;
 
-    /// Reads one member of an object. `None` if the object lacks that member, or if the value is null.
+    /// Reads one member of an object. `None` if the object lacks that member, or if null stands in
+    /// place of the object.
     fn member(&mut self, name: &str) -> Result<Option<Scalar<'a>>, Self::Error>;
 
     /// Skips any value.
@@ -87,7 +88,7 @@ impl<'de, A: MapAccess<'de>> ValueReader<'de> for SerdeReader<'_, A> {
 }
 
 /// Reads one member of an object. If the member occurs twice, the last one wins, as in Python. `None` if the object
-/// lacks the member, or if the value is null.
+/// lacks the member, or if null stands in place of the object.
 pub(crate) struct FieldSeed<'n, T>(&'n str, PhantomData<T>);
 
 impl<'n, T> FieldSeed<'n, T> {
@@ -188,8 +189,8 @@ impl<'de> Deserialize<'de> for Key<'de> {
     }
 }
 
-/// Visits the elements of a JSON list. `text` starts after the opening bracket, and the list may be truncated. `visit`
-/// is called with the offset at which an element begins, and returns the offset at which it ends.
+/// Visits the elements of a JSON array. `text` starts after the opening bracket, and the array may be truncated.
+/// `visit` is called with the offset at which an element begins, and returns the offset at which it ends.
 pub(crate) fn for_each_element(text: &[u8], mut visit: impl FnMut(usize) -> usize) {
     let mut at = 0;
     loop {

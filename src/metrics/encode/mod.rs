@@ -41,7 +41,7 @@ pub struct Exposition {
     bounds: Vec<String>,
     /// The encoded text after the six families.
     tail: String,
-    /// Index of the current family, and of its next sample.
+    /// Index of the current family, and of its next worker or label set.
     family: usize,
     next: usize,
 }
@@ -76,7 +76,7 @@ impl Exposition {
                 _ => self.snapshot.task_series.len(),
             };
             while self.next < count {
-                self.write_sample(out, family);
+                self.write_next(out, family);
                 self.next += 1;
                 if out.len() >= full {
                     return true;
@@ -89,21 +89,21 @@ impl Exposition {
         false
     }
 
-    fn write_sample(&self, out: &mut Vec<u8>, family: Family) {
+    fn write_next(&self, out: &mut Vec<u8>, family: Family) {
         let (tasks, workers) = (&self.snapshot.task_series, &self.snapshot.workers);
         match family {
             Family::Events => self.write_events(out),
             Family::Runtime => self.write_runtime(out),
-            Family::PrefetchTime => gauge(out, family, &tasks[self.next].label, tasks[self.next].prefetch_time),
-            Family::Prefetched => gauge(out, family, &tasks[self.next].label, tasks[self.next].prefetched),
-            Family::Online => gauge(out, family, &workers[self.next].label, workers[self.next].online.map(u8::from)),
-            Family::Executing => gauge(out, family, &workers[self.next].label, workers[self.next].executing),
+            Family::PrefetchTime => gauge(out, family, &tasks[self.next].labels, tasks[self.next].prefetch_time),
+            Family::Prefetched => gauge(out, family, &tasks[self.next].labels, tasks[self.next].prefetched),
+            Family::Online => gauge(out, family, &workers[self.next].labels, workers[self.next].online.map(u8::from)),
+            Family::Executing => gauge(out, family, &workers[self.next].labels, workers[self.next].executing),
         }
     }
 
     fn write_events(&self, out: &mut Vec<u8>) {
         let series = &self.snapshot.task_series[self.next];
-        let (task, worker) = series.label.split_at(series.split as usize);
+        let (task, worker) = series.labels.split_at(series.split as usize);
         for (id, count) in self.snapshot.task_events(self.next) {
             let event_type = &self.snapshot.event_types[usize::from(*id)];
             sample(out, Family::Events.name(), "", &[task, ",", event_type, worker], *count as f64);
@@ -118,10 +118,10 @@ impl Exposition {
         let mut total = 0;
         for (count, le) in counts.iter().zip(&self.bounds) {
             total += count;
-            sample(out, name, "_bucket", &["le=\"", le, "\",", &series.label], total as f64);
+            sample(out, name, "_bucket", &["le=\"", le, "\",", &series.labels], total as f64);
         }
-        sample(out, name, "_count", &[&series.label], total as f64);
-        sample(out, name, "_sum", &[&series.label], sum);
+        sample(out, name, "_count", &[&series.labels], total as f64);
+        sample(out, name, "_sum", &[&series.labels], sum);
     }
 }
 

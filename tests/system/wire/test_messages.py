@@ -214,3 +214,11 @@ def test_hostname_globs_match_whole_names(services, shared_redis, hostnames):
     harness = services.harness(shared_redis, {"events": {"hostnames": hostnames}})
     samples = harness.publish(ev.heartbeat("w1@tests"), ev.heartbeat("wx1@tests"), ev.heartbeat("1w1@tests"))
     assert samples.labels("worker") == {"w1@tests"}
+
+
+def test_longest_exchange_name_leaves_room_for_the_queue_name(services, vhost):
+    """RabbitMQ's names have at most 255 bytes, and the name of an unnamed queue ends with a dot and a UUID."""
+    name = "x" * 218
+    exporter = services.exporter(vhost, {"events": {"exchange": name}})
+    services.publisher(vhost, name).send(ev.heartbeat())
+    exporter.wait_for(lambda m: m.one("flower_worker_online", worker=W) == 1)

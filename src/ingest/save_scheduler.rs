@@ -1,4 +1,5 @@
-//! Decides when the state is saved, and acknowledges messages after the save.
+//! Decides when the state is saved. Acknowledgments that must wait for a save go to the store with it; all others are
+//! sent at once.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,7 +12,7 @@ use crate::inbox::{Ack, ReplyFn};
 use crate::state::State;
 use crate::store::{Save, SaveError, StoreHandle};
 
-/// Submits saves to the store, and acknowledges the messages that were processed since the last one.
+/// Submits saves to the store, with the acknowledgment for the messages that were processed since the last one.
 pub(super) struct SaveScheduler {
     store: Option<StoreHandle>,
     acks_tx: mpsc::UnboundedSender<Ack>,
@@ -90,7 +91,12 @@ impl SaveScheduler {
     }
 
     /// Submits a save if one is due.
-    pub(super) fn poll(&mut self, state: &mut State, filter: &mut RedeliveryFilter, resume_token: Option<&Arc<str>>) {
+    pub(super) fn poll(
+        &mut self,
+        state: &mut State,
+        filter: &mut RedeliveryFilter,
+        continuity_token: Option<&Arc<str>>,
+    ) {
         if self.is_failing() {
             // Messages must not wait for a disk that cannot be written.
             self.acknowledge();
@@ -103,22 +109,27 @@ impl SaveScheduler {
         if let Some(refusal) = refusal {
             self.replies.drain(..).for_each(|reply| reply(Err(refusal.clone())));
         } else if self.due_in(state) == Some(Duration::ZERO) {
-            self.submit(state, filter, resume_token);
+            self.submit(state, filter, continuity_token);
         }
     }
 
     /// Submits everything that is not saved, whether a save is due or not.
-    pub(super) fn submit(&mut self, state: &mut State, filter: &mut RedeliveryFilter, resume_token: Option<&Arc<str>>) {
+    pub(super) fn submit(
+        &mut self,
+        state: &mut State,
+        filter: &mut RedeliveryFilter,
+        continuity_token: Option<&Arc<str>>,
+    ) {
         let Some(store) = &self.store else { return };
         if store.status.is_failing() {
-            state.save_all();
+            state.require_full_save();
         }
         let delta = state.take_changes();
         let message_hashes = filter.take_unsaved(delta.is_full);
         store.save(Save {
             delta,
             message_hashes,
-            resume_token: resume_token.cloned(),
+            continuity_token: continuity_token.cloned(),
             ack: self.ack.take(),
             replies: std::mem::take(&mut self.replies),
         });
@@ -134,8 +145,8 @@ impl SaveScheduler {
         Some((self.last_submitted + self.interval?).max(self.changed_at?))
     }
 
-    /// How long a save that is not on disk has been due.
-    pub(super) fn overdue(&mut self, state: &State) -> Duration {
+    /// Takes note of new changes and finished saves. Returns how long a save that is not on disk has been due.
+    pub(super) fn update_overdue(&mut self, state: &State) -> Duration {
         let Some(store) = &self.store else { return Duration::ZERO };
         if !store.status.is_busy() && !store.status.is_failing() {
             self.in_flight_due = None;
@@ -199,14 +210,14 @@ mod tests {
         assert!(fixture.poll().is_none(), "nothing has changed");
         let mut later = Fixture::new(Some(Duration::from_secs(3600)), None);
         assert!(later.poll().is_none(), "not due yet");
-        assert!(later.scheduler.overdue(&later.state).is_zero());
+        assert!(later.scheduler.update_overdue(&later.state).is_zero());
     }
 
     #[test]
     fn without_an_interval_only_requests_are_saved() {
         let mut fixture = Fixture::new(None, None);
         assert!(fixture.poll().is_none());
-        assert!(fixture.scheduler.overdue(&fixture.state).is_zero());
+        assert!(fixture.scheduler.update_overdue(&fixture.state).is_zero());
         fixture.scheduler.request(Box::new(|result| assert!(result.is_ok())));
         assert!(fixture.poll().is_some());
     }
@@ -227,8 +238,8 @@ mod tests {
         let mut fixture = Fixture::new(Some(Duration::ZERO), None);
         assert!(fixture.poll().is_some());
         std::thread::sleep(Duration::from_millis(2));
-        assert!(!fixture.scheduler.overdue(&fixture.state).is_zero());
+        assert!(!fixture.scheduler.update_overdue(&fixture.state).is_zero());
         fixture.status.set_idle();
-        assert!(fixture.scheduler.overdue(&fixture.state).is_zero());
+        assert!(fixture.scheduler.update_overdue(&fixture.state).is_zero());
     }
 }
