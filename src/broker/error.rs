@@ -31,6 +31,9 @@ pub enum BrokerError {
     /// The TLS handshake failed.
     #[error("TLS: {0}")]
     Tls(String),
+    /// The Redis server is a replica: broadcasts there reach no worker.
+    #[error("server is a replica; waiting for a master")]
+    Replica,
     /// No response in time.
     #[error("broker did not respond within {} s", .0.as_secs_f64())]
     Timeout(Duration),
@@ -51,6 +54,7 @@ impl BrokerError {
             Self::Refused(reason) => Self::Refused(format!("{subject}: {reason}")),
             Self::Disconnected(reason) => Self::Disconnected(format!("{subject}: {reason}")),
             Self::Tls(reason) => Self::Tls(format!("{subject}: {reason}")),
+            Self::Replica => Self::Refused(format!("{subject}: {self}")),
             timeout @ Self::Timeout(_) => timeout,
         }
     }

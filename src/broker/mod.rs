@@ -6,6 +6,7 @@
 
 mod amqp;
 mod error;
+mod history;
 mod net;
 mod redis;
 mod tls_options;
@@ -21,6 +22,7 @@ use crate::inbox::{Batch, DeliveryTag};
 use crate::tls::TlsConfig;
 
 pub use error::{BrokerConfigError, BrokerError};
+pub use history::ConnectionHistory;
 
 use tls_options::tls_options;
 
@@ -204,32 +206,29 @@ pub fn validate(config: &Config) -> Result<(), BrokerConfigError> {
 }
 
 /// Connects to the broker at `url`, one of `all`, and subscribes. When it returns `Ok`, the server has confirmed the
-/// subscription.
+/// subscription. `accept_replica` is false if another server may be the Redis master.
 ///
 /// # Errors
-/// Returns an error within `broker.connect_timeout`.
+/// Returns an error within `broker.connect_timeout`. [`BrokerError::Replica`] means that the server is a replica, and that
+/// this is not accepted, or that the session has seen a master.
 pub async fn connect(
     url: &BrokerUrl,
     all: &[BrokerUrl],
     config: &Config,
+    history: &ConnectionHistory,
+    accept_replica: bool,
 ) -> Result<(EventReceiver, BrokerHandle), BrokerError> {
     let connect_timeout = config.broker.connect_timeout;
-    let tls = if config.broker.tls_for(url) {
-        Some(
-            TlsConfig::new(&tls_options(url, &config.broker.tls))
-                .map_err(|error| BrokerError::Tls(error.to_string()))?,
-        )
-    } else {
-        None
-    };
+    let tls = tls_config(url, config)?;
     let connecting = async {
         match url.transport {
             Transport::Amqp => {
-                let (receiver, handle) = amqp::connect(url, config, tls.as_ref()).await?;
+                let (receiver, handle) = amqp::connect(url, config, tls.as_ref(), history).await?;
                 Ok((EventReceiver::Amqp(Box::new(receiver)), BrokerHandle::Amqp(Box::new(handle))))
             }
             Transport::Redis | Transport::Sentinel => {
-                let (receiver, handle) = redis::connect(url, all, config, tls.as_ref()).await?;
+                let (receiver, handle) =
+                    redis::connect(url, all, config, tls.as_ref(), history, accept_replica).await?;
                 Ok((EventReceiver::Redis(Box::new(receiver)), BrokerHandle::Redis(Box::new(handle))))
             }
         }
@@ -241,4 +240,13 @@ pub async fn connect(
         }
         connected => connected,
     }
+}
+
+/// TLS for connections to the broker at `url`, if it is on.
+fn tls_config(url: &BrokerUrl, config: &Config) -> Result<Option<TlsConfig>, BrokerError> {
+    if !config.broker.tls_for(url) {
+        return Ok(None);
+    }
+    let tls = TlsConfig::new(&tls_options(url, &config.broker.tls));
+    tls.map(Some).map_err(|error| BrokerError::Tls(error.to_string()))
 }

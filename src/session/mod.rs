@@ -4,6 +4,7 @@
 //! Runs on one thread and never blocks it. Messages go into the inbox, as does a notice of every gap.
 
 mod backoff;
+mod connector;
 mod drop_reporter;
 mod maintenance;
 mod reader;
@@ -16,12 +17,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 
-use crate::broker::{self, BrokerError, BrokerHandle, EventReceiver};
+use crate::broker::{BrokerError, BrokerHandle, EventReceiver};
 use crate::config::{BrokerUrl, Config};
 use crate::inbox::{Ack, Inbox, IngestMessage, LIVENESS_CHECK_INTERVAL};
 use crate::observability::{BrokerStatus, Health, LogThrottle, SelfMetrics};
 
 use backoff::Backoff;
+use connector::Connector;
 use drop_reporter::DropReporter;
 use maintenance::Maintenance;
 use reader::Reader;
@@ -85,10 +87,12 @@ impl SessionLoop {
         let mut backoff = Backoff::default();
         let (mut connect_log, mut disconnect_log) = (LogThrottle::default(), LogThrottle::default());
         let (mut number, mut disconnected_at) = (0, None);
+        let mut connector = Connector::default();
         while !is_stopped(&stop_rx) {
             let started = Instant::now();
+            let config = Arc::clone(&self.config.borrow());
             let connected = tokio::select! {
-                connected = self.connect_any(&mut connect_log) => connected,
+                connected = connector.connect_any(&config, &mut connect_log) => connected,
                 // An attempt in progress gets CLOSE_TIMEOUT to finish, so that the broker sees a proper close.
                 () = sleep_after_shutdown(&mut stop_rx, CLOSE_TIMEOUT) => return,
             };
@@ -111,26 +115,6 @@ impl SessionLoop {
                 _ = stop_rx.wait_for(|stop| *stop) => {}
             }
         }
-    }
-
-    /// Tries each URL once.
-    async fn connect_any(&self, log: &mut LogThrottle) -> Option<(BrokerUrl, EventReceiver, BrokerHandle)> {
-        let config = Arc::clone(&self.config.borrow());
-        let urls = match config.broker.urls() {
-            Ok(urls) => urls,
-            Err(error) => {
-                warn_throttled(log, "failed to read broker URL; retrying", None, &error);
-                return None;
-            }
-        };
-        for url in urls.iter() {
-            tracing::debug!(broker = %url, "connecting to broker");
-            match broker::connect(url, &urls, &config).await {
-                Ok((receiver, broker)) => return Some((url.clone(), receiver, broker)),
-                Err(error) => warn_throttled(log, "failed to connect to broker; retrying", Some(url), &error),
-            }
-        }
-        None
     }
 
     fn subscribed(&self, url: &BrokerUrl, receiver: &EventReceiver, number: u64, disconnected_at: Option<Instant>) {

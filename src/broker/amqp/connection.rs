@@ -11,8 +11,8 @@ use lapin::{AsyncTcpStream, Connection, ConnectionProperties};
 use tokio::net::TcpStream;
 
 use super::{runtime, to_broker_error};
-use crate::broker::BrokerError;
 use crate::broker::net::{CoalescingSocket, happy_eyeballs};
+use crate::broker::{BrokerError, ConnectionHistory};
 use crate::config::broker_url::Address;
 use crate::config::{BrokerUrl, Config};
 use crate::tls::{self, TlsConfig};
@@ -23,12 +23,14 @@ pub(super) async fn open(
     url: &BrokerUrl,
     config: &Config,
     tls: Option<&TlsConfig>,
+    history: &ConnectionHistory,
 ) -> Result<(Connection, ShutdownOnDrop), BrokerError> {
     let name = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
     let properties = ConnectionProperties::default().with_connection_name(name.into());
     let uri = uri(url, config);
     let AMQPAuthority { host, port, .. } = &uri.authority;
-    let socket = happy_eyeballs::connect(host, *port).await.map_err(|error| BrokerError::from(&error))?;
+    let socket = happy_eyeballs::connect(host, *port, &history.addresses).await;
+    let socket = socket.map_err(|error| BrokerError::from(&error))?;
     let shutdown_on_drop = ShutdownOnDrop::new(&socket).map_err(|error| BrokerError::from(&error))?;
     let socket = std::sync::Mutex::new(Some(socket));
     let (connector, limit) = (tls.map(|tls| RustlsConnector::from(tls.config())), config.broker.connect_timeout);

@@ -18,7 +18,7 @@ pub use receiver::EventReceiver;
 
 use topology::Topology;
 
-use super::{BrokerError, RESPONSE_TIMEOUT};
+use super::{BrokerError, ConnectionHistory, RESPONSE_TIMEOUT};
 use crate::config::{BrokerUrl, Config};
 use crate::tls::TlsConfig;
 
@@ -27,8 +27,9 @@ pub(super) async fn connect(
     url: &BrokerUrl,
     config: &Config,
     tls: Option<&TlsConfig>,
+    history: &ConnectionHistory,
 ) -> Result<(EventReceiver, BrokerHandle), BrokerError> {
-    let (connection, shutdown_on_drop) = connection::open(url, config, tls).await?;
+    let (connection, shutdown_on_drop) = connection::open(url, config, tls, history).await?;
     let topology = Topology::prepare(&connection, config).await?;
     let consumer_channel = connection.create_channel().await.map_err(to_broker_error)?;
     let initial_queue_depth = topology.declare(&consumer_channel).await?.queued;

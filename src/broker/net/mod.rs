@@ -3,5 +3,7 @@
 
 mod coalescing;
 pub(super) mod happy_eyeballs;
+mod used_addresses;
 
 pub(super) use coalescing::CoalescingSocket;
+pub(super) use used_addresses::UsedAddresses;

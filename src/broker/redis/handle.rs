@@ -8,13 +8,14 @@ use fred::clients::Client;
 use fred::error::ErrorKind;
 use fred::interfaces::{ClientLike, PubsubInterface};
 use fred::types::config::{Config as ClientConfig, ConnectionConfig, PerformanceConfig, Server, ServerConfig};
-use fred::types::{ConnectHandle, CustomCommand, RespVersion, Value};
-use tokio::sync::{Mutex, Notify};
+use fred::types::{ConnectHandle, RespVersion};
+use tokio::sync::Mutex;
 use tokio_rustls::TlsConnector;
 use uuid::Uuid;
 
 use super::channels::fanout_names;
 use super::resp::strip_arguments;
+use super::role::{OtherServers, ServerRole};
 use super::sentinel::Sentinels;
 use crate::broker::BrokerError;
 use crate::celery::Broadcast;
@@ -28,20 +29,15 @@ pub struct BrokerHandle {
     exchange: String,
     channels: Vec<String>,
     client: Mutex<Option<ConnectedClient>>,
-    role: Mutex<Role>,
-    demoted: Notify,
-    address: Address,
-    sentinels: Option<Sentinels>,
+    failover: Failover,
 }
 
-/// The server's replication role.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Role {
-    Unknown,
-    Master,
-    Replica,
-    /// ROLE failed, for example because the user may not run it.
-    Unavailable,
+/// What shows that another server must be used.
+pub(super) struct Failover {
+    pub(super) role: ServerRole,
+    pub(super) others: OtherServers,
+    /// The Sentinels, and the master that they named.
+    pub(super) sentinels: Option<(Sentinels, Address)>,
 }
 
 struct ConnectedClient {
@@ -97,13 +93,7 @@ pub(super) fn client_config(
 }
 
 impl BrokerHandle {
-    pub(super) fn new(
-        config: &Config,
-        url: &BrokerUrl,
-        client_config: ClientConfig,
-        address: Address,
-        sentinels: Option<Sentinels>,
-    ) -> Self {
+    pub(super) fn new(config: &Config, url: &BrokerUrl, client_config: ClientConfig, failover: Failover) -> Self {
         let exchange = format!("{}.pidbox", config.events.control_exchange);
         Self {
             client_config,
@@ -111,10 +101,7 @@ impl BrokerHandle {
             channels: fanout_names(config, url, &exchange),
             exchange,
             client: Mutex::new(None),
-            role: Mutex::new(Role::Unknown),
-            demoted: Notify::new(),
-            address,
-            sentinels,
+            failover,
         }
     }
 
@@ -126,25 +113,10 @@ impl BrokerHandle {
             let published: Result<i64, _> = client.publish(channel.as_str(), envelope.as_str()).await;
             receivers += self.reset_on_error(published, &format!("PUBLISH {channel}")).await?;
         }
-        if self.sentinels.is_none() {
-            self.check_demoted(&client, receivers).await;
+        if self.failover.sentinels.is_none() {
+            self.failover.role.check(&client, receivers).await;
         }
         Ok(())
-    }
-
-    /// A message published on a replica reaches only that replica's subscribers, and workers subscribe to the master.
-    /// If the server was a replica at the beginning, the operator chose it.
-    async fn check_demoted(&self, client: &Client, receivers: i64) {
-        let mut role = self.role.lock().await;
-        let now = match *role {
-            _ if receivers > 0 => Role::Master,
-            Role::Unknown | Role::Master => role_of(client).await,
-            Role::Replica | Role::Unavailable => return,
-        };
-        if (*role, now) == (Role::Master, Role::Replica) {
-            self.demoted.notify_one();
-        }
-        *role = now;
     }
 
     /// A server that refuses the PING has also responded.
@@ -167,14 +139,17 @@ impl BrokerHandle {
         }
     }
 
-    /// Returns once the Sentinels report another master, or once the master has become a replica: events still arrive
-    /// from a replica, but broadcasts reach no worker.
+    /// Returns once the Sentinels report another master, once the master has become a replica, or, on a replica, once
+    /// the server at another URL is a master.
     pub(in crate::broker) async fn wait_for_failover(&self) -> BrokerError {
-        if let Some(sentinels) = &self.sentinels {
-            return sentinels.wait_for_failover(&self.address).await;
+        let Failover { role, others, sentinels } = &self.failover;
+        if let Some((sentinels, master)) = sentinels {
+            return sentinels.wait_for_failover(master).await;
         }
-        self.demoted.notified().await;
-        BrokerError::Disconnected("server demoted to replica".to_owned())
+        tokio::select! {
+            error = role.wait_for_demotion() => error,
+            error = others.wait_for_master() => error,
+        }
     }
 
     pub(in crate::broker) async fn close(&self) {
@@ -207,16 +182,6 @@ impl BrokerHandle {
             ..ConnectionConfig::default()
         };
         Client::new(self.client_config.clone(), Some(performance), Some(connection), None)
-    }
-}
-
-async fn role_of(client: &Client) -> Role {
-    let command = CustomCommand::new_static("ROLE", None, false);
-    let reply: Result<Vec<Value>, _> = client.custom(command, Vec::<String>::new()).await;
-    match reply.ok().as_ref().and_then(|reply| reply.first()).and_then(Value::as_str).as_deref() {
-        Some("master") => Role::Master,
-        Some("slave") => Role::Replica,
-        _ => Role::Unavailable,
     }
 }
 

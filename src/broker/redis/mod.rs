@@ -9,15 +9,18 @@ mod dedup;
 mod handle;
 mod receiver;
 mod resp;
+mod role;
 mod sentinel;
 
 pub use handle::BrokerHandle;
 pub use receiver::EventReceiver;
 
+use handle::Failover;
 use resp::ConnectOptions;
+use role::{OtherServers, Role, ServerRole};
 use sentinel::Sentinels;
 
-use super::BrokerError;
+use super::{BrokerError, ConnectionHistory};
 use crate::config::broker_url::Transport;
 use crate::config::{BrokerUrl, Config};
 use crate::tls::TlsConfig;
@@ -28,22 +31,32 @@ pub(super) async fn connect(
     all: &[BrokerUrl],
     config: &Config,
     tls: Option<&TlsConfig>,
+    history: &ConnectionHistory,
+    accept_replica: bool,
 ) -> Result<(EventReceiver, BrokerHandle), BrokerError> {
-    let timeout = config.broker.connect_timeout;
-    let options =
-        ConnectOptions { username: url.username.clone(), password: url.password.clone(), tls: tls.cloned(), timeout };
-    let (address, connection, sentinels) = if url.transport == Transport::Sentinel {
+    let options = ConnectOptions::new(url, config, tls, history);
+    let (address, mut connection, sentinels) = if url.transport == Transport::Sentinel {
         let sentinels = sentinels(url, all, config, options);
         let (master, connection) = sentinels.master().await?;
         (master, connection, Some(sentinels))
     } else {
         (url.address.clone(), options.open(&url.address).await?, None)
     };
+    let role = if sentinels.is_some() { Role::Master } else { Role::request(&mut connection).await? };
+    match role {
+        Role::Master => history.record_master(),
+        Role::Replica if !accept_replica || history.has_seen_master() => return Err(BrokerError::Replica),
+        Role::Replica | Role::Unknown => {}
+    }
     let master = sentinels.is_some().then(|| address.clone());
     let peer = connection.peer;
     let receiver = EventReceiver::subscribe(connection, config, url, master).await?;
     let client_config = handle::client_config(url, &address, peer, tls);
-    let handle = BrokerHandle::new(config, url, client_config, address, sentinels);
+    let others =
+        if role == Role::Replica { OtherServers::new(url, all, config, history)? } else { OtherServers::default() };
+    let sentinels = sentinels.map(|sentinels| (sentinels, address));
+    let failover = Failover { role: ServerRole::new(role, history), others, sentinels };
+    let handle = BrokerHandle::new(config, url, client_config, failover);
     Ok((receiver, handle))
 }
 
@@ -60,6 +73,7 @@ fn sentinels(url: &BrokerUrl, all: &[BrokerUrl], config: &Config, server: Connec
             password: redis.sentinel_password.clone(),
             tls: server.tls.clone().filter(|_| config.broker.tls.enabled == Some(true)),
             timeout: server.timeout,
+            addresses: server.addresses.clone(),
         },
         server,
     }

@@ -9,10 +9,10 @@ use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 
-use crate::broker::BrokerError;
-use crate::broker::net::{CoalescingSocket, happy_eyeballs};
-use crate::config::Secret;
+use crate::broker::net::{CoalescingSocket, UsedAddresses, happy_eyeballs};
+use crate::broker::{BrokerError, ConnectionHistory};
 use crate::config::broker_url::Address;
+use crate::config::{BrokerUrl, Config, Secret};
 use crate::tls::TlsConfig;
 
 /// Maximum number of bytes in a reply.
@@ -31,9 +31,21 @@ pub(super) struct ConnectOptions {
     pub(super) tls: Option<TlsConfig>,
     /// `broker.connect_timeout`, of which the TLS handshake may take a share.
     pub(super) timeout: Duration,
+    pub(super) addresses: UsedAddresses,
 }
 
 impl ConnectOptions {
+    /// The options of the server at `url`.
+    pub(super) fn new(url: &BrokerUrl, config: &Config, tls: Option<&TlsConfig>, history: &ConnectionHistory) -> Self {
+        Self {
+            username: url.username.clone(),
+            password: url.password.clone(),
+            tls: tls.cloned(),
+            timeout: config.broker.connect_timeout,
+            addresses: history.addresses.clone(),
+        }
+    }
+
     /// Connects and authenticates.
     pub(super) async fn open(&self, address: &Address) -> Result<Connection, BrokerError> {
         let mut connection = self.connect(address).await.map_err(|error| BrokerError::from(&error))?;
@@ -48,7 +60,7 @@ impl ConnectOptions {
     async fn connect(&self, address: &Address) -> io::Result<Connection> {
         match address {
             Address::Tcp { host, port } => {
-                let stream = happy_eyeballs::connect(host, *port).await?;
+                let stream = happy_eyeballs::connect(host, *port, &self.addresses).await?;
                 let peer = stream.peer_addr()?;
                 let stream = CoalescingSocket::new(stream);
                 let stream: Box<dyn Stream> = match &self.tls {

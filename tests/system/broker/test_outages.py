@@ -1,10 +1,8 @@
 """Every way to lose a broker, and what must hold once it is back. Broker restarts are in test_recovery.py."""
 
-import contextlib
 import os
 import re
 import signal
-import socket
 import time
 
 import pytest
@@ -290,71 +288,6 @@ def test_url_file_is_read_on_every_attempt(services, broker):
     outage.assert_not_ready()
     file.write_text(path.url)
     outage.assert_recovered()
-
-
-@pytest.mark.short_form
-def test_reconnects_when_server_is_demoted(services, redis):
-    """A replica also delivers events, but broadcasts published there reach no worker: the exporter reconnects to the new master."""
-    old, new, path = redis, services.redis(), services.proxy(redis)
-    with old.client().pubsub() as worker:
-        worker.subscribe("/0.celery.pidbox")
-        harness = services.harness(old, {"events": {"enable_interval": "200ms"}}, path=path)
-        wait_until(lambda: worker.get_message(ignore_subscribe_messages=True, timeout=0.1), 5, "a broadcast")
-    path.redirect_to(new)
-    old.client().replicaof("127.0.0.1", new.port)
-    wait_until(lambda: new.client().pubsub_numpat() == 1, 10, harness.exporter.log)
-    assert "server demoted to replica" in harness.exporter.log()
-    harness.publisher = services.publisher(new, harness.exchange)
-    assert harness.publish(ev.received("b")).events("received", W) == 1
-
-
-def test_configured_replica_is_kept(services, redis):
-    """Its events are counted, and the exporter does not look for another master."""
-    redis.client().replicaof("127.0.0.1", services.redis().port)
-    harness = services.harness(redis, {"events": {"enable_interval": "100ms"}})
-    broadcasts = lambda: redis.client().info("commandstats").get("cmdstat_publish", {"calls": 0})["calls"]  # noqa: E731
-    before = broadcasts()
-    wait_until(lambda: broadcasts() >= before + 5, 10, "broadcasts")
-    assert harness.publish(ev.received()).events("received", W) == 1
-    assert harness.exporter.log().count("subscribed to") == 1
-
-
-def hosts_file(broker):
-    """The hosts file of `broker.test`, the environment that makes the exporter use it, and the broker's URL with that name."""
-    hosts = directory("hosts") / "hosts"
-    env = {"LD_PRELOAD": "libnss_wrapper.so", "NSS_WRAPPER_HOSTS": hosts}
-    return hosts, env, broker.url.replace("127.0.0.1", "broker.test")
-
-
-def test_host_name_is_resolved_on_every_attempt(services, broker):
-    """The name does not resolve at first."""
-    hosts, env, url = hosts_file(broker)
-    hosts.write_text("")
-    os.utime(hosts, (0, 0))  # the library compares modification times in whole seconds
-    settings = {"broker": {"url": url, "reconnect_backoff_max": f"{RECONNECT_MAX}s"}}
-    exporter = services.exporter(None, settings, env=env)
-    wait_until(lambda: "lookup" in exporter.log(), 5, exporter.log)
-    assert exporter.healthz()[0] == 200 and exporter.healthz(ready=True)[0] == 503
-    hosts.write_text("127.0.0.1 broker.test\n")
-    exporter.ready(RECONNECT_MAX + 1)
-    services.publisher(broker).send(ev.received())
-    exporter.wait_for(lambda m: m.events("received") == 1)
-
-
-def test_unreachable_address_is_skipped(services, broker):
-    """The first address of the host name drops packets, and the next one responds."""
-    port = int(re.search(r"127\.0\.0\.1:(\d+)/", broker.url)[1])
-    hosts, env, url = hosts_file(broker)
-    hosts.write_text("127.0.0.9 broker.test\n127.0.0.1 broker.test\n")
-    with socket.create_server(("127.0.0.9", port), backlog=0), contextlib.ExitStack() as full:
-        for _ in range(2):  # a full backlog accepts no connection
-            waiting = full.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(("127.0.0.9", port))
-        harness = services.harness(broker, {"broker": {"url": url}}, env=env)
-        worker = services.worker(broker, conf={"event_exchange": harness.exchange}).ready()
-        wait_until(lambda: "enabled by remote" in worker.log(), 10, worker.log)
-        assert harness.publish(ev.received()).events("received", W) == 1
 
 
 @pytest.mark.short_form
