@@ -19,6 +19,8 @@ use crate::http::{self, Endpoints};
 use crate::inbox::{Ack, Inbox, IngestMessage};
 use crate::ingest::{Ingest, IngestHandle, Observer, redelivery_window};
 use crate::metrics::FlowerCollector;
+#[cfg(feature = "cli")]
+use crate::observability::WarningSource;
 use crate::observability::{Health, SelfMetrics};
 use crate::session::SessionLoop;
 use crate::state::{Limits, TaskInfo, WorkerInfo};
@@ -238,6 +240,14 @@ impl Exporter {
     /// Records that the configuration could not be loaded again, for the exporter's own metrics.
     pub fn record_failed_reload(&self) {
         self.self_metrics.record_reload(false);
+    }
+
+    /// Records that log lines were lost since the last call. A warning lasts until none are lost any more.
+    #[cfg(feature = "cli")]
+    pub(crate) fn record_lost_log_lines(&self, count: u64) {
+        self.self_metrics.lost_log_lines.inc_by(count);
+        let warning = (count > 0).then(|| "log lines are lost: standard error is closed or not read".to_owned());
+        self.health.set_warnings(WarningSource::Log, warning.into_iter().collect());
     }
 
     /// Stops receiving, processes what is in the buffer, finishes the responses in flight and saves the state.

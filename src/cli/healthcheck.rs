@@ -11,20 +11,20 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::config::Config;
+use crate::config::{self, Overrides};
 
-const MAX_TIMEOUT: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_BODY: usize = 64 << 10;
 
-/// Prints the response.
+/// Prints the response. Only the address is read from the configuration, so that a mistake in a file that the running
+/// exporter has not read does not make it unhealthy.
 ///
 /// # Errors
 /// Returns an error if the exporter does not respond, or responds with an error status.
-pub(super) async fn run(config: &Config) -> anyhow::Result<()> {
-    let address = connect_address(config.http.listen);
-    let request_timeout = MAX_TIMEOUT.min(config.http.request_timeout);
-    let Ok(response) = timeout(request_timeout, query(address)).await else {
-        bail!("http://{address}/healthz did not respond within {} s", request_timeout.as_secs_f64());
+pub(super) async fn run(overrides: &Overrides) -> anyhow::Result<()> {
+    let address = connect_address(config::load_listen_address(overrides)?);
+    let Ok(response) = timeout(TIMEOUT, query(address)).await else {
+        bail!("http://{address}/healthz did not respond within {} s", TIMEOUT.as_secs());
     };
     let (status, body) = response?;
     println!("{}", String::from_utf8_lossy(&body).trim_end());

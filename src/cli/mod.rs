@@ -3,6 +3,7 @@
 pub mod args;
 mod healthcheck;
 mod logging;
+mod open_files;
 mod signals;
 mod systemd;
 
@@ -30,22 +31,22 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(args) => args,
         Err(message) => message.exit(),
     };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(EXIT_FAILURE, &error),
+    };
+    if args.healthcheck {
+        return match runtime.block_on(healthcheck::run(&args.overrides())) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(EXIT_FAILURE, &format!("{error:#}")),
+        };
+    }
     let loaded = match config::load(&args.overrides()) {
         Ok(loaded) => loaded,
         Err(error) => return fail(EXIT_CONFIG_ERROR, &error),
     };
     if args.check_config {
         return check_config(&loaded);
-    }
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => return fail(EXIT_FAILURE, &error),
-    };
-    if args.healthcheck {
-        return match runtime.block_on(healthcheck::run(&loaded.config)) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => fail(EXIT_FAILURE, &format!("{error:#}")),
-        };
     }
     runtime.block_on(serve(&args, loaded))
 }
@@ -61,8 +62,12 @@ fn check_config(loaded: &LoadedConfig) -> ExitCode {
 }
 
 fn fail(code: u8, error: &dyn std::fmt::Display) -> ExitCode {
+    fail_with(code, error, logging::print_fatal)
+}
+
+fn fail_with(code: u8, error: &dyn std::fmt::Display, print: impl FnOnce(&str)) -> ExitCode {
     let reason = error.to_string();
-    logging::print_fatal(&reason);
+    print(&reason);
     systemd::failed(&reason);
     ExitCode::from(code)
 }
@@ -72,17 +77,22 @@ async fn serve(args: &Args, loaded: LoadedConfig) -> ExitCode {
         Ok(signals) => signals,
         Err(error) => return fail(EXIT_FAILURE, &error),
     };
-    let logging = Logging::start(&loaded.config.log);
-    for warning in loaded.warnings() {
+    let logging = match Logging::start(&loaded.config.log) {
+        Ok(logging) => logging,
+        Err(error) => return fail(EXIT_FAILURE, &error),
+    };
+    let fail = |code, error: StartError| fail_with(code, &error, |reason| logging.print_fatal(reason));
+    let file_limit_warning = open_files::raise_limit(loaded.config.http.max_connections);
+    for warning in loaded.warnings().into_iter().chain(file_limit_warning) {
         tracing::warn!("{warning}");
     }
     let exporter = tokio::select! {
         started = Exporter::builder(loaded.config).start() => match started {
             Ok(exporter) => exporter,
             Err(error @ (StartError::Thread(_) | StartError::Load | StartError::Metrics(_))) => {
-                return fail(EXIT_FAILURE, &error);
+                return fail(EXIT_FAILURE, error);
             }
-            Err(error) => return fail(EXIT_CONFIG_ERROR, &error),
+            Err(error) => return fail(EXIT_CONFIG_ERROR, error),
         },
         () = wait_for_stop(&mut signals) => return ExitCode::SUCCESS,
     };
@@ -91,6 +101,7 @@ async fn serve(args: &Args, loaded: LoadedConfig) -> ExitCode {
     tokio::select! {
         () = handle_signals(&mut signals, args, &exporter, &logging) => {}
         never = systemd::notify_loop(&exporter) => match never {},
+        never = logging.report_lost_lines(&exporter) => match never {},
     }
     systemd::stopping();
     tracing::info!("stopping");

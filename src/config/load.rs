@@ -5,6 +5,8 @@ use std::ffi::{OsStr, OsString};
 use std::fmt::{Display, Write};
 use std::fs::File;
 use std::io::{self, Read};
+#[cfg(feature = "cli")]
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use figment::providers::{Format, Toml};
@@ -18,6 +20,8 @@ use super::{BrokerConfig, Config, ConfigError};
 
 const DEFAULT_FILE: &str = "/etc/flower-exporter/flower-exporter.toml";
 const PREFIX: &str = "FLOWER_EXPORTER_";
+#[cfg(feature = "cli")]
+const LISTEN_KEY: &str = "http.listen";
 /// The largest URL file, in bytes.
 const MAX_URL_FILE: u64 = 64 << 10;
 
@@ -133,6 +137,47 @@ pub fn load_from(
     config.validate()?;
     let sources = KEYS.iter().map(|key| source(&figment, key)).collect();
     Ok(LoadedConfig { config, sources, env_warnings: environment.unrecognized })
+}
+
+/// The value of `http.listen`, without validating any other key. A file that cannot be used counts as absent.
+///
+/// # Errors
+/// Returns an error if the value in the environment or in the overrides is invalid.
+#[cfg(feature = "cli")]
+pub(crate) fn load_listen_address(overrides: &Overrides) -> Result<SocketAddr, ConfigError> {
+    listen_address_from(overrides, std::env::vars_os(), Path::new(DEFAULT_FILE))
+}
+
+#[cfg(feature = "cli")]
+pub(super) fn listen_address_from(
+    overrides: &Overrides,
+    environment: impl IntoIterator<Item = (OsString, OsString)>,
+    default_file: &Path,
+) -> Result<SocketAddr, ConfigError> {
+    let is_relevant = |name: &str| name == "CONFIG" || name.eq_ignore_ascii_case("HTTP__LISTEN");
+    let relevant = environment
+        .into_iter()
+        .filter(|(name, _)| name.to_str().and_then(|name| name.strip_prefix(PREFIX)).is_some_and(is_relevant));
+    let environment = Environment::read(relevant)?;
+    let file = overrides.config_file.as_ref().or(environment.config_file.as_ref());
+    let overrides = Overrides { listen: overrides.listen.clone(), ..Overrides::default() };
+    let layers = environment.layers.into_iter().chain(override_layers(&overrides));
+    let figment = layers.fold(Figment::new(), Figment::merge);
+    let config: Config = figment.extract().map_err(|error| value_error(&figment, error))?;
+    if figment.contains(LISTEN_KEY) {
+        return Ok(config.http.listen);
+    }
+    let in_file = listen_layer(file.map_or(default_file, PathBuf::as_path)).map(Figment::from);
+    let config: Config = in_file.and_then(|figment| figment.extract().ok()).unwrap_or_default();
+    Ok(config.http.listen)
+}
+
+/// The value of `http.listen` in a file, if the file can be read and parsed and contains it.
+#[cfg(feature = "cli")]
+fn listen_layer(path: &Path) -> Option<Layer> {
+    let values = Toml::from_str::<Dict>(&std::fs::read_to_string(path).ok()?).ok()?;
+    let value = Value::from(values).find(LISTEN_KEY)?;
+    Some(Layer::from_key(printable_path(path), schema::find(LISTEN_KEY)?, value))
 }
 
 /// The exporter's environment variables.

@@ -25,6 +25,8 @@ pub use broker_url::{BrokerUrl, BrokerUrls};
 pub use error::ConfigError;
 #[doc(hidden)]
 pub use load::load_from;
+#[cfg(feature = "cli")]
+pub(crate) use load::load_listen_address;
 pub(crate) use load::printable_path;
 pub use load::{LoadedConfig, Overrides, load};
 pub use reload::{ReloadReport, plan_reload};

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use super::Overrides;
 use super::broker_url::{Address, BrokerUrl, BrokerUrls, CertReqs, Transport};
+#[cfg(feature = "cli")]
+use super::load::listen_address_from;
 use super::load::load_from;
 use super::schema::{self, KEYS, ValueKind};
 use super::{Config, FanoutPrefix, Level, LoadedConfig, Secret, plan_reload};
@@ -702,4 +704,33 @@ fn a_persistent_named_queue_requires_a_save_interval() {
     assert_eq!(with("", true), Ok(()));
     let error = with("queue = 'q'", true).unwrap_err();
     assert!(error.starts_with("state.state_save_interval = 0: with broker.amqp.queue"), "{error}");
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn the_listen_address_alone_can_be_loaded() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x.toml");
+    let load = |file: &str, variables: &[(&str, &str)], args: &[&str]| {
+        fs::write(&path, file).unwrap();
+        let variables =
+            variables.iter().map(|(name, value)| (format!("FLOWER_EXPORTER_{name}").into(), (*value).into()));
+        listen_address_from(&overrides(args), variables, &path).map(|address| address.port()).map_err(|e| e.to_string())
+    };
+    let file = "[http]\nlisten = \":1\"";
+    assert_eq!(load(file, &[], &[]), Ok(1));
+    assert_eq!(load(file, &[("HTTP__LISTEN", ":2")], &[]), Ok(2));
+    assert_eq!(load(file, &[("HTTP__LISTEN", ":2")], &["-l", ":3"]), Ok(3));
+    let invalid = [("STATE__MAX_TASKS", "many"), ("NO_SUCH__KEY", "1"), ("BROKER__URL_FILE", "/nonexistent")];
+    assert_eq!(
+        load("no_such_key = 1\n[http]\nlisten = \":1\"\nmax_connections = \"x\"", &invalid, &["-b", "x"]),
+        Ok(1)
+    );
+    for absent in ["", "[http", "http = 1", "[http]\nlisten = \"x\""] {
+        assert_eq!(load(absent, &[], &[]), Ok(9555), "{absent}");
+        assert_eq!(load(absent, &[("HTTP__LISTEN", ":2")], &[]), Ok(2), "{absent}");
+    }
+    assert_eq!(load("", &[], &["-c", NOWHERE]), Ok(9555));
+    assert!(load("", &[("HTTP__LISTEN", "x")], &[]).unwrap_err().contains("FLOWER_EXPORTER_HTTP__LISTEN = \"x\""));
+    assert!(load("", &[], &["-l", "x"]).unwrap_err().contains("--listen = \"x\""));
 }

@@ -15,14 +15,18 @@ use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use rustix::io::Errno;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, watch};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::Endpoints;
 use super::body::ResponseBody;
+use crate::observability::LogThrottle;
 
+/// The delay after a connection could not be accepted.
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 /// The largest request head, in bytes.
 const MAX_HEAD: usize = 16 << 10;
 
@@ -99,15 +103,29 @@ impl ConnectionRegistry {
                 if connections.len() < max {
                     return;
                 }
-                let waiting = connections.iter().filter_map(|(id, each)| Some((each.tracker.waiting_since()?, *id)));
-                if let Some(oldest) = waiting.min().and_then(|(_, id)| connections.remove(&id)) {
-                    oldest.close.notify_one();
+                if close_longest_waiting(&mut connections) {
                     return;
                 }
             }
             closed.await;
         }
     }
+
+    /// Frees a file descriptor: closes the connection that has waited longest for a complete request. If there is none,
+    /// waits until another connection ends, or for [`ACCEPT_RETRY_DELAY`].
+    async fn free_descriptor(&self) {
+        let closed = self.connection_closed.notified();
+        close_longest_waiting(&mut self.lock());
+        // It is over the limit of time or has ended: either way, the caller tries again.
+        let _ = timeout(ACCEPT_RETRY_DELAY, closed).await;
+    }
+}
+
+/// Closes the connection that has waited longest for a complete request. Returns whether there is one.
+fn close_longest_waiting(connections: &mut HashMap<u64, Arc<Connection>>) -> bool {
+    let waiting = connections.iter().filter_map(|(id, each)| Some((each.tracker.waiting_since()?, *id)));
+    let longest = waiting.min().and_then(|(_, id)| connections.remove(&id));
+    longest.inspect(|connection| connection.close.notify_one()).is_some()
 }
 
 /// Removes a connection from the registry when dropped, even if its task is canceled or panics.
@@ -128,6 +146,7 @@ pub async fn serve(listener: TcpListener, endpoints: Arc<Endpoints>, mut stop: w
     let registry = Arc::new(ConnectionRegistry::default());
     let max = endpoints.config.borrow().http.max_connections;
     let mut next_id = 0;
+    let mut accept_log = LogThrottle::default();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -148,8 +167,14 @@ pub async fn serve(listener: TcpListener, endpoints: Arc<Endpoints>, mut stop: w
                 tokio::task::yield_now().await;
             }
             Err(error) => {
-                tracing::warn!(%error, "failed to accept connection");
-                sleep(Duration::from_millis(100)).await;
+                if let Some(suppressed) = accept_log.check(&error.to_string()) {
+                    tracing::warn!(%error, suppressed, "failed to accept connection");
+                }
+                if is_out_of_descriptors(&error) {
+                    registry.free_descriptor().await;
+                } else {
+                    sleep(ACCEPT_RETRY_DELAY).await;
+                }
             }
         }
     }
@@ -160,6 +185,11 @@ pub async fn serve(listener: TcpListener, endpoints: Arc<Endpoints>, mut stop: w
             closed.await;
         }
     }
+}
+
+/// Whether the process or the system has too many open files.
+fn is_out_of_descriptors(error: &io::Error) -> bool {
+    [Errno::MFILE, Errno::NFILE].map(Errno::raw_os_error).contains(&error.raw_os_error().unwrap_or_default())
 }
 
 /// Serves one connection over any stream. For the fuzz targets.

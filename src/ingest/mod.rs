@@ -27,7 +27,7 @@ use crate::celery::{Event, envelope, event};
 use crate::config::Config;
 use crate::inbox::{Ack, Batch, Encoding, IngestMessage, Message, ReplyFn};
 use crate::metrics::{Snapshot, SnapshotBuilder};
-use crate::observability::{GapCause, Health, LogThrottle, SelfMetrics};
+use crate::observability::{GapCause, Health, LogThrottle, SelfMetrics, WarningSource};
 use crate::state::{Arrival, State, Timeouts};
 use crate::store::{Restored, StoreHandle};
 
@@ -357,7 +357,7 @@ impl IngestLoop {
                     .to_owned(),
             );
         }
-        self.context.health.set_warnings(warnings);
+        self.context.health.set_warnings(WarningSource::Ingest, warnings);
     }
 }
 

@@ -7,9 +7,6 @@ use std::time::{Duration, Instant};
 /// A loop that has not run for this long is stalled.
 const STALL_LIMIT: Duration = Duration::from_secs(30);
 
-const SHARED_QUEUE: &str = "another consumer is consuming from broker.amqp.queue, so each exporter counts only a part; \
-                            stop the other consumer, or give each exporter a separate queue";
-
 /// The state of the session with the broker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -49,37 +46,38 @@ pub struct Health {
     failed: AtomicBool,
 }
 
+/// The component that a warning comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WarningSource {
+    /// The ingest loop.
+    Ingest,
+    /// The queue at the broker.
+    Queue,
+    /// The store.
+    Store,
+    /// The log.
+    #[cfg_attr(not(feature = "cli"), allow(dead_code, reason = "only the daemon writes the log"))]
+    Log,
+}
+
 #[derive(Debug)]
 struct HealthState {
     broker: BrokerStatus,
-    ingest_warnings: Vec<String>,
-    other_consumers: u32,
-    store_warning: Option<String>,
+    /// By [`WarningSource`].
+    warnings: [Vec<String>; 4],
 }
 
 impl Default for Health {
     fn default() -> Self {
         Self {
             started: Instant::now(),
-            state: Mutex::new(HealthState {
-                broker: BrokerStatus::Connecting,
-                ingest_warnings: Vec::new(),
-                other_consumers: 0,
-                store_warning: None,
-            }),
+            state: Mutex::new(HealthState { broker: BrokerStatus::Connecting, warnings: [const { Vec::new() }; 4] }),
             last_event: AtomicU64::new(0),
             last_ingest_tick: AtomicU64::new(0),
             last_session_tick: AtomicU64::new(0),
             queued_batches: AtomicUsize::new(0),
             failed: AtomicBool::new(false),
         }
-    }
-}
-
-/// Logs the warnings that are not in `before`.
-fn log_new_warnings(before: &[String], warnings: &[String]) {
-    for warning in warnings.iter().filter(|warning| !before.contains(warning)) {
-        tracing::warn!("{warning}");
     }
 }
 
@@ -103,35 +101,19 @@ impl Health {
         self.state().broker
     }
 
-    /// Replaces the warnings of the ingest loop.
-    pub(crate) fn set_warnings(&self, warnings: Vec<String>) {
-        let before = self.state().ingest_warnings.clone();
-        log_new_warnings(&before, &warnings);
-        self.state().ingest_warnings = warnings;
-    }
-
-    /// Sets how many other consumers the named queue has.
-    pub(crate) fn set_other_consumers(&self, count: u32) {
-        let before = self.state().other_consumers;
-        if count > 0 && before == 0 {
-            tracing::warn!(count, "{SHARED_QUEUE}");
+    /// Replaces the warnings of a component, and logs those that are new.
+    pub(crate) fn set_warnings(&self, source: WarningSource, warnings: Vec<String>) {
+        let before = self.state().warnings[source as usize].clone();
+        for warning in warnings.iter().filter(|warning| !before.contains(warning)) {
+            tracing::warn!("{warning}");
         }
-        self.state().other_consumers = count;
-    }
-
-    /// Sets the reason why the state cannot be saved, or clears it.
-    pub(crate) fn set_store_warning(&self, warning: Option<String>) {
-        let before = self.state().store_warning.clone();
-        log_new_warnings(before.as_slice(), warning.as_slice());
-        self.state().store_warning = warning;
+        self.state().warnings[source as usize] = warnings;
     }
 
     /// Ongoing conditions that need the operator's attention.
     #[must_use]
     pub fn warnings(&self) -> Vec<String> {
-        let state = self.state();
-        let shared = (state.other_consumers > 0).then(|| SHARED_QUEUE.to_owned());
-        state.ingest_warnings.iter().cloned().chain(shared).chain(state.store_warning.clone()).collect()
+        self.state().warnings.concat()
     }
 
     /// Records that events were processed.
@@ -186,6 +168,7 @@ impl Health {
     /// Whether every component runs, and the session loop and the ingest loop ran within `limit`. They run several
     /// times per second.
     #[must_use]
+    #[cfg_attr(not(feature = "cli"), allow(dead_code, reason = "only the daemon has a watchdog"))]
     pub(crate) fn has_ticked_within(&self, limit: Duration) -> bool {
         let since = self.since(&self.last_ingest_tick).max(self.since(&self.last_session_tick));
         since < limit && !self.failed.load(Ordering::Relaxed)
@@ -243,14 +226,15 @@ mod tests {
 
     #[test]
     fn warnings_of_all_components_are_listed_while_they_last() {
+        use WarningSource::{Ingest, Queue, Store};
         let health = Health::default();
-        health.set_warnings(vec!["ingest".to_owned()]);
-        health.set_other_consumers(1);
-        health.set_store_warning(Some("store".to_owned()));
-        assert_eq!(health.warnings(), ["ingest", SHARED_QUEUE, "store"]);
-        health.set_warnings(Vec::new());
-        health.set_other_consumers(0);
-        health.set_store_warning(None);
+        for source in [Store, Ingest, Queue] {
+            health.set_warnings(source, vec![format!("{source:?}")]);
+        }
+        assert_eq!(health.warnings(), ["Ingest", "Queue", "Store"]);
+        for source in [Store, Ingest, Queue] {
+            health.set_warnings(source, Vec::new());
+        }
         assert!(health.warnings().is_empty());
     }
 }

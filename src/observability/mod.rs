@@ -6,6 +6,7 @@ mod health;
 mod log_throttle;
 mod self_metrics;
 
+pub(crate) use health::WarningSource;
 pub use health::{BrokerStatus, Health};
 pub use log_throttle::LogThrottle;
 pub use self_metrics::{GapCause, SelfMetrics};

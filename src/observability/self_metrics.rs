@@ -79,6 +79,8 @@ pub struct SelfMetrics {
     pub disconnected_seconds: Counter,
     /// Subscriptions after the first one.
     pub reconnects: IntCounter,
+    /// Log lines that could not be written.
+    pub lost_log_lines: IntCounter,
     /// Panics of the observer.
     pub observer_panics: IntCounter,
     /// Seconds in which the clock that times workers out did not run.
@@ -164,6 +166,10 @@ impl SelfMetrics {
                 "Seconds without a subscription after the first one, added when each outage ends.",
             )?,
             reconnects: registrar.counter("broker_reconnects_total", "Subscriptions after the first one.")?,
+            lost_log_lines: registrar.counter(
+                "lost_log_lines_total",
+                "Log lines that could not be written, because standard error was closed or not read.",
+            )?,
             observer_panics: registrar
                 .counter("observer_panics_total", "Panics of an observer; always 0 in the daemon.")?,
             worker_clock_paused_seconds: registrar.counter(

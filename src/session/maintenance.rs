@@ -11,7 +11,7 @@ use crate::broker::{BrokerError, BrokerHandle, QueueStats};
 use crate::celery::Broadcast;
 use crate::config::Config;
 use crate::inbox::{Ack, Inbox, IngestMessage, LIVENESS_CHECK_INTERVAL};
-use crate::observability::{Health, LogThrottle};
+use crate::observability::{Health, LogThrottle, WarningSource};
 
 /// Above this queue depth, received events lag behind, so worker timeouts are paused.
 const BACKLOG_THRESHOLD: u32 = 1000;
@@ -21,6 +21,8 @@ const MAX_QUEUE_CHECK_INTERVAL: Duration = Duration::from_secs(5);
 const MIN_HEARTBEAT_INTERVAL: Duration = Duration::from_millis(200);
 /// In percent of `broker.amqp.queue_max_bytes`. At the limit, the broker drops the oldest messages without notice.
 const QUEUE_FULL_WARN_PERCENT: u64 = 80;
+const SHARED_QUEUE: &str = "another consumer is consuming from broker.amqp.queue, so each exporter counts only a part; \
+                            stop the other consumer, or give each exporter a separate queue";
 const NEVER: Duration = Duration::from_secs(365 * 86_400);
 
 pub(super) struct Maintenance<'s> {
@@ -116,7 +118,9 @@ struct QueueCheck<'s> {
 
 impl QueueCheck<'_> {
     fn check(&mut self, stats: QueueStats, config: &Config) {
-        self.health.set_other_consumers(stats.consumers.saturating_sub(1));
+        let is_shared = stats.consumers > 1;
+        self.health
+            .set_warnings(WarningSource::Queue, is_shared.then(|| SHARED_QUEUE.to_owned()).into_iter().collect());
         let has_backlog = stats.queued > BACKLOG_THRESHOLD;
         if has_backlog != self.has_backlog {
             self.inbox.send(IngestMessage::BrokerBacklog(has_backlog));

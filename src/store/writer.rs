@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::db::{DbError, StateDb};
 use super::{Save, SaveError, Store, quarantine};
 use crate::inbox::IngestMessage;
+use crate::observability::WarningSource;
 
 /// The delay between two attempts after a failure. It doubles from the first value to the second.
 const INITIAL_BACKOFF: Duration = Duration::from_secs(1);
@@ -115,7 +116,7 @@ impl StoreWriter {
         let Store { status, self_metrics, health, path, .. } = &self.store;
         self_metrics.last_save_duration.set(elapsed.as_secs_f64());
         if status.clear_failing() {
-            health.set_store_warning(None);
+            health.set_warnings(WarningSource::Store, Vec::new());
             tracing::info!(path = %path.display(), "state is being saved again");
         }
         tracing::trace!(bytes = save.delta.byte_len(), full = save.delta.is_full, ?elapsed, "state saved");
@@ -128,7 +129,8 @@ impl StoreWriter {
         }
         let Store { status, self_metrics, health, path, .. } = &self.store;
         self_metrics.save_failures.inc();
-        health.set_store_warning(Some(format!("failed to save state; retrying: {}: {error}", path.display())));
+        let warning = format!("failed to save state; retrying: {}: {error}", path.display());
+        health.set_warnings(WarningSource::Store, vec![warning]);
         status.set_failing();
         self.wake();
     }

@@ -382,6 +382,21 @@ def test_healthcheck_exit_code(services, shared_redis):
     assert Run("-c", exporter.config, "--healthcheck").code == 1
 
 
+def test_healthcheck_needs_only_the_address(services, shared_redis):
+    """A mistake in the file, which the running exporter has read before, does not make it unhealthy."""
+    exporter = services.exporter(shared_redis)
+    address = f"127.0.0.1:{exporter.port}"
+    exporter.write(f'[http]\nlisten = "{address}"\nmax_connections = "many"\n[broker]\nurl_file = "/nonexistent"\n[nonsense]\n')
+    assert Run("-c", exporter.config, "--healthcheck").code == 0
+    for text in ("[http", f'[http]\nlisten = {address}'):
+        exporter.write(text)
+        assert Run("-c", exporter.config, "--healthcheck", env={"FLOWER_EXPORTER_HTTP__LISTEN": address}).code == 0
+        assert Run("-c", exporter.config, "--healthcheck", "-l", address).code == 0
+    env = {"FLOWER_EXPORTER_HTTP__LISTEN": address, "FLOWER_EXPORTER_STATE__MAX_TASKS": "many", "FLOWER_EXPORTER_NO_SUCH__KEY": "1"}
+    assert Run("--healthcheck", env=env).code == 0
+    assert Run("--healthcheck", env={"FLOWER_EXPORTER_HTTP__LISTEN": "nonsense"}).code == 1
+
+
 def test_healthcheck_of_a_wildcard_address(services, shared_redis):
     port = free_port()
     exporter = services.exporter(shared_redis, {"http": {"listen": f"0.0.0.0:{port}"}}, ready=False)
