@@ -7,16 +7,13 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
 use tokio::sync::Notify;
 
 use crate::celery::envelope::DecodeFailure;
 use crate::observability::{Health, SelfMetrics};
-
-/// How often a session reports that the broker responds.
-pub const LIVENESS_CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// How a message's bytes are encoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +24,9 @@ pub enum Encoding {
     RawBody,
     /// It cannot be decoded. `bytes` holds the message or its beginning, for the log.
     Undecodable(DecodeFailure),
+    /// None: the message is a witness that the exporter sent at this time. Every event that the broker received earlier
+    /// comes before it.
+    Witness(Instant),
 }
 
 /// One message of the broker. It holds one event or a list of events.
@@ -38,6 +38,20 @@ pub struct Message {
     pub encoding: Encoding,
     /// Whether the broker has delivered it before (AMQP's `redelivered`).
     pub redelivered: bool,
+}
+
+impl Message {
+    /// A witness that came back.
+    #[must_use]
+    pub fn witness(sent: Instant) -> Self {
+        Self { bytes: Bytes::new(), encoding: Encoding::Witness(sent), redelivered: false }
+    }
+
+    /// Whether it is a witness, and no message of a worker or client.
+    #[must_use]
+    pub fn is_witness(&self) -> bool {
+        matches!(self.encoding, Encoding::Witness(_))
+    }
 }
 
 /// AMQP's delivery tag. Acknowledging it acknowledges every message up to it on its channel (`multiple`).
@@ -63,6 +77,12 @@ impl Batch {
     pub fn new(messages: Vec<Message>, ack: Option<DeliveryTag>) -> Self {
         let bytes = size_of_all(&messages);
         Self { messages, bytes, arrived: Instant::now(), ack }
+    }
+
+    /// How many messages it has, without witnesses.
+    #[must_use]
+    pub fn message_count(&self) -> usize {
+        self.messages.iter().filter(|message| !message.is_witness()).count()
     }
 
     /// Keeps the first `count` messages.
@@ -102,10 +122,6 @@ pub enum IngestMessage {
     Batch(Batch, BufferPermit),
     /// Messages were dropped at this point.
     Gap,
-    /// Whether many messages are queued at the broker.
-    BrokerBacklog(bool),
-    /// The broker answered a check that was sent at this time. Sent every [`LIVENESS_CHECK_INTERVAL`].
-    BrokerAlive(Instant),
     /// The subscription has ended.
     Disconnected,
     /// Wakes the loop, which then checks its queries and the store.
@@ -187,12 +203,11 @@ impl Inbox {
             used += message.bytes.len();
             has_room
         };
+        let received = batch.message_count();
         let kept = batch.messages.iter().take_while(fits).count();
-        let dropped = batch.messages.len() - kept;
-        if dropped > 0 {
-            batch.truncate(kept);
-            self.buffer.record_dropped(dropped as u64);
-        }
+        batch.truncate(kept);
+        let dropped = received - batch.message_count();
+        self.buffer.record_dropped(dropped as u64);
         (BufferPermit::new(&self.buffer, batch.bytes), dropped)
     }
 
@@ -217,7 +232,7 @@ impl Buffer {
     }
 
     fn record_received(&self, batch: &Batch) {
-        let (messages, bytes) = (batch.messages.len() as u64, batch.bytes as u64);
+        let (messages, bytes) = (batch.message_count() as u64, batch.bytes as u64);
         self.received_messages.fetch_add(messages, Ordering::Relaxed);
         self.received_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.self_metrics.received_messages.inc_by(messages);

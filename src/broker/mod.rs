@@ -130,16 +130,22 @@ impl BrokerHandle {
         }
     }
 
-    /// Asks the broker to respond, and returns once it has.
+    /// Sends a witness to the exporter's queue, and returns once it has come back. On Redis it never returns: the
+    /// receiver sends witnesses.
     ///
     /// # Errors
-    /// Returns an error if it has not responded. [`BrokerError::Timeout`] means that the subscription has ended, too.
-    pub async fn check_liveness(&self) -> Result<(), BrokerError> {
+    /// Returns an error if the witness could not be sent or was lost. A later one may succeed.
+    pub async fn send_witness(&self) -> Result<(), BrokerError> {
         match self {
-            // fred's futures are large.
-            Self::Redis(redis) => Box::pin(redis.check_liveness()).await,
-            Self::Amqp(amqp) => amqp.check_liveness().await,
+            Self::Redis(_) => std::future::pending().await,
+            Self::Amqp(amqp) => amqp.send_witness().await,
         }
+    }
+
+    /// Whether there is a queue to check.
+    #[must_use]
+    pub fn has_queue(&self) -> bool {
+        matches!(self, Self::Amqp(_))
     }
 
     /// Messages that were queued when the connection was made.

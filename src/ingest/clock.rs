@@ -1,56 +1,91 @@
-//! The clock that times workers out.
+//! The clock that times workers out. It advances only to the send time of the last witness that came back on the path
+//! of the events, in its place among them: until then, every event that was sent earlier has been applied. A backlog, a
+//! full window, a blocked or frozen broker and an outage therefore time no worker out.
 
 use std::time::{Duration, Instant};
 
-use crate::inbox::LIVENESS_CHECK_INTERVAL;
+/// The longest time between two iterations of the ingest loop. It is longer than the usual time between two witnesses,
+/// which also wake the loop.
+pub(super) const TICK: Duration = Duration::from_millis(1500);
+/// An iteration that took longer means that the process was stopped, or that the loop was busy.
+const MAX_ITERATION: Duration = TICK.saturating_mul(2);
+/// Without a witness for this long, the clock counts as paused. It is longer than the longest time between two of them.
+pub(super) const PAUSED_AFTER: Duration = Duration::from_secs(8);
 
-/// How often the clock advances and timeouts are checked.
-pub(super) const TICK: Duration = Duration::from_millis(200);
-
-/// If the broker has not responded for this long, missing events do not indicate that a worker is offline.
-const BROKER_SILENCE_LIMIT: Duration = LIVENESS_CHECK_INTERVAL.saturating_mul(3);
-
-/// A clock that runs only while the exporter is subscribed and has processed what was queued for it. An outage or a
-/// backlog therefore times no worker out. It advances at every tick.
 #[derive(Debug)]
-pub(super) struct ListeningClock {
-    pub(super) elapsed: Duration,
-    pub(super) last_tick: Instant,
-    pub(super) is_listening: bool,
-    pub(super) broker_backlogged: bool,
-    /// Whether the inbox was empty at least once since the last tick.
-    pub(super) drained: bool,
-    pub(super) broker_last_seen: Instant,
+pub(super) struct WorkerClock {
+    elapsed: Duration,
+    /// The moment that `elapsed` corresponds to: the send time of the last witness, or the start of the session.
+    /// `None` while not subscribed.
+    reference: Option<Instant>,
+    /// Messages were dropped since the last witness, so events of live workers may be missing.
+    has_gap: bool,
+    last_iteration: Instant,
+    /// Paused time is counted up to here.
+    counted_until: Instant,
 }
 
-impl ListeningClock {
-    pub(super) fn new() -> Self {
-        Self {
-            elapsed: Duration::ZERO,
-            last_tick: Instant::now(),
-            is_listening: false,
-            broker_backlogged: false,
-            drained: false,
-            broker_last_seen: Instant::now(),
+impl WorkerClock {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { elapsed: Duration::ZERO, reference: None, has_gap: false, last_iteration: now, counted_until: now }
+    }
+
+    /// The time up to which every worker's events have been applied.
+    pub(super) fn elapsed(&self) -> Duration {
+        self.elapsed
+    }
+
+    /// The clock's time at a moment after the last witness, if the clock is not paused now.
+    pub(super) fn time_at(&self, at: Instant) -> Duration {
+        self.reference.map_or(self.elapsed, |reference| self.elapsed + at.saturating_duration_since(reference))
+    }
+
+    /// Continues with a new session. The time without a subscription does not count.
+    pub(super) fn start(&mut self, now: Instant) {
+        (self.reference, self.has_gap) = (Some(now), false);
+    }
+
+    /// Ends a session.
+    pub(super) fn stop(&mut self, now: Instant) {
+        self.reference = None;
+        self.counted_until = self.counted_until.max(now);
+    }
+
+    /// Records that messages were dropped. The time from the last witness to the next one does not count.
+    pub(super) fn record_gap(&mut self) {
+        self.has_gap = true;
+    }
+
+    /// Advances to the send time of a witness that has come back.
+    pub(super) fn advance(&mut self, sent: Instant) {
+        if let Some(reference) = &mut self.reference {
+            if !std::mem::take(&mut self.has_gap) {
+                self.elapsed += sent.saturating_duration_since(*reference);
+            }
+            *reference = sent.max(*reference);
         }
     }
 
-    /// Advances the clock. Returns for how long it was paused.
-    pub(super) fn tick(&mut self, now: Instant) -> Duration {
-        let passed = now - self.last_tick;
-        self.last_tick = now;
-        let broker_silent = now.saturating_duration_since(self.broker_last_seen) > BROKER_SILENCE_LIMIT;
-        let runs = self.is_listening && !broker_silent && !self.broker_backlogged && self.drained;
-        self.drained = false;
-        // A longer pause means that the process was suspended.
-        let advanced = if runs { passed.min(TICK * 5) } else { Duration::ZERO };
-        self.elapsed += advanced;
-        passed.saturating_sub(advanced)
+    /// Takes note of an iteration of the loop. The time in which the process was stopped does not count.
+    pub(super) fn iterate(&mut self, now: Instant) {
+        let iteration = now.saturating_duration_since(self.last_iteration);
+        self.last_iteration = now;
+        if let Some(reference) = self.reference.as_mut().filter(|_| iteration > MAX_ITERATION) {
+            *reference = now.min(*reference + iteration.saturating_sub(TICK));
+        }
     }
 
-    /// The time of an event that arrives now: that of the next tick, which is never too early.
-    pub(super) fn event_time(&self) -> Duration {
-        self.elapsed + TICK
+    /// The paused time since the last call.
+    pub(super) fn take_paused(&mut self, now: Instant) -> Duration {
+        let paused_at = self.reference.map_or(self.counted_until, |reference| reference + PAUSED_AFTER);
+        let from = paused_at.max(self.counted_until);
+        self.counted_until = self.counted_until.max(now);
+        now.saturating_duration_since(from)
+    }
+
+    /// Whether the session's last witness is overdue.
+    pub(super) fn is_overdue(&self, now: Instant) -> bool {
+        self.reference.is_some_and(|reference| now.saturating_duration_since(reference) > PAUSED_AFTER)
     }
 }
 
@@ -58,32 +93,74 @@ impl ListeningClock {
 mod tests {
     use super::*;
 
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// A clock in a session that began at the returned moment.
+    fn started() -> (WorkerClock, Instant) {
+        let start = Instant::now();
+        let mut clock = WorkerClock::new(start);
+        clock.start(start);
+        (clock, start)
+    }
+
     #[test]
-    fn the_clock_runs_only_while_subscribed_and_without_a_backlog() {
-        let mut clock = ListeningClock::new();
-        let mut now = clock.last_tick;
-        let mut tick = |clock: &mut ListeningClock, drained: bool, passed: Duration| {
-            now += passed;
-            clock.drained = drained;
-            clock.broker_last_seen = now;
-            clock.tick(now)
-        };
-        assert_eq!(tick(&mut clock, true, TICK), TICK);
-        assert_eq!(clock.elapsed, Duration::ZERO, "not subscribed yet");
-        clock.is_listening = true;
-        assert_eq!(tick(&mut clock, true, TICK), Duration::ZERO);
-        assert_eq!((clock.elapsed, clock.event_time()), (TICK, TICK * 2));
-        tick(&mut clock, false, TICK);
-        assert_eq!(clock.elapsed, TICK, "a backlog in the inbox");
-        clock.drained = true;
-        clock.broker_last_seen = clock.last_tick;
-        clock.tick(clock.last_tick + BROKER_SILENCE_LIMIT + TICK);
-        assert_eq!(clock.elapsed, TICK, "the broker does not respond");
-        clock.broker_backlogged = true;
-        tick(&mut clock, true, TICK);
-        assert_eq!(clock.elapsed, TICK, "a backlog at the broker");
-        clock.broker_backlogged = false;
-        tick(&mut clock, true, Duration::from_secs(3600));
-        assert_eq!(clock.elapsed, TICK * 6, "the process was stopped");
+    fn the_clock_advances_to_the_send_time_of_each_witness() {
+        let (mut clock, start) = started();
+        assert_eq!(clock.time_at(start + SECOND * 9), SECOND * 9);
+        assert_eq!(clock.elapsed(), Duration::ZERO, "no witness has come back");
+        clock.advance(start + SECOND * 2);
+        assert_eq!((clock.elapsed(), clock.time_at(start + SECOND * 3)), (SECOND * 2, SECOND * 3));
+        clock.advance(start + SECOND);
+        assert_eq!(clock.elapsed(), SECOND * 2, "witnesses out of order");
+    }
+
+    #[test]
+    fn the_time_without_a_subscription_does_not_count() {
+        let (mut clock, start) = started();
+        clock.advance(start + SECOND);
+        clock.stop(start + SECOND * 2);
+        clock.advance(start + SECOND * 50);
+        assert_eq!(clock.time_at(start + SECOND * 50), SECOND);
+        clock.start(start + SECOND * 60);
+        clock.advance(start + SECOND * 61);
+        assert_eq!(clock.elapsed(), SECOND * 2);
+    }
+
+    #[test]
+    fn the_time_in_which_messages_were_dropped_does_not_count() {
+        let (mut clock, start) = started();
+        clock.record_gap();
+        clock.advance(start + SECOND * 60);
+        assert_eq!(clock.elapsed(), Duration::ZERO);
+        clock.advance(start + SECOND * 61);
+        assert_eq!(clock.elapsed(), SECOND);
+    }
+
+    #[test]
+    fn the_time_in_which_the_process_was_stopped_does_not_count() {
+        let (mut clock, start) = started();
+        clock.iterate(start + TICK);
+        clock.iterate(start + TICK + SECOND * 100);
+        clock.advance(start + TICK + SECOND * 100);
+        assert_eq!(clock.elapsed(), TICK * 2);
+        clock.advance(start + TICK + SECOND * 101);
+        assert_eq!(clock.elapsed(), TICK * 2 + SECOND);
+    }
+
+    #[test]
+    fn paused_time_is_counted_once() {
+        let (mut clock, start) = started();
+        let paused_at = start + PAUSED_AFTER;
+        assert_eq!(clock.take_paused(paused_at), Duration::ZERO);
+        assert!(!clock.is_overdue(paused_at));
+        assert_eq!(clock.take_paused(paused_at + SECOND), SECOND);
+        assert_eq!(clock.take_paused(paused_at + SECOND * 3), SECOND * 2);
+        assert!(clock.is_overdue(paused_at + SECOND * 3));
+        clock.advance(paused_at + SECOND * 3);
+        assert_eq!(clock.take_paused(paused_at + SECOND * 4), Duration::ZERO);
+        clock.stop(paused_at + SECOND * 5);
+        assert_eq!(clock.take_paused(paused_at + SECOND * 7), SECOND * 2, "not subscribed");
+        clock.start(paused_at + SECOND * 7);
+        assert_eq!(clock.take_paused(paused_at + SECOND * 8), Duration::ZERO);
     }
 }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{mpsc, watch};
 
-use clock::{ListeningClock, TICK};
+use clock::{TICK, WorkerClock};
 use redelivery::RedeliveryFilter;
 use save_scheduler::SaveScheduler;
 
@@ -91,7 +91,8 @@ struct IngestLoop {
     /// Whether the state was restored and no session has connected since.
     is_restored: bool,
     config: Arc<Config>,
-    clock: ListeningClock,
+    clock: WorkerClock,
+    last_tick: Instant,
     session: u64,
     connected_at: Option<Duration>,
     received_since_connect: bool,
@@ -118,7 +119,8 @@ impl IngestLoop {
             state,
             continuity_token,
             is_restored: !is_new,
-            clock: ListeningClock::new(),
+            clock: WorkerClock::new(Instant::now()),
+            last_tick: Instant::now(),
             session: 0,
             connected_at: None,
             received_since_connect: false,
@@ -148,20 +150,21 @@ impl IngestLoop {
             .oldest_unsaved_change
             .set(self.save_scheduler.update_overdue(&self.state).as_secs_f64());
         self.answer_queries();
-        if self.clock.last_tick.elapsed() >= TICK {
-            self.tick();
+        let now = Instant::now();
+        self.clock.iterate(now);
+        if now - self.last_tick >= TICK {
+            self.tick(now);
         }
         self.context.health.ingest_tick();
         true
     }
 
-    /// Waits for a message, the next tick or a due save. The inbox is empty: every message so far was processed.
+    /// Waits for a message, the next tick or a due save.
     fn wait(&mut self) -> Result<IngestMessage, RecvTimeoutError> {
-        self.clock.drained = true;
         let timeout = if self.snapshot.is_some() {
             Duration::ZERO
         } else {
-            let tick = TICK.saturating_sub(self.clock.last_tick.elapsed());
+            let tick = TICK.saturating_sub(self.last_tick.elapsed());
             self.save_scheduler.due_in(&self.state).map_or(tick, |due_in| due_in.min(tick))
         };
         self.context.inbox_rx.recv_timeout(timeout)
@@ -171,15 +174,14 @@ impl IngestLoop {
         match message {
             IngestMessage::Connected { session, continuity_token } => self.connected(session, continuity_token),
             IngestMessage::Disconnected => {
-                self.clock.is_listening = false;
+                self.clock.stop(Instant::now());
                 self.connected_at = None;
             }
-            IngestMessage::BrokerBacklog(backlogged) => self.clock.broker_backlogged = backlogged,
-            IngestMessage::BrokerAlive(at) => self.clock.broker_last_seen = at,
-            IngestMessage::Gap => self.record_gap(GapCause::BufferFull),
+            IngestMessage::Gap => {
+                self.clock.record_gap();
+                self.record_gap(GapCause::BufferFull);
+            }
             IngestMessage::Batch(batch, permit) => {
-                self.received_since_connect = true;
-                self.clock.broker_last_seen = self.clock.broker_last_seen.max(batch.arrived);
                 self.process_batch(&batch);
                 drop(permit);
             }
@@ -208,10 +210,8 @@ impl IngestLoop {
         }
         self.continuity_token = continuity_token;
         self.session = session;
-        self.clock.is_listening = true;
-        self.clock.broker_backlogged = false;
-        self.clock.broker_last_seen = Instant::now();
-        self.connected_at = Some(self.clock.elapsed);
+        self.clock.start(Instant::now());
+        self.connected_at = Some(self.clock.elapsed());
         self.received_since_connect = false;
         let amqp = &self.config.broker.amqp;
         self.reordered_until = amqp.queue.is_some().then(|| Instant::now() + amqp.heartbeat * HEARTBEATS_UNTIL_ORDERED);
@@ -225,13 +225,19 @@ impl IngestLoop {
     fn process_batch(&mut self, batch: &Batch) {
         let is_reordered = self.reordered_until.is_some_and(|until| batch.arrived < until);
         for message in &batch.messages {
-            self.process_message(message, message.redelivered || is_reordered);
+            if let Encoding::Witness(sent) = message.encoding {
+                self.witness_returned(sent);
+                continue;
+            }
+            self.received_since_connect = true;
+            let may_be_late = message.redelivered || is_reordered;
+            self.process_message(message, Arrival { at: self.clock.time_at(batch.arrived), may_be_late });
         }
         let ack = batch.ack.map(|tag| Ack { session: self.session, tag });
         self.save_scheduler.record(batch.messages.len(), ack);
     }
 
-    fn process_message(&mut self, message: &Message, may_be_late: bool) {
+    fn process_message(&mut self, message: &Message, arrival: Arrival) {
         if self.redelivery_filter.is_duplicate(message) {
             self.context.self_metrics.duplicates.inc();
             return;
@@ -241,19 +247,19 @@ impl IngestLoop {
             Encoding::KombuEnvelope => envelope::open(&message.bytes, &mut base64),
             Encoding::RawBody => Ok(message.bytes.as_ref().into()),
             Encoding::Undecodable(failure) => Err(failure.clone()),
+            Encoding::Witness(_) => return,
         };
         match body {
-            Ok(body) => self.process_events(&body, may_be_late),
+            Ok(body) => self.process_events(&body, arrival),
             Err(failure) => self.skip_invalid(&failure, &message.bytes),
         }
         // One huge message must not keep a huge buffer allocated.
         self.base64 = if base64.len() > MAX_RETAINED_BUFFER { Vec::new() } else { base64 };
     }
 
-    fn process_events(&mut self, body: &[u8], may_be_late: bool) {
+    fn process_events(&mut self, body: &[u8], arrival: Arrival) {
         let mut count = 0;
         let mut last = None;
-        let arrival = Arrival { at: self.clock.event_time(), may_be_late };
         let config = Arc::clone(&self.config);
         event::decode(body, !self.context.observers.is_empty(), |event| match event {
             Ok(event) => {
@@ -304,7 +310,7 @@ impl IngestLoop {
                         self.snapshot.get_or_insert_with(|| (SnapshotBuilder::new(self.state.series()), Vec::new()));
                     replies.push(reply);
                 }
-                Query::Workers(reply) => reply(self.state.workers(self.clock.event_time())),
+                Query::Workers(reply) => reply(self.state.workers(self.clock.time_at(Instant::now()))),
                 Query::Task(uuid, reply) => reply(self.state.find_task(&uuid)),
                 Query::Tasks { start, count, reply } => reply(self.state.tasks(start, count)),
                 Query::Save(reply) => self.save_scheduler.request(reply),
@@ -326,13 +332,20 @@ impl IngestLoop {
         }
     }
 
-    fn tick(&mut self) {
-        let paused = self.clock.tick(Instant::now());
+    /// Every event that was sent before the witness has been applied, so workers can time out.
+    fn witness_returned(&mut self, sent: Instant) {
+        self.clock.advance(sent);
+        self.state.expire(&timeouts(&self.config), self.clock.elapsed());
+        self.tick(Instant::now());
+    }
+
+    fn tick(&mut self, now: Instant) {
+        self.last_tick = now;
+        let paused = self.clock.take_paused(now);
         self.context.self_metrics.worker_clock_paused_seconds.inc_by(paused.as_secs_f64());
         if self.context.config.has_changed().unwrap_or(false) {
             self.config = Arc::clone(&self.context.config.borrow_and_update());
         }
-        self.state.expire(&timeouts(&self.config), self.clock.elapsed);
         self.update_warnings();
         #[allow(clippy::cast_possible_wrap, reason = "bounded by the configuration")]
         {
@@ -344,11 +357,11 @@ impl IngestLoop {
 
     /// Lasting conditions are in `/healthz` while they last, and in the log when they begin.
     fn update_warnings(&self) {
-        let silent = self.state.workers_without_task_events(self.clock.elapsed);
+        let silent = self.state.workers_without_task_events(self.clock.elapsed());
         let mut warnings: Vec<String> =
             silent.iter().take(MAX_WARNED_WORKERS).map(|hostname| no_task_events_warning(hostname)).collect();
         let is_overdue =
-            self.connected_at.is_some_and(|at| self.clock.elapsed.saturating_sub(at) >= NO_EVENTS_WARNING_DELAY);
+            self.connected_at.is_some_and(|at| self.clock.elapsed().saturating_sub(at) >= NO_EVENTS_WARNING_DELAY);
         if is_overdue && !self.received_since_connect {
             warnings.push(
                 "no messages received since connecting: check that workers run on this broker, database or virtual host, \
@@ -356,6 +369,11 @@ impl IngestLoop {
                  the workers run with -E"
                     .to_owned(),
             );
+        }
+        if self.clock.is_overdue(Instant::now()) {
+            let reason = self.context.health.event_path_problem();
+            let reason = reason.unwrap_or_else(|| "broker not responding".to_owned());
+            warnings.push(format!("{reason}; worker timeouts paused"));
         }
         self.context.health.set_warnings(WarningSource::Ingest, warnings);
     }

@@ -53,6 +53,8 @@ pub(crate) enum WarningSource {
     Ingest,
     /// The queue at the broker.
     Queue,
+    /// Broadcasts to the workers.
+    Broadcast,
     /// The store.
     Store,
     /// The log.
@@ -64,14 +66,20 @@ pub(crate) enum WarningSource {
 struct HealthState {
     broker: BrokerStatus,
     /// By [`WarningSource`].
-    warnings: [Vec<String>; 4],
+    warnings: [Vec<String>; 5],
+    /// Why events may not arrive although there is a subscription, if that is known.
+    event_path_problem: Option<String>,
 }
 
 impl Default for Health {
     fn default() -> Self {
         Self {
             started: Instant::now(),
-            state: Mutex::new(HealthState { broker: BrokerStatus::Connecting, warnings: [const { Vec::new() }; 4] }),
+            state: Mutex::new(HealthState {
+                broker: BrokerStatus::Connecting,
+                warnings: [const { Vec::new() }; 5],
+                event_path_problem: None,
+            }),
             last_event: AtomicU64::new(0),
             last_ingest_tick: AtomicU64::new(0),
             last_session_tick: AtomicU64::new(0),
@@ -107,7 +115,22 @@ impl Health {
         for warning in warnings.iter().filter(|warning| !before.contains(warning)) {
             tracing::warn!("{warning}");
         }
+        self.set_unlogged_warnings(source, warnings);
+    }
+
+    /// Replaces the warnings of a component, which has logged them itself.
+    pub(crate) fn set_unlogged_warnings(&self, source: WarningSource, warnings: Vec<String>) {
         self.state().warnings[source as usize] = warnings;
+    }
+
+    /// Sets why events may not arrive although there is a subscription, or clears it.
+    pub(crate) fn set_event_path_problem(&self, problem: Option<String>) {
+        self.state().event_path_problem = problem;
+    }
+
+    /// Why events may not arrive although there is a subscription, if that is known.
+    pub(crate) fn event_path_problem(&self) -> Option<String> {
+        self.state().event_path_problem.clone()
     }
 
     /// Ongoing conditions that need the operator's attention.

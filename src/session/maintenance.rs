@@ -1,5 +1,6 @@
 //! Maintains a subscription: broadcasts, acknowledgments, queue checks, liveness checks.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -7,14 +8,13 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 
 use super::warn_throttled;
+use super::witness::send_witnesses;
 use crate::broker::{BrokerError, BrokerHandle, QueueStats};
 use crate::celery::Broadcast;
 use crate::config::Config;
-use crate::inbox::{Ack, Inbox, IngestMessage, LIVENESS_CHECK_INTERVAL};
+use crate::inbox::{Ack, Inbox};
 use crate::observability::{Health, LogThrottle, WarningSource};
 
-/// Above this queue depth, received events lag behind, so worker timeouts are paused.
-const BACKLOG_THRESHOLD: u32 = 1000;
 /// The longest time between two checks of the queue and the exchange.
 const MAX_QUEUE_CHECK_INTERVAL: Duration = Duration::from_secs(5);
 /// The shortest time between two `heartbeat` broadcasts, because every worker answers each one.
@@ -39,18 +39,14 @@ impl Maintenance<'_> {
     /// Ends only with the connection. Its tasks do not wait for each other.
     pub(super) async fn run(self) -> BrokerError {
         let Self { broker, config, acks_rx, inbox, health, session } = self;
-        let queue = QueueCheck {
-            inbox,
-            health,
-            log: LogThrottle::default(),
-            has_backlog: false,
-            unchecked_depth: broker.initial_queue_depth(),
-        };
+        let queue =
+            QueueCheck { inbox, health, log: LogThrottle::default(), unchecked_depth: broker.initial_queue_depth() };
         tokio::select! {
             error = acknowledge(broker, acks_rx, session) => error,
-            error = maintain_queue(broker, config.clone(), queue) => error,
-            error = broadcast_heartbeats(broker, config) => error,
-            error = check_liveness(broker, inbox) => error,
+            error = check_queue(broker, config.clone(), queue) => error,
+            never = enable_events(broker, config.clone(), health) => match never {},
+            never = broadcast_heartbeats(broker, config.clone(), health) => match never {},
+            never = send_witnesses(broker, config, health) => match never {},
             error = broker.wait_for_failover() => error,
         }
     }
@@ -76,31 +72,44 @@ async fn acknowledge(broker: &BrokerHandle, acks_rx: &mut mpsc::UnboundedReceive
     }
 }
 
-/// Broadcasts `enable_events` for new workers every `events.enable_interval`, and checks exchange and queue at least
-/// every five seconds.
-async fn maintain_queue(
+/// Checks exchange and queue at least every five seconds, and at every `events.enable_interval`.
+async fn check_queue(
     broker: &BrokerHandle,
-    mut config_rx: watch::Receiver<Arc<Config>>,
+    config_rx: watch::Receiver<Arc<Config>>,
     mut queue: QueueCheck<'_>,
 ) -> BrokerError {
-    let mut broadcast_log = LogThrottle::default();
+    if !broker.has_queue() {
+        return std::future::pending().await;
+    }
+    loop {
+        match broker.redeclare().await {
+            Ok(stats) => queue.check(stats, &config_rx.borrow()),
+            Err(error) => return error,
+        }
+        let interval = config_rx.borrow().events.enable_interval;
+        sleep(interval.min(MAX_QUEUE_CHECK_INTERVAL)).await;
+    }
+}
+
+/// Broadcasts `enable_events` for new workers every `events.enable_interval`.
+async fn enable_events(
+    broker: &BrokerHandle,
+    mut config_rx: watch::Receiver<Arc<Config>>,
+    health: &Health,
+) -> Infallible {
+    let mut log = LogThrottle::default();
     let mut enabled_at: Option<Instant> = None;
     loop {
-        let stats = match broker.redeclare().await {
-            Ok(stats) => stats,
-            Err(error) => return error,
-        };
         let config = Arc::clone(&config_rx.borrow_and_update());
-        queue.check(stats, &config);
-        let (events, connect_timeout) = (&config.events, config.broker.connect_timeout);
-        let due_in = |at: Instant| events.enable_interval.saturating_sub(at.elapsed());
-        if events.enable_events && enabled_at.is_none_or(|at| due_in(at).is_zero()) {
-            broadcast(broker, Broadcast::EnableEvents, connect_timeout, &mut broadcast_log).await;
+        let (enabled, interval) = (config.events.enable_events, config.events.enable_interval);
+        let due_in = |at: Instant| interval.saturating_sub(at.elapsed());
+        if enabled && enabled_at.is_none_or(|at| due_in(at).is_zero()) {
+            broadcast(broker, Broadcast::EnableEvents, config.broker.connect_timeout, health, &mut log).await;
             enabled_at = Some(Instant::now());
         }
-        let rest = enabled_at.filter(|_| events.enable_events).map_or(events.enable_interval, due_in);
-        sleep_until_changed(rest.min(MAX_QUEUE_CHECK_INTERVAL), &mut config_rx, |now| {
-            (now.events.enable_events, now.events.enable_interval) != (events.enable_events, events.enable_interval)
+        let rest = enabled_at.filter(|_| enabled).map_or(NEVER, due_in);
+        sleep_until_changed(rest, &mut config_rx, |now| {
+            (now.events.enable_events, now.events.enable_interval) != (enabled, interval)
         })
         .await;
     }
@@ -111,7 +120,6 @@ struct QueueCheck<'s> {
     inbox: &'s Inbox,
     health: &'s Health,
     log: LogThrottle,
-    has_backlog: bool,
     /// Messages that were queued when the session began, until the size of a message is known.
     unchecked_depth: u32,
 }
@@ -121,11 +129,6 @@ impl QueueCheck<'_> {
         let is_shared = stats.consumers > 1;
         self.health
             .set_warnings(WarningSource::Queue, is_shared.then(|| SHARED_QUEUE.to_owned()).into_iter().collect());
-        let has_backlog = stats.queued > BACKLOG_THRESHOLD;
-        if has_backlog != self.has_backlog {
-            self.inbox.send(IngestMessage::BrokerBacklog(has_backlog));
-            self.has_backlog = has_backlog;
-        }
         let queued = stats.queued.max(std::mem::take(&mut self.unchecked_depth));
         let Some(message_size) = self.inbox.mean_message_size() else {
             self.unchecked_depth = queued;
@@ -147,31 +150,20 @@ fn is_nearly_full(queued: u32, message_size: u64, max_bytes: u64) -> bool {
     queued > 0 && message_size * u64::from(queued) >= max_bytes / 100 * QUEUE_FULL_WARN_PERCENT
 }
 
-/// Asks the broker to respond. Worker timeouts are paused while it does not and no messages arrive.
-async fn check_liveness(broker: &BrokerHandle, inbox: &Inbox) -> BrokerError {
-    let mut log = LogThrottle::default();
-    loop {
-        let asked = Instant::now();
-        match broker.check_liveness().await {
-            Ok(()) => inbox.send(IngestMessage::BrokerAlive(asked)),
-            Err(timeout @ BrokerError::Timeout(_)) => return timeout,
-            // The subscription itself reports whether it has ended.
-            Err(error) => warn_throttled(&mut log, "broker not responding; worker timeouts paused", None, &error),
-        }
-        sleep(LIVENESS_CHECK_INTERVAL).await;
-    }
-}
-
 /// Broadcasts `heartbeat` on connecting and then every `worker_timeout / 3`. Workers that run without heartbeats
 /// respond, so that they stay online.
-async fn broadcast_heartbeats(broker: &BrokerHandle, mut config_rx: watch::Receiver<Arc<Config>>) -> BrokerError {
+async fn broadcast_heartbeats(
+    broker: &BrokerHandle,
+    mut config_rx: watch::Receiver<Arc<Config>>,
+    health: &Health,
+) -> Infallible {
     let mut log = LogThrottle::default();
     let mut first = true;
     loop {
         let config = Arc::clone(&config_rx.borrow_and_update());
         let (enabled, timeout) = (config.events.enable_events, config.state.worker_timeout);
         if enabled && (first || timeout.is_some()) {
-            broadcast(broker, Broadcast::Heartbeat, config.broker.connect_timeout, &mut log).await;
+            broadcast(broker, Broadcast::Heartbeat, config.broker.connect_timeout, health, &mut log).await;
         }
         first = false;
         let changed = |now: &Config| (now.events.enable_events, now.state.worker_timeout) != (enabled, timeout);
@@ -180,12 +172,25 @@ async fn broadcast_heartbeats(broker: &BrokerHandle, mut config_rx: watch::Recei
     }
 }
 
-async fn broadcast(broker: &BrokerHandle, command: Broadcast, connect_timeout: Duration, log: &mut LogThrottle) {
+/// Sends a broadcast. A failure does not end the session, because events still arrive. It is a warning until the next
+/// broadcast succeeds.
+async fn broadcast(
+    broker: &BrokerHandle,
+    command: Broadcast,
+    connect_timeout: Duration,
+    health: &Health,
+    log: &mut LogThrottle,
+) {
     let sent = timeout(connect_timeout, broker.broadcast(command)).await;
     match sent.unwrap_or_else(|_| Err(broker.blocked_reason().unwrap_or(BrokerError::Timeout(connect_timeout)))) {
-        Ok(()) => tracing::trace!(command = command.method(), "broadcast sent"),
+        Ok(()) => {
+            tracing::trace!(command = command.method(), "broadcast sent");
+            health.set_warnings(WarningSource::Broadcast, Vec::new());
+        }
         Err(error) => {
-            warn_throttled(log, &format!("failed to broadcast {} to workers", command.method()), None, &error);
+            let message = format!("failed to broadcast {} to workers", command.method());
+            warn_throttled(log, &message, None, &error);
+            health.set_unlogged_warnings(WarningSource::Broadcast, vec![format!("{message}: {error}")]);
         }
     }
 }
@@ -208,8 +213,6 @@ async fn sleep_until_changed(
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::Receiver;
-
     use super::*;
     use crate::inbox::{Batch, Encoding, Message};
     use crate::observability::SelfMetrics;
@@ -224,36 +227,18 @@ mod tests {
     struct Fixture {
         health: Arc<Health>,
         inbox: Inbox,
-        inbox_rx: Receiver<IngestMessage>,
     }
 
     impl Fixture {
         fn new() -> Self {
             let health = Arc::new(Health::default());
-            let (inbox, inbox_rx) = Inbox::new(1 << 20, SelfMetrics::new().unwrap().into(), Arc::clone(&health));
-            Self { health, inbox, inbox_rx }
+            let (inbox, _) = Inbox::new(1 << 20, SelfMetrics::new().unwrap().into(), Arc::clone(&health));
+            Self { health, inbox }
         }
 
         fn queue_check(&self, unchecked_depth: u32) -> QueueCheck<'_> {
-            QueueCheck {
-                inbox: &self.inbox,
-                health: &self.health,
-                log: LogThrottle::default(),
-                has_backlog: false,
-                unchecked_depth,
-            }
+            QueueCheck { inbox: &self.inbox, health: &self.health, log: LogThrottle::default(), unchecked_depth }
         }
-    }
-
-    #[test]
-    fn the_ingest_loop_is_notified_of_the_beginning_and_the_end_of_a_backlog() {
-        let fixture = Fixture::new();
-        let mut check = fixture.queue_check(0);
-        for queued in [0, BACKLOG_THRESHOLD + 1, BACKLOG_THRESHOLD + 2, 0] {
-            check.check(QueueStats { queued, consumers: 1 }, &Config::default());
-        }
-        let sent: Vec<_> = fixture.inbox_rx.try_iter().map(|message| format!("{message:?}")).collect();
-        assert_eq!(sent, ["BrokerBacklog(true)", "BrokerBacklog(false)"]);
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod connector;
 mod drop_reporter;
 mod maintenance;
 mod reader;
+mod witness;
 
 use std::convert::Infallible;
 use std::error::Error;
@@ -19,7 +20,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::broker::{BrokerError, BrokerHandle, EventReceiver};
 use crate::config::{BrokerUrl, Config};
-use crate::inbox::{Ack, Inbox, IngestMessage, LIVENESS_CHECK_INTERVAL};
+use crate::inbox::{Ack, Inbox, IngestMessage};
 use crate::observability::{BrokerStatus, Health, LogThrottle, SelfMetrics};
 
 use backoff::Backoff;
@@ -30,6 +31,8 @@ use reader::Reader;
 
 /// A subscription that lasted this long was healthy: the next attempt starts with the initial backoff.
 const HEALTHY_SESSION_THRESHOLD: Duration = Duration::from_secs(60);
+/// How often the session reports that its thread runs.
+const TICK: Duration = Duration::from_secs(1);
 /// How long to wait for a connection to close, and at shutdown for a connection attempt to finish.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -172,7 +175,7 @@ impl SessionLoop {
 async fn report_liveness(health: &Health) -> Infallible {
     loop {
         health.session_tick();
-        sleep(LIVENESS_CHECK_INTERVAL).await;
+        sleep(TICK).await;
     }
 }
 

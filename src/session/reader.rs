@@ -19,7 +19,7 @@ impl Reader<'_> {
                 Ok(batch) => batch,
                 Err(error) => return error,
             };
-            *self.received = true;
+            *self.received |= batch.message_count() > 0;
             let (batch, permit, dropped) = self.reserve_or_drop(batch).await;
             if !batch.messages.is_empty() {
                 if std::mem::take(&mut gap) {

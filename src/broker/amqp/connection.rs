@@ -1,7 +1,7 @@
 //! The AMQP connection, on a socket that the exporter opens.
 
 use std::io;
-use std::net::Shutdown;
+use std::net::{Shutdown, SocketAddr};
 use std::os::fd::AsFd;
 
 use async_compat::Compat;
@@ -11,11 +11,19 @@ use lapin::{AsyncTcpStream, Connection, ConnectionProperties};
 use tokio::net::TcpStream;
 
 use super::{runtime, to_broker_error};
-use crate::broker::net::{CoalescingSocket, happy_eyeballs};
-use crate::broker::{BrokerError, ConnectionHistory};
+use crate::broker::BrokerError;
+use crate::broker::net::{CoalescingSocket, UsedAddresses, happy_eyeballs};
 use crate::config::broker_url::Address;
 use crate::config::{BrokerUrl, Config};
 use crate::tls::{self, TlsConfig};
+
+/// Where to connect to.
+pub(super) enum Target<'t> {
+    /// The host of the URL, whose addresses are tried in this order.
+    Host(&'t UsedAddresses),
+    /// The address of another connection of the session.
+    Address(SocketAddr),
+}
 
 /// Connects. lapin keeps the thread and the socket of an abandoned attempt until the server responds:
 /// [`ShutdownOnDrop`] ends them.
@@ -23,14 +31,26 @@ pub(super) async fn open(
     url: &BrokerUrl,
     config: &Config,
     tls: Option<&TlsConfig>,
-    history: &ConnectionHistory,
+    target: Target<'_>,
 ) -> Result<(Connection, ShutdownOnDrop), BrokerError> {
-    let name = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
+    let name = match target {
+        Target::Host(_) => concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION")),
+        Target::Address(_) => concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"), " (publisher)"),
+    };
     let properties = ConnectionProperties::default().with_connection_name(name.into());
     let uri = uri(url, config);
     let AMQPAuthority { host, port, .. } = &uri.authority;
-    let socket = happy_eyeballs::connect(host, *port, &history.addresses).await;
-    let socket = socket.map_err(|error| BrokerError::from(&error))?;
+    let connecting = async {
+        match target {
+            Target::Host(used) => happy_eyeballs::connect(host, *port, used).await,
+            Target::Address(address) => {
+                let stream = TcpStream::connect(address).await?;
+                stream.set_nodelay(true)?;
+                Ok(stream)
+            }
+        }
+    };
+    let socket = connecting.await.map_err(|error| BrokerError::from(&error))?;
     let shutdown_on_drop = ShutdownOnDrop::new(&socket).map_err(|error| BrokerError::from(&error))?;
     let socket = std::sync::Mutex::new(Some(socket));
     let (connector, limit) = (tls.map(|tls| RustlsConnector::from(tls.config())), config.broker.connect_timeout);
@@ -58,6 +78,11 @@ pub(super) struct ShutdownOnDrop(std::net::TcpStream);
 impl ShutdownOnDrop {
     fn new(socket: &TcpStream) -> io::Result<Self> {
         Ok(Self(socket.as_fd().try_clone_to_owned()?.into()))
+    }
+
+    /// The address of the server.
+    pub(super) fn peer(&self) -> Result<SocketAddr, BrokerError> {
+        self.0.peer_addr().map_err(|error| BrokerError::from(&error))
     }
 }
 

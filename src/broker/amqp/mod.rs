@@ -1,12 +1,15 @@
-//! `RabbitMQ`, through lapin: a consumer with prefetch and batched acknowledgments, and separate channels for
-//! everything else.
+//! `RabbitMQ`, through lapin, over two connections. One consumes, acknowledges and declares. The other publishes:
+//! while an alarm lasts, `RabbitMQ` reads nothing from a connection that has published.
 
 mod connection;
 mod handle;
+mod publisher;
 mod receiver;
 mod runtime;
 mod topology;
+mod witness;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use lapin::options::{BasicConsumeOptions, BasicQosOptions};
@@ -16,7 +19,10 @@ use lapin::types::{FieldTable, ShortString};
 pub use handle::BrokerHandle;
 pub use receiver::EventReceiver;
 
+use connection::Target;
+use publisher::Publisher;
 use topology::Topology;
+use witness::Witnesses;
 
 use super::{BrokerError, ConnectionHistory, RESPONSE_TIMEOUT};
 use crate::config::{BrokerUrl, Config};
@@ -29,7 +35,7 @@ pub(super) async fn connect(
     tls: Option<&TlsConfig>,
     history: &ConnectionHistory,
 ) -> Result<(EventReceiver, BrokerHandle), BrokerError> {
-    let (connection, shutdown_on_drop) = connection::open(url, config, tls, history).await?;
+    let (connection, shutdown_on_drop) = connection::open(url, config, tls, Target::Host(&history.addresses)).await?;
     let topology = Topology::prepare(&connection, config).await?;
     let consumer_channel = connection.create_channel().await.map_err(to_broker_error)?;
     let initial_queue_depth = topology.declare(&consumer_channel).await?.queued;
@@ -40,9 +46,19 @@ pub(super) async fn connect(
         .basic_consume(topology.queue.clone(), ShortString::default(), options, FieldTable::default())
         .await
         .map_err(to_broker_error)?;
-    let receiver = EventReceiver::new(consumer, &topology, url, config);
-    let handle =
-        BrokerHandle::new(connection, consumer_channel, topology, config, initial_queue_depth, shutdown_on_drop);
+    let witnesses = Arc::new(Witnesses::new(&topology.queue));
+    let receiver = EventReceiver::new(consumer, &topology, url, config, Arc::clone(&witnesses));
+    let publisher = Publisher::new(url, config, tls, shutdown_on_drop.peer()?);
+    let handle = BrokerHandle {
+        connection,
+        consumer_channel,
+        topology,
+        publisher,
+        witnesses,
+        response_timeout: response_timeout(config),
+        initial_queue_depth,
+        _shutdown_on_drop: shutdown_on_drop,
+    };
     Ok((receiver, handle))
 }
 

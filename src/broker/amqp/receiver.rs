@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt};
@@ -11,6 +12,7 @@ use lapin::types::{AMQPValue, ShortString};
 
 use super::to_broker_error;
 use super::topology::Topology;
+use super::witness::Witnesses;
 use crate::broker::BrokerError;
 use crate::celery::envelope::DecodeFailure;
 use crate::celery::{DecodeError, envelope};
@@ -23,6 +25,7 @@ const MAX_BATCH_BYTES: usize = 1 << 20;
 
 pub struct EventReceiver {
     consumer: Consumer,
+    witnesses: Arc<Witnesses>,
     message_max_bytes: usize,
     max_batch_bytes: usize,
     exchange: String,
@@ -39,10 +42,17 @@ impl fmt::Debug for EventReceiver {
 }
 
 impl EventReceiver {
-    pub(super) fn new(consumer: Consumer, topology: &Topology, url: &BrokerUrl, config: &Config) -> Self {
+    pub(super) fn new(
+        consumer: Consumer,
+        topology: &Topology,
+        url: &BrokerUrl,
+        config: &Config,
+        witnesses: Arc<Witnesses>,
+    ) -> Self {
         let marker = topology.continuity_marker.as_ref();
         Self {
             consumer,
+            witnesses,
             message_max_bytes: config.events.message_max_bytes,
             max_batch_bytes: MAX_BATCH_BYTES.min(config.events.buffer_max_bytes),
             exchange: topology.exchange.to_string(),
@@ -88,6 +98,9 @@ impl EventReceiver {
     }
 
     fn message(&self, delivery: Delivery) -> Message {
+        if let Some(sent) = self.witnesses.take_returned(&delivery) {
+            return Message::witness(sent);
+        }
         let encoding = match validate(&delivery, self.message_max_bytes) {
             Ok(()) => Encoding::RawBody,
             Err(failure) => Encoding::Undecodable(failure),

@@ -167,11 +167,8 @@ impl Topology {
         self.declare_exchange(channel).await.map_err(to_broker_error)?;
         let declared = channel.queue_declare(self.queue.clone(), options, self.arguments.clone()).await;
         let queue = declared.map_err(|error| self.explain(error))?;
-        let (queue_name, exchange, all) = (self.queue.clone(), self.exchange.clone(), "#".into());
-        channel
-            .queue_bind(queue_name, exchange, all, QueueBindOptions::default(), FieldTable::default())
-            .await
-            .map_err(to_broker_error)?;
+        self.bind(channel, self.exchange.clone(), "#".into()).await.map_err(to_broker_error)?;
+        self.declare_witness_exchange(channel).await.map_err(|error| self.explain_witness(error))?;
         Ok(QueueStats { queued: queue.message_count(), consumers: queue.consumer_count() })
     }
 
@@ -182,6 +179,25 @@ impl Topology {
             ..ExchangeDeclareOptions::default()
         };
         channel.exchange_declare(self.exchange.clone(), ExchangeKind::Topic, options, FieldTable::default()).await
+    }
+
+    /// See [`super::witness`]. It is deleted with the queue.
+    async fn declare_witness_exchange(&self, channel: &Channel) -> lapin::Result<()> {
+        let options = ExchangeDeclareOptions { auto_delete: true, ..ExchangeDeclareOptions::default() };
+        channel.exchange_declare(self.queue.clone(), ExchangeKind::Fanout, options, FieldTable::default()).await?;
+        self.bind(channel, self.queue.clone(), ShortString::default()).await
+    }
+
+    async fn bind(&self, channel: &Channel, exchange: ShortString, key: ShortString) -> lapin::Result<()> {
+        channel.queue_bind(self.queue.clone(), exchange, key, QueueBindOptions::default(), FieldTable::default()).await
+    }
+
+    fn explain_witness(&self, error: lapin::Error) -> BrokerError {
+        let queue = &self.queue;
+        to_broker_error(error).context(&format!(
+            "exchange {queue}: the user needs configure, write and read permission for exchanges named like the queue, \
+             and no other exchange may have this name"
+        ))
     }
 
     /// A queue keeps the arguments that it was created with until it is deleted.

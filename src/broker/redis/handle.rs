@@ -119,16 +119,6 @@ impl BrokerHandle {
         Ok(())
     }
 
-    /// A server that refuses the PING has also responded.
-    pub(in crate::broker) async fn check_liveness(&self) -> Result<(), BrokerError> {
-        let client = self.client().await?;
-        let reply: Result<String, _> = client.ping(None).await;
-        match reply {
-            Err(error) if matches!(error.kind(), ErrorKind::Auth | ErrorKind::Unknown | ErrorKind::Protocol) => Ok(()),
-            reply => self.reset_on_error(reply, "PING").await.map(|_| ()),
-        }
-    }
-
     async fn reset_on_error<T>(&self, reply: Result<T, fred::error::Error>, command: &str) -> Result<T, BrokerError> {
         match reply {
             Ok(reply) => Ok(reply),
@@ -169,7 +159,7 @@ impl BrokerHandle {
         client
             .wait_for_connect()
             .await
-            .map_err(|error| to_broker_error(&error, "second connection (broadcasts and PING)"))?;
+            .map_err(|error| to_broker_error(&error, "second connection (for broadcasts)"))?;
         Ok(client)
     }
 

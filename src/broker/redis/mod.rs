@@ -7,6 +7,7 @@
 mod channels;
 mod dedup;
 mod handle;
+mod ping;
 mod receiver;
 mod resp;
 mod role;

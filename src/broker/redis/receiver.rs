@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -10,15 +9,14 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::channels::Channels;
 use super::dedup::DedupWindow;
-use super::resp::{Connection, Frame, READ_SIZE, Scan, protocol_error, text};
+use super::ping::{Found, Ping};
+use super::resp::{Connection, Frame, READ_SIZE, Scan, protocol_error};
 use crate::broker::{BrokerError, RESPONSE_TIMEOUT};
 use crate::celery::DecodeError;
 use crate::config::broker_url::Address;
 use crate::config::{BrokerUrl, Config};
 use crate::inbox::{Batch, Encoding, Message};
 
-/// A server that has sent nothing for this long receives a PING.
-const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// Maximum number of messages in one batch.
 const MAX_BATCH: usize = 1024;
 /// Bytes of an oversized message that are kept for the log.
@@ -30,7 +28,7 @@ pub struct EventReceiver {
     /// Bytes of an oversized message that have not arrived yet.
     bytes_to_discard: usize,
     last_byte: Instant,
-    pinged: bool,
+    ping: Ping,
     channels: Channels,
     /// The master that the Sentinels named.
     master: Option<Address>,
@@ -72,7 +70,7 @@ impl EventReceiver {
             message_max_bytes: config.events.message_max_bytes,
             bytes_to_discard: 0,
             last_byte: Instant::now(),
-            pinged: false,
+            ping: Ping::default(),
             master,
             dedup: (channels.names().len() > 1).then(DedupWindow::default),
             channels,
@@ -96,7 +94,7 @@ impl EventReceiver {
                 continue;
             }
             if let Some(dedup) = &mut self.dedup {
-                messages.retain(|message| dedup.is_new(&message.bytes));
+                messages.retain(|message| message.is_witness() || dedup.is_new(&message.bytes));
             }
             if !messages.is_empty() {
                 return Ok(Batch::new(messages, None));
@@ -104,40 +102,41 @@ impl EventReceiver {
         }
     }
 
-    /// Waits for bytes, and pings a quiet server. Any bytes count as the reply.
+    /// Sends a PING if one is due, and waits for bytes until the next one is. While the server does not reply, any bytes
+    /// show that it responds.
     async fn read_or_ping(&mut self) -> Result<(), BrokerError> {
         let timed_out = || Err(BrokerError::Timeout(RESPONSE_TIMEOUT));
-        let limit = if self.pinged { RESPONSE_TIMEOUT } else { PING_INTERVAL };
-        match timeout_at(self.last_byte + limit, self.read()).await {
+        if let Some(number) = self.ping.begin() {
+            let command = ["PING", &number];
+            timeout(RESPONSE_TIMEOUT, self.connection.send(&command)).await.unwrap_or_else(|_| timed_out())?;
+        }
+        let sent = self.ping.sent.map(Instant::from_std);
+        let deadline = sent.map_or(self.ping.due, |sent| self.last_byte.max(sent) + RESPONSE_TIMEOUT);
+        match timeout_at(deadline, self.read()).await {
             Ok(read) => read,
-            Err(_) if self.pinged => timed_out(),
-            Err(_) => {
-                self.pinged = true;
-                let rest = RESPONSE_TIMEOUT.saturating_sub(PING_INTERVAL);
-                timeout(rest, self.connection.send(&["PING"])).await.unwrap_or_else(|_| timed_out())
-            }
+            Err(_) if sent.is_some() => timed_out(),
+            Err(_) => Ok(()),
         }
     }
 
     async fn read(&mut self) -> Result<(), BrokerError> {
         self.connection.read().await?;
         self.last_byte = Instant::now();
-        self.pinged = false;
         let discarded = self.bytes_to_discard.min(self.connection.buffer.len());
         let _ = self.connection.buffer.split_to(discarded);
         self.bytes_to_discard -= discarded;
         Ok(())
     }
 
-    /// Takes every complete message out of the buffer, and the first bytes of an oversized one. Returns an error after
-    /// the messages that precede it.
+    /// Takes every complete message out of the buffer, and the first bytes of an oversized one. The reply to a PING is a
+    /// witness among them. Returns an error after the messages that precede it.
     fn parse(&mut self) -> Result<Vec<Message>, BrokerError> {
-        let mut found: Vec<Range<usize>> = Vec::new();
+        let mut found: Vec<Found> = Vec::new();
         let (mut parsed, mut oversized) = (0, None);
         while found.len() < MAX_BATCH {
             let rest = &self.connection.buffer[parsed..];
             let step = match Frame::scan(rest) {
-                Ok(Scan::Complete(frame)) => payload(&frame, rest).map(|payload| (payload, frame.length)),
+                Ok(Scan::Complete(frame)) => self.ping.classify(&frame, rest).map(|found| (found, frame.length)),
                 Ok(Scan::Partial(string)) => {
                     let is_oversized = |string: &Range<usize>| {
                         string.len() > self.message_max_bytes && string.start + SAMPLE_LEN <= rest.len()
@@ -152,8 +151,8 @@ impl EventReceiver {
                 Err(error) => Err(error),
             };
             match step {
-                Ok((payload, length)) => {
-                    found.extend(payload.map(|payload| parsed + payload.start..parsed + payload.end));
+                Ok((item, length)) => {
+                    found.extend(item.map(|item| item.after(parsed)));
                     parsed += length;
                 }
                 Err(_) if !found.is_empty() => break,
@@ -163,7 +162,11 @@ impl EventReceiver {
         let taken = self.connection.buffer.split_to(parsed);
         // A few bytes must not keep a whole buffer allocated.
         let taken = if parsed < READ_SIZE / 4 { Bytes::copy_from_slice(&taken) } else { taken.freeze() };
-        let mut messages: Vec<Message> = found.into_iter().map(|range| self.message(taken.slice(range))).collect();
+        let to_message = |found| match found {
+            Found::Payload(range) => self.message(taken.slice(range)),
+            Found::Witness(sent) => Message::witness(sent),
+        };
+        let mut messages: Vec<Message> = found.into_iter().map(to_message).collect();
         messages.extend(oversized.map(|string| self.discard_oversized(&string)));
         Ok(messages)
     }
@@ -183,16 +186,6 @@ impl EventReceiver {
         self.bytes_to_discard = string.end + 2 - arrived;
         *buffer = BytesMut::from(&buffer[arrived..]);
         Message { bytes, encoding: Encoding::Undecodable(DecodeError::TooLarge.into()), redelivered: false }
-    }
-}
-
-/// The position of a frame's payload, if the frame is a message.
-fn payload(frame: &Frame, buffer: &[u8]) -> Result<Option<Range<usize>>, BrokerError> {
-    match (frame.kind, frame.strings()) {
-        (b'-', [refusal, ..]) => Err(BrokerError::Refused(text(buffer, refusal))),
-        (b'*', [kind, _, _, payload]) if buffer[kind.clone()] == *b"pmessage" => Ok(Some(payload.clone())),
-        (b'*', [kind, _, payload]) if buffer[kind.clone()] == *b"message" => Ok(Some(payload.clone())),
-        _ => Ok(None),
     }
 }
 

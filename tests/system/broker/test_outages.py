@@ -224,9 +224,9 @@ def test_rabbitmq_memory_alarm_is_no_outage(services, vhost):
 
 
 def test_killed_broadcast_connection_is_restored(services, redis):
-    """The exporter reopens the second connection to Redis immediately, and the subscription is not affected."""
+    """The exporter reopens the second connection to Redis for the next broadcast, and the subscription is not affected."""
     path = services.proxy(redis)
-    outage = Outage(services, redis, path=path)
+    outage = Outage(services, redis, {"events": {"enable_interval": "500ms"}}, path=path)
     wait_until(lambda: path.attempts == 2, 5, "both connections")
     redis.client().execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
     wait_until(lambda: path.attempts == 3, 2, outage.exporter.log)
