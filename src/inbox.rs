@@ -24,9 +24,27 @@ pub enum Encoding {
     RawBody,
     /// It cannot be decoded. `bytes` holds the message or its beginning, for the log.
     Undecodable(DecodeFailure),
-    /// None: the message is a witness that the exporter sent at this time. Every event that the broker received earlier
-    /// comes before it.
-    Witness(Instant),
+    /// None: the message is a witness, and its bytes are its ID, if it has one.
+    Witness(Witness),
+}
+
+/// A message that an exporter sent on the path of the events. Every event that the broker received earlier comes before
+/// it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Witness {
+    /// When it was sent. `None` if it is of an earlier session or of another exporter.
+    pub sent: Option<Instant>,
+    /// Whether the broker dropped messages between the witness before and this one.
+    pub is_after_gap: bool,
+}
+
+/// A queue that keeps its messages between two sessions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedQueue {
+    /// Its virtual host and name.
+    pub name: Arc<str>,
+    /// Whether it existed before the session.
+    pub existed: bool,
 }
 
 /// One message of the broker. It holds one event or a list of events.
@@ -41,10 +59,11 @@ pub struct Message {
 }
 
 impl Message {
-    /// A witness that came back.
+    /// A witness of this session, without an ID.
     #[must_use]
     pub fn witness(sent: Instant) -> Self {
-        Self { bytes: Bytes::new(), encoding: Encoding::Witness(sent), redelivered: false }
+        let witness = Witness { sent: Some(sent), is_after_gap: false };
+        Self { bytes: Bytes::new(), encoding: Encoding::Witness(witness), redelivered: false }
     }
 
     /// Whether it is a witness, and no message of a worker or client.
@@ -115,8 +134,8 @@ pub enum IngestMessage {
     Connected {
         /// The session's number, for its acknowledgments.
         session: u64,
-        /// Identifies the contents of a named queue. The same token as before means that nothing is missing.
-        continuity_token: Option<Arc<str>>,
+        /// The named queue. `None` if the broker keeps nothing between two sessions.
+        queue: Option<NamedQueue>,
     },
     /// Messages, and the room they take up in the buffer.
     Batch(Batch, BufferPermit),

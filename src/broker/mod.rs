@@ -18,7 +18,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use crate::celery::Broadcast;
 use crate::config::broker_url::Transport;
 use crate::config::{BrokerUrl, Config};
-use crate::inbox::{Batch, DeliveryTag};
+use crate::inbox::{Batch, DeliveryTag, NamedQueue};
 use crate::tls::TlsConfig;
 
 pub use error::{BrokerConfigError, BrokerError};
@@ -78,13 +78,12 @@ impl EventReceiver {
         matches!(self, Self::Amqp(_))
     }
 
-    /// Identifies the contents of a named queue. It stays the same as long as nothing is missing from the queue. `None`
-    /// without a named queue, or without permission for the continuity marker.
+    /// The named queue. `None` if the broker keeps nothing while the exporter is disconnected.
     #[must_use]
-    pub fn continuity_token(&self) -> Option<&str> {
+    pub fn named_queue(&self) -> Option<&NamedQueue> {
         match self {
             Self::Redis(_) => None,
-            Self::Amqp(amqp) => amqp.continuity_token(),
+            Self::Amqp(amqp) => amqp.named_queue.as_ref(),
         }
     }
 
@@ -119,7 +118,8 @@ impl BrokerHandle {
         }
     }
 
-    /// Acknowledges a message and all before it.
+    /// Acknowledges all messages before this one, and this one too if the queue is not a named one: there, the newest
+    /// message is kept to show that nothing was lost.
     ///
     /// # Errors
     /// Returns an error if the connection has ended.
@@ -212,10 +212,11 @@ pub fn validate(config: &Config) -> Result<(), BrokerConfigError> {
 }
 
 /// Connects to the broker at `url`, one of `all`, and subscribes. When it returns `Ok`, the server has confirmed the
-/// subscription. `accept_replica` is false if another server may be the Redis master.
+/// subscription. `accept_replica` is false if another server may be the Redis master. `on_standby` is called if another
+/// exporter consumes the named queue: then it waits until that one is gone.
 ///
 /// # Errors
-/// Returns an error within `broker.connect_timeout`. [`BrokerError::Replica`] means that the server is a replica, and that
+/// Returns an error within `broker.connect_timeout`, not counting the time of that wait. [`BrokerError::Replica`] means that the server is a replica, and that
 /// this is not accepted, or that the session has seen a master.
 pub async fn connect(
     url: &BrokerUrl,
@@ -223,24 +224,25 @@ pub async fn connect(
     config: &Config,
     history: &ConnectionHistory,
     accept_replica: bool,
+    on_standby: &dyn Fn(),
 ) -> Result<(EventReceiver, BrokerHandle), BrokerError> {
-    let connect_timeout = config.broker.connect_timeout;
+    let limit = config.broker.connect_timeout;
     let tls = tls_config(url, config)?;
     let connecting = async {
         match url.transport {
             Transport::Amqp => {
-                let (receiver, handle) = amqp::connect(url, config, tls.as_ref(), history).await?;
+                let (receiver, handle) = amqp::connect(url, config, tls.as_ref(), history, on_standby).await?;
                 Ok((EventReceiver::Amqp(Box::new(receiver)), BrokerHandle::Amqp(Box::new(handle))))
             }
             Transport::Redis | Transport::Sentinel => {
+                let connecting = redis::connect(url, all, config, tls.as_ref(), history, accept_replica);
                 let (receiver, handle) =
-                    redis::connect(url, all, config, tls.as_ref(), history, accept_replica).await?;
+                    tokio::time::timeout(limit, connecting).await.unwrap_or(Err(BrokerError::Timeout(limit)))?;
                 Ok((EventReceiver::Redis(Box::new(receiver)), BrokerHandle::Redis(Box::new(handle))))
             }
         }
     };
-    match tokio::time::timeout(connect_timeout, connecting).await.unwrap_or(Err(BrokerError::Timeout(connect_timeout)))
-    {
+    match connecting.await {
         Err(BrokerError::Disconnected(reason)) if let Some(hint) = tls.as_ref().and_then(TlsConfig::hint) => {
             Err(BrokerError::Tls(format!("{reason}: {hint}")))
         }

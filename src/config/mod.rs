@@ -124,8 +124,8 @@ pub struct AmqpConfig {
     /// `x-max-length-bytes` of the exporter's queue, from 64 KiB to 1 TiB. The broker drops the oldest messages first.
     #[serde(deserialize_with = "checked::<Size<{ 64 << 10 }, { 1 << 40 }>, _, _>")]
     pub queue_max_bytes: u64,
-    /// The prefetch count as configured, from 1 to 65535. See [`AmqpConfig::effective_prefetch_count`].
-    #[serde(deserialize_with = "optional::<Count<1, 65_535>, _, _>")]
+    /// The prefetch count as configured, from 2 to 65535. See [`AmqpConfig::effective_prefetch_count`].
+    #[serde(deserialize_with = "optional::<Count<2, 65_535>, _, _>")]
     pub prefetch_count: Option<u16>,
 }
 

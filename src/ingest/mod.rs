@@ -4,6 +4,7 @@
 //! snapshots for a millisecond at a time, and submits saves. It does no I/O.
 
 mod clock;
+mod continuity;
 mod handle;
 mod redelivery;
 mod save_scheduler;
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{mpsc, watch};
 
 use clock::{TICK, WorkerClock};
+use continuity::Continuity;
 use redelivery::RedeliveryFilter;
 use save_scheduler::SaveScheduler;
 
@@ -25,7 +27,7 @@ pub use redelivery::redelivery_window;
 use crate::celery::envelope::DecodeFailure;
 use crate::celery::{Event, envelope, event};
 use crate::config::Config;
-use crate::inbox::{Ack, Batch, Encoding, IngestMessage, Message, ReplyFn};
+use crate::inbox::{Ack, Batch, Encoding, IngestMessage, Message, NamedQueue, ReplyFn, Witness};
 use crate::metrics::{Snapshot, SnapshotBuilder};
 use crate::observability::{GapCause, Health, LogThrottle, SelfMetrics, WarningSource};
 use crate::state::{Arrival, State, Timeouts};
@@ -74,11 +76,7 @@ impl Ingest {
         let config = Arc::clone(&self.config.borrow());
         let mut ingest = IngestLoop::new(self, &config, restored, store);
         while ingest.run_once() {}
-        ingest.save_scheduler.submit(
-            &mut ingest.state,
-            &mut ingest.redelivery_filter,
-            ingest.continuity_token.as_ref(),
-        );
+        ingest.save_scheduler.submit(&mut ingest.state, &mut ingest.redelivery_filter, ingest.continuity.position());
     }
 }
 
@@ -86,8 +84,7 @@ struct IngestLoop {
     context: Ingest,
     state: State,
     save_scheduler: SaveScheduler,
-    /// Identifies the contents of the queue that the last messages came from.
-    continuity_token: Option<Arc<str>>,
+    continuity: Continuity,
     /// Whether the state was restored and no session has connected since.
     is_restored: bool,
     config: Arc<Config>,
@@ -107,7 +104,7 @@ struct IngestLoop {
 
 impl IngestLoop {
     fn new(context: Ingest, config: &Arc<Config>, restored: Restored, store: Option<StoreHandle>) -> Self {
-        let Restored { state, message_hashes, continuity_token, is_new } = restored;
+        let Restored { state, message_hashes, position, is_new } = restored;
         let mut redelivery_filter = RedeliveryFilter::new(config);
         if store.is_some() {
             redelivery_filter.restore(message_hashes);
@@ -117,7 +114,7 @@ impl IngestLoop {
             save_scheduler: SaveScheduler::new(store, context.acks_tx.clone(), config),
             context,
             state,
-            continuity_token,
+            continuity: Continuity::new(position),
             is_restored: !is_new,
             clock: WorkerClock::new(Instant::now()),
             last_tick: Instant::now(),
@@ -144,7 +141,7 @@ impl IngestLoop {
             Ok(message) => self.handle(message),
             Err(RecvTimeoutError::Timeout) => {}
         }
-        self.save_scheduler.poll(&mut self.state, &mut self.redelivery_filter, self.continuity_token.as_ref());
+        self.save_scheduler.poll(&mut self.state, &mut self.redelivery_filter, self.continuity.position());
         self.context
             .self_metrics
             .oldest_unsaved_change
@@ -172,7 +169,7 @@ impl IngestLoop {
 
     fn handle(&mut self, message: IngestMessage) {
         match message {
-            IngestMessage::Connected { session, continuity_token } => self.connected(session, continuity_token),
+            IngestMessage::Connected { session, queue } => self.connected(session, queue.as_ref()),
             IngestMessage::Disconnected => {
                 self.clock.stop(Instant::now());
                 self.connected_at = None;
@@ -189,26 +186,21 @@ impl IngestLoop {
         }
     }
 
-    fn connected(&mut self, session: u64, continuity_token: Option<Arc<str>>) {
+    fn connected(&mut self, session: u64, queue: Option<&NamedQueue>) {
         let is_restored = std::mem::take(&mut self.is_restored);
-        let is_continuous = continuity_token.is_some() && self.continuity_token == continuity_token;
-        let is_named_queue = self.config.broker.amqp.queue.is_some();
-        let cause = match (&continuity_token, session > 1) {
-            _ if is_continuous => None,
-            (None, _) if is_named_queue && (session > 1 || is_restored) => Some(GapCause::ContinuityUnknown),
-            (Some(_), _) if is_named_queue && (session > 1 || is_restored) => Some(GapCause::QueueRecreated),
-            (_, true) => Some(GapCause::Disconnected),
-            (_, false) => is_restored.then_some(GapCause::Restart),
+        let cause = if let Some(queue) = queue {
+            self.continuity.start(queue, session > 1 || is_restored)
+        } else {
+            self.continuity.start_without_queue();
+            let before_first = is_restored.then_some(GapCause::Restart);
+            if session > 1 { Some(GapCause::Disconnected) } else { before_first }
         };
         if let Some(cause) = cause {
             if session > 1 {
                 tracing::info!(cause = cause.as_str(), "events were missed while disconnected");
             }
             self.record_gap(cause);
-        } else if !is_continuous {
-            self.state.record_gap();
         }
-        self.continuity_token = continuity_token;
         self.session = session;
         self.clock.start(Instant::now());
         self.connected_at = Some(self.clock.elapsed());
@@ -225,23 +217,45 @@ impl IngestLoop {
     fn process_batch(&mut self, batch: &Batch) {
         let is_reordered = self.reordered_until.is_some_and(|until| batch.arrived < until);
         for message in &batch.messages {
-            if let Encoding::Witness(sent) = message.encoding {
-                self.witness_returned(sent);
+            let is_duplicate = self.record_delivery(message);
+            if let Encoding::Witness(witness) = message.encoding {
+                self.process_witness(witness);
                 continue;
             }
             self.received_since_connect = true;
+            if is_duplicate {
+                self.context.self_metrics.duplicates.inc();
+                continue;
+            }
             let may_be_late = message.redelivered || is_reordered;
             self.process_message(message, Arrival { at: self.clock.time_at(batch.arrived), may_be_late });
         }
         let ack = batch.ack.map(|tag| Ack { session: self.session, tag });
-        self.save_scheduler.record(batch.messages.len(), ack);
+        self.save_scheduler.record(batch.messages.len(), batch.message_count() > 0, ack);
+    }
+
+    /// Takes note of a delivery from a named queue. Returns whether it was processed before.
+    fn record_delivery(&mut self, message: &Message) -> bool {
+        let Some((hash, is_duplicate)) = self.redelivery_filter.check(message) else { return false };
+        if let Some(cause) = self.continuity.record_delivery(hash, is_duplicate) {
+            self.record_gap(cause);
+        }
+        is_duplicate
+    }
+
+    /// If it is of this session, every event that was sent before it has been applied, so workers can time out.
+    fn process_witness(&mut self, witness: Witness) {
+        let Some(sent) = witness.sent else { return };
+        if let Some(cause) = self.continuity.record_witness(witness.is_after_gap) {
+            self.clock.record_gap();
+            self.record_gap(cause);
+        }
+        self.clock.advance(sent);
+        self.state.expire(&timeouts(&self.config), self.clock.elapsed());
+        self.tick(Instant::now());
     }
 
     fn process_message(&mut self, message: &Message, arrival: Arrival) {
-        if self.redelivery_filter.is_duplicate(message) {
-            self.context.self_metrics.duplicates.inc();
-            return;
-        }
         let mut base64 = std::mem::take(&mut self.base64);
         let body = match &message.encoding {
             Encoding::KombuEnvelope => envelope::open(&message.bytes, &mut base64),
@@ -332,13 +346,6 @@ impl IngestLoop {
         }
     }
 
-    /// Every event that was sent before the witness has been applied, so workers can time out.
-    fn witness_returned(&mut self, sent: Instant) {
-        self.clock.advance(sent);
-        self.state.expire(&timeouts(&self.config), self.clock.elapsed());
-        self.tick(Instant::now());
-    }
-
     fn tick(&mut self, now: Instant) {
         self.last_tick = now;
         let paused = self.clock.take_paused(now);
@@ -370,6 +377,7 @@ impl IngestLoop {
                     .to_owned(),
             );
         }
+        warnings.extend(self.save_scheduler.warning().map(str::to_owned));
         if self.clock.is_overdue(Instant::now()) {
             let reason = self.context.health.event_path_problem();
             let reason = reason.unwrap_or_else(|| "broker not responding".to_owned());

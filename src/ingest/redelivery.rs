@@ -49,21 +49,21 @@ impl RedeliveryFilter {
         self.order.range(self.order.len() - count..).copied().collect()
     }
 
-    /// Whether the message was processed before. If not, it is remembered.
-    pub(super) fn is_duplicate(&mut self, message: &Message) -> bool {
+    /// The message's hash, and whether it was processed before. If not, it is remembered. `None` without a named queue.
+    pub(super) fn check(&mut self, message: &Message) -> Option<(u64, bool)> {
         if self.capacity == 0 {
-            return false;
+            return None;
         }
         // XXH3 is specified, so a saved hash keeps its meaning across versions and machines.
         let hash = xxh3_64(&message.bytes);
         if message.redelivered && self.counts.contains_key(&hash) {
-            return true;
+            return Some((hash, true));
         }
         self.remember(hash);
         if let Some(unsaved) = &mut self.unsaved {
             *unsaved += 1;
         }
-        false
+        Some((hash, false))
     }
 
     fn remember(&mut self, hash: u64) {
@@ -100,32 +100,36 @@ mod tests {
         Message { bytes: body.to_string().into(), encoding: Encoding::RawBody, redelivered }
     }
 
+    fn is_duplicate(filter: &mut RedeliveryFilter, message: &Message) -> bool {
+        filter.check(message).is_some_and(|(_, is_duplicate)| is_duplicate)
+    }
+
     #[test]
     fn only_a_redelivered_message_that_was_processed_is_a_duplicate() {
         let mut filter = filter(10);
-        assert!(!filter.is_duplicate(&message(1, false)));
-        assert!(!filter.is_duplicate(&message(1, false)), "a second message with the same body");
-        assert!(filter.is_duplicate(&message(1, true)));
-        assert!(filter.is_duplicate(&message(1, true)), "redelivered twice");
-        assert!(!filter.is_duplicate(&message(2, true)), "delivered before, but not processed");
+        assert!(!is_duplicate(&mut filter, &message(1, false)));
+        assert!(!is_duplicate(&mut filter, &message(1, false)), "a second message with the same body");
+        assert!(is_duplicate(&mut filter, &message(1, true)));
+        assert!(is_duplicate(&mut filter, &message(1, true)), "redelivered twice");
+        assert!(!is_duplicate(&mut filter, &message(2, true)), "delivered before, but not processed");
     }
 
     #[test]
     fn memory_is_bounded_by_two_prefetch_windows() {
         let mut filter = filter(10);
         for body in 0..1000 {
-            assert!(!filter.is_duplicate(&message(body, false)));
+            assert!(!is_duplicate(&mut filter, &message(body, false)));
         }
         assert_eq!((filter.order.len(), filter.counts.len()), (20, 20));
-        assert!(filter.is_duplicate(&message(980, true)));
-        assert!(!filter.is_duplicate(&message(979, true)));
+        assert!(is_duplicate(&mut filter, &message(980, true)));
+        assert!(!is_duplicate(&mut filter, &message(979, true)));
     }
 
     #[test]
     fn nothing_is_remembered_without_a_named_queue() {
         let mut filter = RedeliveryFilter::new(&Config::default());
-        assert!(!filter.is_duplicate(&message(1, false)));
-        assert!(!filter.is_duplicate(&message(1, true)));
+        assert!(!is_duplicate(&mut filter, &message(1, false)));
+        assert!(!is_duplicate(&mut filter, &message(1, true)));
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! Decides when the state is saved. Acknowledgments that must wait for a save go to the store with it; all others are
 //! sent at once.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
@@ -10,7 +9,15 @@ use super::redelivery::RedeliveryFilter;
 use crate::config::Config;
 use crate::inbox::{Ack, ReplyFn};
 use crate::state::State;
-use crate::store::{Save, SaveError, StoreHandle};
+use crate::store::{QueuePosition, Save, SaveError, StoreHandle};
+
+/// A save that takes longer is a warning.
+const SLOW_SAVE: Duration = Duration::from_secs(5);
+/// A save that takes longer counts as failing: messages do not wait for it.
+const HUNG_SAVE: Duration = Duration::from_secs(30);
+/// On a quiet queue, the time between two saves whose only purpose is to acknowledge witnesses. It is shorter than any
+/// `consumer_timeout` of `RabbitMQ`.
+const WITNESS_SAVE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Submits saves to the store, with the acknowledgment for the messages that were processed since the last one.
 pub(super) struct SaveScheduler {
@@ -23,13 +30,21 @@ pub(super) struct SaveScheduler {
     /// Time between two saves. `None` saves only on request and at shutdown.
     interval: Option<Duration>,
     messages: usize,
+    /// Whether any message was more than a witness.
+    has_events: bool,
     ack: Option<Ack>,
+    /// The save that is submitted and not yet on disk.
+    in_flight: Option<InFlight>,
     replies: Vec<ReplyFn<Result<(), SaveError>>>,
     last_submitted: Instant,
     /// When the oldest change that is not submitted was noticed.
     changed_at: Option<Instant>,
-    /// When the save that is submitted and not yet on disk was due.
-    in_flight_due: Option<Instant>,
+}
+
+struct InFlight {
+    submitted: Instant,
+    due: Instant,
+    ack: Option<Ack>,
 }
 
 impl SaveScheduler {
@@ -42,17 +57,19 @@ impl SaveScheduler {
             save_threshold: (usize::from(amqp.effective_prefetch_count()) / 2).max(1),
             interval: config.state.state_save_interval,
             messages: 0,
+            has_events: false,
             ack: None,
+            in_flight: None,
             replies: Vec::new(),
             last_submitted: Instant::now(),
             changed_at: None,
-            in_flight_due: None,
         }
     }
 
-    /// Records that messages were processed, and the acknowledgment for them.
-    pub(super) fn record(&mut self, messages: usize, ack: Option<Ack>) {
+    /// Records that messages were processed, whether any was more than a witness, and the acknowledgment for them.
+    pub(super) fn record(&mut self, messages: usize, has_events: bool, ack: Option<Ack>) {
         self.messages += messages;
+        self.has_events |= has_events;
         self.ack = ack.or(self.ack);
         if !self.ack_after_save {
             self.acknowledge();
@@ -67,7 +84,24 @@ impl SaveScheduler {
     }
 
     fn is_failing(&self) -> bool {
-        self.store.as_ref().is_some_and(|store| store.status.is_failing())
+        self.store.as_ref().is_some_and(|store| store.status.is_failing()) || self.is_taking(HUNG_SAVE)
+    }
+
+    /// Whether the save in flight has taken longer than `limit`.
+    fn is_taking(&self, limit: Duration) -> bool {
+        let is_busy = self.store.as_ref().is_some_and(|store| store.status.is_busy());
+        is_busy && self.in_flight.as_ref().is_some_and(|save| save.submitted.elapsed() > limit)
+    }
+
+    /// Warns while a save takes long.
+    pub(super) fn warning(&self) -> Option<&'static str> {
+        if self.is_taking(HUNG_SAVE) {
+            Some("a save of the state hangs for more than 30 s; events since the last save would not survive a restart")
+        } else if self.is_taking(SLOW_SAVE) {
+            Some("a save of the state takes more than 5 s: check the disk of state.db")
+        } else {
+            None
+        }
     }
 
     /// Requests a save now.
@@ -86,19 +120,20 @@ impl SaveScheduler {
         if !self.replies.is_empty() || broker_waits || store.status.is_failing() {
             return Some(Duration::ZERO);
         }
-        let interval = self.interval.filter(|_| state.has_changes() || self.ack.is_some())?;
+        let interval = if state.has_changes() || self.has_events {
+            self.interval?
+        } else {
+            self.ack.and(self.interval)?.max(WITNESS_SAVE_INTERVAL)
+        };
         Some(interval.saturating_sub(self.last_submitted.elapsed()))
     }
 
     /// Submits a save if one is due.
-    pub(super) fn poll(
-        &mut self,
-        state: &mut State,
-        filter: &mut RedeliveryFilter,
-        continuity_token: Option<&Arc<str>>,
-    ) {
+    pub(super) fn poll(&mut self, state: &mut State, filter: &mut RedeliveryFilter, position: Option<&QueuePosition>) {
         if self.is_failing() {
             // Messages must not wait for a disk that cannot be written.
+            let in_flight = self.in_flight.as_mut().and_then(|save| save.ack.take());
+            self.ack = self.ack.or(in_flight);
             self.acknowledge();
         }
         let refusal = match &self.store {
@@ -109,7 +144,7 @@ impl SaveScheduler {
         if let Some(refusal) = refusal {
             self.replies.drain(..).for_each(|reply| reply(Err(refusal.clone())));
         } else if self.due_in(state) == Some(Duration::ZERO) {
-            self.submit(state, filter, continuity_token);
+            self.submit(state, filter, position);
         }
     }
 
@@ -118,24 +153,25 @@ impl SaveScheduler {
         &mut self,
         state: &mut State,
         filter: &mut RedeliveryFilter,
-        continuity_token: Option<&Arc<str>>,
+        position: Option<&QueuePosition>,
     ) {
         let Some(store) = &self.store else { return };
         if store.status.is_failing() {
             state.require_full_save();
         }
-        let delta = state.take_changes();
+        let (delta, ack) = (state.take_changes(), self.ack.take());
         let message_hashes = filter.take_unsaved(delta.is_full);
         store.save(Save {
             delta,
             message_hashes,
-            continuity_token: continuity_token.cloned(),
-            ack: self.ack.take(),
+            position: position.cloned(),
+            ack,
             replies: std::mem::take(&mut self.replies),
         });
         let now = Instant::now();
-        self.in_flight_due = self.in_flight_due.or(self.pending_due()).or(Some(now));
-        self.messages = 0;
+        let due = self.in_flight.as_ref().map(|save| save.due).or(self.pending_due()).unwrap_or(now);
+        self.in_flight = Some(InFlight { submitted: now, due, ack });
+        (self.messages, self.has_events) = (0, false);
         self.last_submitted = now;
         self.changed_at = None;
     }
@@ -149,18 +185,19 @@ impl SaveScheduler {
     pub(super) fn update_overdue(&mut self, state: &State) -> Duration {
         let Some(store) = &self.store else { return Duration::ZERO };
         if !store.status.is_busy() && !store.status.is_failing() {
-            self.in_flight_due = None;
+            self.in_flight = None;
         }
         if self.changed_at.is_none() && state.has_changes() {
             self.changed_at = Some(Instant::now());
         }
-        let due = self.in_flight_due.or_else(|| self.pending_due());
+        let due = self.in_flight.as_ref().map(|save| save.due).or_else(|| self.pending_due());
         due.map_or(Duration::ZERO, |due| Instant::now().saturating_duration_since(due))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::sync::mpsc::{Receiver, channel};
 
     use super::*;
@@ -225,12 +262,41 @@ mod tests {
     #[test]
     fn messages_of_a_named_queue_are_acknowledged_with_the_save() {
         let mut fixture = Fixture::new(Some(Duration::ZERO), Some("q"));
-        fixture.scheduler.record(1, Some(ack(7)));
+        fixture.scheduler.record(1, true, Some(ack(7)));
         assert!(fixture.acks_rx.try_recv().is_err());
         assert_eq!(fixture.poll().and_then(|save| save.ack).map(|ack| ack.tag.0), Some(7));
         let mut without = Fixture::new(Some(Duration::ZERO), None);
-        without.scheduler.record(1, Some(ack(7)));
+        without.scheduler.record(1, true, Some(ack(7)));
         assert_eq!(without.acks_rx.try_recv().map(|ack| ack.tag.0), Ok(7));
+    }
+
+    #[test]
+    fn a_witness_alone_is_saved_less_often() {
+        let mut fixture = Fixture::new(Some(Duration::ZERO), Some("q"));
+        assert!(fixture.poll().is_some());
+        fixture.status.set_idle();
+        fixture.scheduler.record(1, false, Some(ack(7)));
+        assert!(fixture.poll().is_none());
+        fixture.scheduler.last_submitted = Instant::now().checked_sub(WITNESS_SAVE_INTERVAL).unwrap();
+        assert_eq!(fixture.poll().and_then(|save| save.ack).map(|ack| ack.tag.0), Some(7));
+    }
+
+    #[test]
+    fn messages_do_not_wait_for_a_save_that_hangs() {
+        let mut fixture = Fixture::new(Some(Duration::ZERO), Some("q"));
+        fixture.scheduler.record(1, true, Some(ack(7)));
+        assert!(fixture.poll().is_some() && fixture.scheduler.warning().is_none());
+        let age = |fixture: &mut Fixture, age: Duration| {
+            fixture.scheduler.in_flight.as_mut().unwrap().submitted = Instant::now().checked_sub(age).unwrap();
+            fixture.poll();
+            (fixture.scheduler.warning().is_some(), fixture.acks_rx.try_recv().map(|ack| ack.tag.0).ok())
+        };
+        assert_eq!(age(&mut fixture, SLOW_SAVE * 2), (true, None));
+        assert_eq!(age(&mut fixture, HUNG_SAVE * 2), (true, Some(7)));
+        fixture.scheduler.record(1, true, Some(ack(8)));
+        assert_eq!(age(&mut fixture, HUNG_SAVE * 2), (true, Some(8)));
+        fixture.status.set_idle();
+        assert!(fixture.scheduler.warning().is_none());
     }
 
     #[test]

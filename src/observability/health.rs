@@ -13,6 +13,8 @@ const STALL_LIMIT: Duration = Duration::from_secs(30);
 pub enum BrokerStatus {
     /// Not subscribed; connecting.
     Connecting,
+    /// Another exporter consumes the named queue. This one takes over once that is gone.
+    Standby,
     /// The server has confirmed the subscription.
     Connected,
     /// The exporter is stopping or has stopped.
@@ -25,6 +27,7 @@ impl BrokerStatus {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Connecting => "connecting",
+            Self::Standby => "standby",
             Self::Connected => "connected",
             Self::Stopped => "stopped",
         }

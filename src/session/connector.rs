@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use super::warn_throttled;
 use crate::broker::{self, BrokerError, BrokerHandle, ConnectionHistory, EventReceiver};
 use crate::config::{BrokerUrl, Config};
-use crate::observability::LogThrottle;
+use crate::observability::{BrokerStatus, Health, LogThrottle};
 
 /// Connects, and remembers what earlier connections have shown.
 #[derive(Debug, Default)]
@@ -21,6 +21,7 @@ impl Connector {
         &mut self,
         config: &Config,
         log: &mut LogThrottle,
+        health: &Health,
     ) -> Option<(BrokerUrl, EventReceiver, BrokerHandle)> {
         let urls = match config.broker.urls() {
             Ok(urls) => urls,
@@ -29,12 +30,16 @@ impl Connector {
                 return None;
             }
         };
+        let on_standby = || {
+            tracing::warn!("another consumer has broker.amqp.queue; standing by until it is gone");
+            health.set_broker(BrokerStatus::Standby);
+        };
         let accept_replica = urls.len() == 1;
         let mut attempts: VecDeque<_> =
             rotated(&urls, self.last_url.as_ref()).map(|url| (url, accept_replica)).collect();
         while let Some((url, accept_replica)) = attempts.pop_front() {
             tracing::debug!(broker = %url, "connecting to broker");
-            match broker::connect(url, &urls, config, &self.history, accept_replica).await {
+            match broker::connect(url, &urls, config, &self.history, accept_replica, &on_standby).await {
                 Ok((receiver, broker)) => {
                     self.last_url = Some(url.clone());
                     return Some((url.clone(), receiver, broker));
@@ -42,7 +47,10 @@ impl Connector {
                 Err(BrokerError::Replica) if !accept_replica && !self.history.has_seen_master() => {
                     attempts.push_back((url, true));
                 }
-                Err(error) => warn_throttled(log, "failed to connect to broker; retrying", Some(url), &error),
+                Err(error) => {
+                    health.set_broker(BrokerStatus::Connecting);
+                    warn_throttled(log, "failed to connect to broker; retrying", Some(url), &error);
+                }
             }
         }
         None

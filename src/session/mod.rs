@@ -91,11 +91,12 @@ impl SessionLoop {
         let (mut connect_log, mut disconnect_log) = (LogThrottle::default(), LogThrottle::default());
         let (mut number, mut disconnected_at) = (0, None);
         let mut connector = Connector::default();
+        let health = Arc::clone(&self.health);
         while !is_stopped(&stop_rx) {
             let started = Instant::now();
             let config = Arc::clone(&self.config.borrow());
             let connected = tokio::select! {
-                connected = connector.connect_any(&config, &mut connect_log) => connected,
+                connected = connector.connect_any(&config, &mut connect_log, &health) => connected,
                 // An attempt in progress gets CLOSE_TIMEOUT to finish, so that the broker sees a proper close.
                 () = sleep_after_shutdown(&mut stop_rx, CLOSE_TIMEOUT) => return,
             };
@@ -127,8 +128,7 @@ impl SessionLoop {
             self.self_metrics.disconnected_seconds.inc_by(since.elapsed().as_secs_f64());
         }
         self.self_metrics.connected.set(1);
-        let continuity_token = receiver.continuity_token().map(Arc::from);
-        self.inbox.send(IngestMessage::Connected { session: number, continuity_token });
+        self.inbox.send(IngestMessage::Connected { session: number, queue: receiver.named_queue().cloned() });
         self.health.set_broker(BrokerStatus::Connected);
     }
 

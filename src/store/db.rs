@@ -8,13 +8,12 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::SystemTime;
 
 use redb::backends::FileBackend;
 use redb::{Builder, Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 
-use super::{Restored, Save};
+use super::{QueuePosition, Restored, Save};
 use crate::state::{Corrupt, FORMAT, Limits, RecordBatch, Restorer, State};
 
 const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
@@ -28,7 +27,7 @@ const MESSAGE_HASHES: TableDefinition<u64, &[u8]> = TableDefinition::new("messag
 const KEY_FORMAT: &str = "format";
 const KEY_STORE_ID: &str = "store_id";
 const KEY_HEADER: &str = "header";
-const KEY_CONTINUITY_TOKEN: &str = "continuity_token";
+const KEY_POSITION: &str = "position";
 
 /// Size of the page cache in bytes. A save touches few pages.
 const CACHE: usize = 4 << 20;
@@ -85,7 +84,7 @@ pub(super) struct StateDb {
     /// Chosen when the file was created. It shows whether the file contains the state in memory.
     pub(super) store_id: u64,
     header: Vec<u8>,
-    continuity_token: Option<Arc<str>>,
+    position: Option<QueuePosition>,
     /// The number of each save with message hashes, and how many it has.
     hash_counts: VecDeque<(u64, usize)>,
     /// The number of the next save.
@@ -140,7 +139,7 @@ impl StateDb {
             identity: (metadata.dev(), metadata.ino()),
             store_id: fastrand::u64(..),
             header: Vec::new(),
-            continuity_token: None,
+            position: None,
             hash_counts: VecDeque::new(),
             next_save: 0,
             size_after_compaction: metadata.len(),
@@ -169,12 +168,11 @@ impl StateDb {
         let store_id = meta(&read, KEY_STORE_ID)?.ok_or_else(missing)?;
         self.store_id = u64::from_le_bytes(store_id.as_slice().try_into().map_err(|_| missing())?);
         self.header = meta(&read, KEY_HEADER)?.ok_or_else(missing)?;
-        let continuity_token = meta(&read, KEY_CONTINUITY_TOKEN)?
-            .map(|continuity_token| String::from_utf8_lossy(&continuity_token).into());
+        let position = meta(&read, KEY_POSITION)?.and_then(|bytes| decode_position(&bytes));
         let state = restore(&read, limits, &self.header)?;
-        self.continuity_token.clone_from(&continuity_token);
+        self.position.clone_from(&position);
         let message_hashes = self.load_message_hashes(&read)?;
-        Ok(Some(Restored { state, message_hashes, continuity_token, is_new: false }))
+        Ok(Some(Restored { state, message_hashes, position, is_new: false }))
     }
 
     fn load_message_hashes(&mut self, read: &ReadTransaction) -> Result<Vec<u64>, DbError> {
@@ -208,7 +206,7 @@ impl StateDb {
             self.hash_counts = hash_counts;
             self.next_save += 1;
             self.header.clone_from(&save.delta.header);
-            self.continuity_token.clone_from(&save.continuity_token);
+            self.position.clone_from(&save.position);
             Ok(())
         })
     }
@@ -222,10 +220,10 @@ impl StateDb {
         if save.delta.header != self.header {
             meta.insert(KEY_HEADER, save.delta.header.as_slice())?;
         }
-        match &save.continuity_token {
-            continuity_token if *continuity_token == self.continuity_token => {}
-            Some(continuity_token) => drop(meta.insert(KEY_CONTINUITY_TOKEN, continuity_token.as_bytes())?),
-            None => drop(meta.remove(KEY_CONTINUITY_TOKEN)?),
+        match &save.position {
+            position if *position == self.position => {}
+            Some(position) => drop(meta.insert(KEY_POSITION, encode_position(position).as_slice())?),
+            None => drop(meta.remove(KEY_POSITION)?),
         }
         Ok(())
     }
@@ -287,6 +285,18 @@ fn catch_redb_panic<T>(work: impl FnOnce() -> Result<T, DbError>) -> Result<T, D
 
 fn meta(read: &ReadTransaction, key: &str) -> Result<Option<Vec<u8>>, DbError> {
     Ok(read.open_table(META)?.get(key)?.map(|value| value.value().to_vec()))
+}
+
+/// The hash, then the queue. A position without a message is empty.
+fn encode_position(position: &QueuePosition) -> Vec<u8> {
+    let Some(message) = position.message else { return Vec::new() };
+    [message.to_le_bytes().as_slice(), position.queue.as_bytes()].concat()
+}
+
+fn decode_position(bytes: &[u8]) -> Option<QueuePosition> {
+    let (message, queue) = bytes.split_first_chunk()?;
+    let message = Some(u64::from_le_bytes(*message));
+    Some(QueuePosition { queue: String::from_utf8_lossy(queue).into(), message })
 }
 
 fn restore(read: &ReadTransaction, limits: &Limits, header: &[u8]) -> Result<State, DbError> {

@@ -61,6 +61,15 @@ pub enum SaveError {
     },
 }
 
+/// A message in a named queue.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QueuePosition {
+    /// The queue's virtual host and name.
+    pub queue: Arc<str>,
+    /// The hash of the message. `None` if no message has been processed yet.
+    pub message: Option<u64>,
+}
+
 /// The contents of one transaction.
 #[derive(Default)]
 pub struct Save {
@@ -68,8 +77,8 @@ pub struct Save {
     pub delta: Delta,
     /// Hashes of the messages that changed it, from a named queue.
     pub message_hashes: Vec<u64>,
-    /// Identifies the contents of that queue.
-    pub continuity_token: Option<Arc<str>>,
+    /// The newest of these messages. It is acknowledged only after a later save.
+    pub position: Option<QueuePosition>,
     /// Sent after the save, even if it failed: messages do not wait for a disk that cannot be written.
     pub ack: Option<Ack>,
     /// Receives the result of a requested save.
@@ -83,8 +92,8 @@ pub struct Restored {
     pub state: State,
     /// Hashes of the last messages, oldest first.
     pub message_hashes: Vec<u64>,
-    /// Identifies the contents of the queue that they came from.
-    pub continuity_token: Option<Arc<str>>,
+    /// The newest message whose effect is saved.
+    pub position: Option<QueuePosition>,
     /// Whether there was no saved state.
     pub is_new: bool,
 }
@@ -100,7 +109,7 @@ impl Restored {
     /// A new state that is not saved.
     #[must_use]
     pub fn without_store(limits: &Limits) -> Self {
-        Self { state: State::new(limits), message_hashes: Vec::new(), continuity_token: None, is_new: true }
+        Self { state: State::new(limits), message_hashes: Vec::new(), position: None, is_new: true }
     }
 }
 

@@ -190,7 +190,7 @@ mod tests {
     use crate::inbox::{Ack, DeliveryTag, Inbox};
     use crate::observability::{Health, SelfMetrics};
     use crate::state::{Limits, State};
-    use crate::store::{Restored, StoreStatus};
+    use crate::store::{QueuePosition, Restored, StoreStatus};
 
     fn limits() -> Limits {
         Limits { max_workers: 9, max_tasks: 9, max_label_sets: 9, buckets: vec![1.0] }
@@ -258,18 +258,15 @@ mod tests {
         assert!(restored.is_new);
         let ack = Ack { session: 1, tag: DeliveryTag(5) };
         let message_hashes = vec![1, 2, 3];
-        let save = Save {
-            message_hashes,
-            continuity_token: Some("q".into()),
-            ack: Some(ack),
-            ..full_save(&mut restored.state)
-        };
+        let position = QueuePosition { queue: "q".into(), message: Some(3) };
+        let save =
+            Save { message_hashes, position: Some(position.clone()), ack: Some(ack), ..full_save(&mut restored.state) };
         fixture.save(save).unwrap();
         assert_eq!(fixture.acks_rx.try_recv().unwrap().tag, DeliveryTag(5));
         fixture.stop();
         let (fixture, restored) = Fixture::new(&path);
         assert!(!restored.is_new);
-        assert_eq!((restored.message_hashes, restored.continuity_token.as_deref()), (vec![1, 2, 3], Some("q")));
+        assert_eq!((restored.message_hashes, restored.position), (vec![1, 2, 3], Some(position)));
         fixture.stop();
     }
 

@@ -41,7 +41,7 @@ impl BrokerHandle {
     }
 
     pub(in crate::broker) async fn send_witness(&self) -> Result<(), BrokerError> {
-        self.witnesses.send(&self.publisher).await
+        self.witnesses.send(&self.publisher, &self.topology, &self.consumer_channel).await
     }
 
     pub(in crate::broker) fn blocked_reason(&self) -> Option<BrokerError> {
@@ -55,7 +55,12 @@ impl BrokerHandle {
     }
 
     pub(in crate::broker) async fn acknowledge(&self, tag: DeliveryTag) -> Result<(), BrokerError> {
-        self.consumer_channel.basic_ack(tag.0, BasicAckOptions { multiple: true }).await.map_err(to_broker_error)
+        // 0 would mean every message.
+        let tag = if self.topology.is_durable { tag.0.saturating_sub(1) } else { tag.0 };
+        if tag == 0 {
+            return Ok(());
+        }
+        self.consumer_channel.basic_ack(tag, BasicAckOptions { multiple: true }).await.map_err(to_broker_error)
     }
 
     /// Also checks that the broker responds: lapin's own heartbeats only detect missing bytes.

@@ -10,11 +10,13 @@ mod topology;
 mod witness;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lapin::options::{BasicConsumeOptions, BasicQosOptions};
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::{FieldTable, ShortString};
+use lapin::{Channel, Connection, Consumer};
+use tokio::time::{sleep, timeout};
 
 pub use handle::BrokerHandle;
 pub use receiver::EventReceiver;
@@ -24,34 +26,49 @@ use publisher::Publisher;
 use topology::Topology;
 use witness::Witnesses;
 
-use super::{BrokerError, ConnectionHistory, RESPONSE_TIMEOUT};
+use super::{BrokerError, ConnectionHistory, QueueStats, RESPONSE_TIMEOUT};
 use crate::config::{BrokerUrl, Config};
 use crate::tls::TlsConfig;
 
-/// Connects, declares and consumes.
+/// How often a named queue is checked until it has no consumer.
+const CONSUMER_POLL_INTERVAL: Duration = Duration::from_millis(200);
+/// The same while another exporter has the queue.
+const STANDBY_POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// Beyond three heartbeats, a consumer is not the dead connection of the last session.
+const STANDBY_MARGIN: Duration = Duration::from_secs(5);
+
+/// Connects, declares and consumes. Each step takes at most `broker.connect_timeout`; between them, it waits until a
+/// named queue has no other consumer.
 pub(super) async fn connect(
     url: &BrokerUrl,
     config: &Config,
     tls: Option<&TlsConfig>,
     history: &ConnectionHistory,
+    on_standby: &dyn Fn(),
 ) -> Result<(EventReceiver, BrokerHandle), BrokerError> {
-    let (connection, shutdown_on_drop) = connection::open(url, config, tls, Target::Host(&history.addresses)).await?;
-    let topology = Topology::prepare(&connection, config).await?;
-    let consumer_channel = connection.create_channel().await.map_err(to_broker_error)?;
-    let initial_queue_depth = topology.declare(&consumer_channel).await?.queued;
-    let prefetch_count = config.broker.amqp.effective_prefetch_count();
-    consumer_channel.basic_qos(prefetch_count, BasicQosOptions { global: false }).await.map_err(to_broker_error)?;
-    let options = BasicConsumeOptions { exclusive: !topology.is_durable, ..BasicConsumeOptions::default() };
-    let consumer = consumer_channel
-        .basic_consume(topology.queue.clone(), ShortString::default(), options, FieldTable::default())
-        .await
-        .map_err(to_broker_error)?;
+    let limit = config.broker.connect_timeout;
+    let opening = async {
+        let (connection, shutdown_on_drop) =
+            connection::open(url, config, tls, Target::Host(&history.addresses)).await?;
+        let (topology, channel) = Topology::declare(&connection, config).await?;
+        Ok((connection, shutdown_on_drop, topology, channel))
+    };
+    let (connection, shutdown_on_drop, topology, channel) =
+        timeout(limit, opening).await.unwrap_or(Err(BrokerError::Timeout(limit)))?;
+    let subscription = Subscription { connection: &connection, topology: &topology, config };
+    let (channel, consumer, initial_queue_depth) = if topology.is_durable {
+        subscription.wait_and_consume(channel, on_standby).await?
+    } else {
+        let queued = topology.stats(&channel).await?.queued;
+        let consumer = subscription.consume(&channel).await.map_err(to_broker_error)?;
+        (channel, consumer, queued)
+    };
     let witnesses = Arc::new(Witnesses::new(&topology.queue));
     let receiver = EventReceiver::new(consumer, &topology, url, config, Arc::clone(&witnesses));
     let publisher = Publisher::new(url, config, tls, shutdown_on_drop.peer()?);
     let handle = BrokerHandle {
         connection,
-        consumer_channel,
+        consumer_channel: channel,
         topology,
         publisher,
         witnesses,
@@ -60,6 +77,71 @@ pub(super) async fn connect(
         _shutdown_on_drop: shutdown_on_drop,
     };
     Ok((receiver, handle))
+}
+
+/// What is needed to consume from the queue.
+struct Subscription<'s> {
+    connection: &'s Connection,
+    topology: &'s Topology,
+    config: &'s Config,
+}
+
+impl Subscription<'_> {
+    /// Waits until the queue has no consumer, and consumes. Until the broker notices that the connection of the last
+    /// session is dead, it holds the messages of that consumer back, and newer ones would overtake them. Returns the
+    /// number of messages that are queued.
+    async fn wait_and_consume(
+        &self,
+        mut channel: Channel,
+        on_standby: &dyn Fn(),
+    ) -> Result<(Channel, Consumer, u32), BrokerError> {
+        let started = Instant::now();
+        let standby_after = self.config.broker.amqp.heartbeat * 3 + STANDBY_MARGIN;
+        let mut is_standby = false;
+        loop {
+            let stats = self.stats(&channel).await?;
+            if stats.consumers == 0 {
+                match self.consume(&channel).await {
+                    // A quorum queue ignores that a consumer is exclusive.
+                    Ok(consumer) if self.stats(&channel).await?.consumers <= 1 => {
+                        return Ok((channel, consumer, stats.queued));
+                    }
+                    Ok(_) => channel = self.reopen(&channel).await?,
+                    Err(error) => {
+                        channel = self.reopen(&channel).await?;
+                        if self.stats(&channel).await?.consumers == 0 {
+                            return Err(to_broker_error(error));
+                        }
+                    }
+                }
+            }
+            if !is_standby && started.elapsed() > standby_after {
+                is_standby = true;
+                on_standby();
+            }
+            let interval = if is_standby { STANDBY_POLL_INTERVAL } else { CONSUMER_POLL_INTERVAL };
+            sleep(interval.mul_f64(0.5 + fastrand::f64())).await;
+        }
+    }
+
+    async fn stats(&self, channel: &Channel) -> Result<QueueStats, BrokerError> {
+        let limit = response_timeout(self.config);
+        timeout(limit, self.topology.stats(channel)).await.unwrap_or(Err(BrokerError::Timeout(limit)))
+    }
+
+    /// Another channel, without a consumer.
+    async fn reopen(&self, channel: &Channel) -> Result<Channel, BrokerError> {
+        // The server has closed it if it refused the consumer.
+        let _ = channel.close(200, "the queue has another consumer".into()).await;
+        self.connection.create_channel().await.map_err(to_broker_error)
+    }
+
+    async fn consume(&self, channel: &Channel) -> lapin::Result<Consumer> {
+        let prefetch_count = self.config.broker.amqp.effective_prefetch_count();
+        channel.basic_qos(prefetch_count, BasicQosOptions { global: false }).await?;
+        let options = BasicConsumeOptions { exclusive: true, ..BasicConsumeOptions::default() };
+        channel.basic_consume(self.topology.queue.clone(), ShortString::default(), options, FieldTable::default()).await
+    }
 }
 
 /// How long the broker may take to respond: at least three heartbeats, because lapin tolerates two.

@@ -17,6 +17,9 @@ use crate::celery::Broadcast;
 use crate::config::{BrokerUrl, Config};
 use crate::tls::TlsConfig;
 
+/// The body of a witness: an exporter that does not know witnesses reads an empty list of events.
+pub(super) const WITNESS_BODY: &[u8] = b"[]";
+
 pub(super) struct Publisher {
     url: BrokerUrl,
     config: Config,
@@ -53,20 +56,24 @@ impl Publisher {
             .with_content_type("application/json".into())
             .with_content_encoding("utf-8".into())
             .with_delivery_mode(1);
-        publish(&channel, self.pidbox.as_str().into(), command.body().as_bytes(), properties).await
+        let accepted = publish(&channel, self.pidbox.as_str().into(), command.body().as_bytes(), properties).await?;
+        if accepted {
+            Ok(())
+        } else {
+            Err(BrokerError::Refused("a queue refuses messages (reject-publish)".to_owned()))
+        }
     }
 
-    /// Publishes a witness to an exchange, and returns once the server has confirmed it. It is transient, like events: a
-    /// persistent one would survive a restart in which the events around it are lost. An exporter that does not know
-    /// witnesses reads an empty list of events.
-    pub(super) async fn publish_witness(&self, exchange: &ShortString, id: &str) -> Result<(), BrokerError> {
+    /// Publishes a witness to an exchange. Returns whether the queue has accepted it. It is transient, like events: a
+    /// persistent one would survive a restart in which the events around it are lost.
+    pub(super) async fn publish_witness(&self, exchange: &ShortString, id: &str) -> Result<bool, BrokerError> {
         let channel = self.witness_channel().await?;
         let properties = BasicProperties::default()
             .with_content_type("application/json".into())
             .with_content_encoding("utf-8".into())
             .with_delivery_mode(1)
             .with_message_id(id.into());
-        publish(&channel, exchange.clone(), b"[]", properties).await
+        publish(&channel, exchange.clone(), WITNESS_BODY, properties).await
     }
 
     async fn broadcast_channel(&self) -> Result<Channel, BrokerError> {
@@ -140,17 +147,15 @@ impl Publisher {
     }
 }
 
-/// Publishes a message, and returns once the server has confirmed it.
+/// Publishes a message. Returns whether the server has accepted it.
 async fn publish(
     channel: &Channel,
     exchange: ShortString,
     body: &[u8],
     properties: BasicProperties,
-) -> Result<(), BrokerError> {
+) -> Result<bool, BrokerError> {
     let options = BasicPublishOptions::default();
     let published = channel.basic_publish(exchange, ShortString::default(), options, body, properties).await;
-    match published.map_err(to_broker_error)?.await.map_err(to_broker_error)? {
-        Confirmation::Nack(_) => Err(BrokerError::Refused("RabbitMQ refused a message (nack)".to_owned())),
-        Confirmation::Ack(_) | Confirmation::NotRequested => Ok(()),
-    }
+    let confirmation = published.map_err(to_broker_error)?.await.map_err(to_broker_error)?;
+    Ok(!matches!(confirmation, Confirmation::Nack(_)))
 }

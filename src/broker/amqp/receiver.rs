@@ -17,7 +17,7 @@ use crate::broker::BrokerError;
 use crate::celery::envelope::DecodeFailure;
 use crate::celery::{DecodeError, envelope};
 use crate::config::{BrokerUrl, Config};
-use crate::inbox::{Batch, DeliveryTag, Encoding, Message};
+use crate::inbox::{Batch, DeliveryTag, Encoding, Message, NamedQueue};
 
 /// Messages and bytes of one batch, approximately.
 const MAX_BATCH: usize = 1024;
@@ -30,7 +30,8 @@ pub struct EventReceiver {
     max_batch_bytes: usize,
     exchange: String,
     queue: String,
-    continuity_token: Option<String>,
+    /// See [`crate::broker::EventReceiver::named_queue`].
+    pub(in crate::broker) named_queue: Option<NamedQueue>,
     /// How the subscription ended, returned after the last messages.
     error: Option<BrokerError>,
 }
@@ -49,7 +50,6 @@ impl EventReceiver {
         config: &Config,
         witnesses: Arc<Witnesses>,
     ) -> Self {
-        let marker = topology.continuity_marker.as_ref();
         Self {
             consumer,
             witnesses,
@@ -57,17 +57,16 @@ impl EventReceiver {
             max_batch_bytes: MAX_BATCH_BYTES.min(config.events.buffer_max_bytes),
             exchange: topology.exchange.to_string(),
             queue: topology.queue.to_string(),
-            continuity_token: marker.map(|marker| format!("{}/{} {} {marker}", url.address, url.vhost, topology.queue)),
+            named_queue: topology.is_durable.then(|| NamedQueue {
+                name: format!("{} {}", url.vhost, topology.queue).into(),
+                existed: topology.existed,
+            }),
             error: None,
         }
     }
 
     pub(in crate::broker) fn describe(&self) -> String {
         format!("queue {} bound to exchange {}", self.queue, self.exchange)
-    }
-
-    pub(in crate::broker) fn continuity_token(&self) -> Option<&str> {
-        self.continuity_token.as_deref()
     }
 
     pub(in crate::broker) async fn next(&mut self) -> Result<Batch, BrokerError> {
@@ -98,8 +97,8 @@ impl EventReceiver {
     }
 
     fn message(&self, delivery: Delivery) -> Message {
-        if let Some(sent) = self.witnesses.take_returned(&delivery) {
-            return Message::witness(sent);
+        if let Some(message) = self.witnesses.classify(&delivery) {
+            return message;
         }
         let encoding = match validate(&delivery, self.message_max_bytes) {
             Ok(()) => Encoding::RawBody,

@@ -2,21 +2,16 @@
 
 use std::time::Duration;
 
-use lapin::options::{
-    BasicAckOptions, BasicGetOptions, BasicNackOptions, BasicPublishOptions, ConfirmSelectOptions,
-    ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
-};
+use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::protocol::AMQPSoftError;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
-use lapin::{BasicProperties, Channel, Connection, ExchangeKind};
+use lapin::{Channel, Connection, ExchangeKind};
 use uuid::Uuid;
 
 use super::{is_soft_error, to_broker_error};
 use crate::broker::{BrokerError, QueueStats};
 use crate::config::Config;
 
-/// Long, because the continuity marker must outlive the queue.
-const CONTINUITY_MARKER_EXPIRES: Duration = Duration::from_secs(30 * 86_400);
 const PASSIVE: QueueDeclareOptions =
     QueueDeclareOptions { passive: true, durable: false, exclusive: false, auto_delete: false, nowait: false };
 
@@ -26,17 +21,17 @@ pub(super) struct Topology {
     pub(super) queue: ShortString,
     /// A named queue, which keeps collecting while the exporter is disconnected.
     pub(super) is_durable: bool,
-    /// Identifies the queue's contents. `None` without a named queue, or without permission for the marker.
-    pub(super) continuity_marker: Option<String>,
+    /// A named queue existed before this session.
+    pub(super) existed: bool,
     /// The user may not declare the exchange, so it must exist.
     declare_passively: bool,
     arguments: FieldTable,
 }
 
 impl Topology {
-    /// Declares the event exchange, and finds or writes the continuity marker of a named queue. A refusal closes the
-    /// channel, so the parts use separate ones.
-    pub(super) async fn prepare(connection: &Connection, config: &Config) -> Result<Self, BrokerError> {
+    /// Declares the exchanges and the queue, and binds them. Returns the channel for the consumer. A refusal closes its
+    /// channel, so each attempt has a separate one.
+    pub(super) async fn declare(connection: &Connection, config: &Config) -> Result<(Self, Channel), BrokerError> {
         let mut topology = Self::new(config);
         let channel = connection.create_channel().await.map_err(to_broker_error)?;
         match topology.declare_exchange(&channel).await {
@@ -48,73 +43,39 @@ impl Topology {
             Err(error) => return Err(to_broker_error(error)),
         }
         if topology.is_durable {
-            topology.continuity_marker = topology.find_or_write_continuity_marker(connection).await?;
+            let channel = connection.create_channel().await.map_err(to_broker_error)?;
+            topology.existed = topology.stats(&channel).await.is_ok();
         }
-        Ok(topology)
+        let channel = topology.declare_queue(connection).await?;
+        topology.bind_all(&channel).await?;
+        Ok((topology, channel))
     }
 
-    /// The continuity marker is a transient message, like the events, in a second queue. A restart of the broker keeps
-    /// both queues and drops the messages of both. If the marker or the named queue is missing, a new marker is
-    /// written.
-    async fn find_or_write_continuity_marker(&self, connection: &Connection) -> Result<Option<String>, BrokerError> {
-        let channel = connection.create_channel().await.map_err(to_broker_error)?;
-        let found = channel.queue_declare(self.queue.clone(), PASSIVE, FieldTable::default()).await.is_ok();
-        let channel = connection.create_channel().await.map_err(to_broker_error)?;
-        let marker = async {
-            self.declare_continuity_marker(&channel).await?;
-            match channel.basic_get(self.continuity_marker_name(), BasicGetOptions { no_ack: false }).await? {
-                Some(message) if found => {
-                    message.nack(BasicNackOptions { requeue: true, ..BasicNackOptions::default() }).await?;
-                    Ok(String::from_utf8_lossy(&message.data).into_owned())
-                }
-                Some(message) => {
-                    message.ack(BasicAckOptions::default()).await?;
-                    self.write_continuity_marker(&channel).await
-                }
-                None => self.write_continuity_marker(&channel).await,
-            }
+    /// Declares the queue. A named queue is a classic one, unless it exists with another type, for example the default
+    /// type of its virtual host.
+    async fn declare_queue(&mut self, connection: &Connection) -> Result<Channel, BrokerError> {
+        let exclusive = !self.is_durable;
+        let options = QueueDeclareOptions {
+            durable: self.is_durable,
+            exclusive,
+            auto_delete: exclusive,
+            ..QueueDeclareOptions::default()
         };
-        match marker.await {
-            Ok(marker) => Ok(Some(marker)),
-            Err(error) if is_soft_error(&error, &AMQPSoftError::ACCESSREFUSED) => {
-                tracing::warn!(
-                    queue = %self.continuity_marker_name(),
-                    "no permission for the continuity marker; every reconnect counts as a gap"
-                );
-                Ok(None)
+        let types: &[Option<&str>] = if exclusive { &[None] } else { &[Some("classic"), Some("quorum"), None] };
+        let mut refusals = Vec::new();
+        for queue_type in types {
+            let mut arguments = self.arguments.clone();
+            if let Some(queue_type) = queue_type {
+                arguments.insert("x-queue-type".into(), AMQPValue::LongString((*queue_type).into()));
             }
-            Err(error) => Err(to_broker_error(error)),
+            let channel = connection.create_channel().await.map_err(to_broker_error)?;
+            match channel.queue_declare(self.queue.clone(), options, arguments).await {
+                Ok(_) => return Ok(channel),
+                Err(error) if is_soft_error(&error, &AMQPSoftError::PRECONDITIONFAILED) => refusals.push(error),
+                Err(error) => return Err(to_broker_error(error)),
+            }
         }
-    }
-
-    fn continuity_marker_name(&self) -> ShortString {
-        format!("{}.mark", self.queue).into()
-    }
-
-    /// Declares an exchange and a queue with the marker's name. They expire after a month without use.
-    async fn declare_continuity_marker(&self, channel: &Channel) -> lapin::Result<()> {
-        let exchange = ExchangeDeclareOptions { durable: true, auto_delete: true, ..ExchangeDeclareOptions::default() };
-        channel
-            .exchange_declare(self.continuity_marker_name(), ExchangeKind::Fanout, exchange, FieldTable::default())
-            .await?;
-        let mut arguments = FieldTable::default();
-        arguments.insert("x-expires".into(), milliseconds(CONTINUITY_MARKER_EXPIRES));
-        arguments.insert("x-max-length".into(), AMQPValue::LongInt(1));
-        let queue = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-        channel.queue_declare(self.continuity_marker_name(), queue, arguments).await?;
-        let (name, none) = (self.continuity_marker_name(), ShortString::default());
-        channel.queue_bind(name.clone(), name, none, QueueBindOptions::default(), FieldTable::default()).await
-    }
-
-    async fn write_continuity_marker(&self, channel: &Channel) -> lapin::Result<String> {
-        let marker = Uuid::new_v4().to_string();
-        channel.confirm_select(ConfirmSelectOptions::default()).await?;
-        let (exchange, key, options) =
-            (self.continuity_marker_name(), ShortString::default(), BasicPublishOptions::default());
-        // Transient, like events.
-        let properties = BasicProperties::default().with_delivery_mode(1);
-        channel.basic_publish(exchange, key, options, marker.as_bytes(), properties).await?.await?;
-        Ok(marker)
+        Err(self.explain(&refusals))
     }
 
     fn new(config: &Config) -> Self {
@@ -133,42 +94,29 @@ impl Topology {
             exchange: config.events.exchange.as_str().into(),
             queue: amqp.queue.clone().unwrap_or_else(generated).into(),
             is_durable: amqp.queue.is_some(),
-            continuity_marker: None,
+            existed: false,
             declare_passively: false,
             arguments,
         }
     }
 
-    /// Declares and binds exchange and queue. Nothing changes if they exist.
-    pub(super) async fn declare(&self, channel: &Channel) -> Result<QueueStats, BrokerError> {
-        let exclusive = !self.is_durable;
-        let options = QueueDeclareOptions {
-            durable: self.is_durable,
-            exclusive,
-            auto_delete: exclusive,
-            ..QueueDeclareOptions::default()
-        };
-        self.declare_with(channel, options).await
-    }
-
-    /// The same for a queue that is being consumed. A named queue that was deleted is not created again here: only a
-    /// reconnect may, because it writes a new marker.
+    /// Declares the exchanges again, and binds them to the queue, which is not created again: only a new session may do
+    /// that, because it is a gap.
     pub(super) async fn redeclare(&self, channel: &Channel) -> Result<QueueStats, BrokerError> {
-        if !self.is_durable {
-            return self.declare(channel).await;
-        }
-        if self.continuity_marker.is_some() {
-            self.declare_continuity_marker(channel).await.map_err(to_broker_error)?;
-        }
-        self.declare_with(channel, PASSIVE).await
+        self.declare_exchange(channel).await.map_err(to_broker_error)?;
+        self.bind_all(channel).await?;
+        self.stats(channel).await
     }
 
-    async fn declare_with(&self, channel: &Channel, options: QueueDeclareOptions) -> Result<QueueStats, BrokerError> {
-        self.declare_exchange(channel).await.map_err(to_broker_error)?;
-        let declared = channel.queue_declare(self.queue.clone(), options, self.arguments.clone()).await;
-        let queue = declared.map_err(|error| self.explain(error))?;
+    async fn bind_all(&self, channel: &Channel) -> Result<(), BrokerError> {
         self.bind(channel, self.exchange.clone(), "#".into()).await.map_err(to_broker_error)?;
-        self.declare_witness_exchange(channel).await.map_err(|error| self.explain_witness(error))?;
+        self.declare_witness_exchange(channel).await.map_err(|error| self.explain_witness(error))
+    }
+
+    /// The queue's statistics.
+    pub(super) async fn stats(&self, channel: &Channel) -> Result<QueueStats, BrokerError> {
+        let declared = channel.queue_declare(self.queue.clone(), PASSIVE, FieldTable::default()).await;
+        let queue = declared.map_err(to_broker_error)?;
         Ok(QueueStats { queued: queue.message_count(), consumers: queue.consumer_count() })
     }
 
@@ -201,14 +149,14 @@ impl Topology {
     }
 
     /// A queue keeps the arguments that it was created with until it is deleted.
-    fn explain(&self, error: lapin::Error) -> BrokerError {
-        if !is_soft_error(&error, &AMQPSoftError::PRECONDITIONFAILED) {
-            return to_broker_error(error);
-        }
+    fn explain(&self, refusals: &[lapin::Error]) -> BrokerError {
         let queue = &self.queue;
+        // If more than the type differs, another refusal names the other argument.
+        let named = refusals.iter().map(ToString::to_string).find(|refusal| !refusal.contains("x-queue-type"));
+        let refusal = named.or_else(|| refusals.first().map(ToString::to_string)).unwrap_or_default();
         BrokerError::Refused(format!(
             "queue {queue} exists with different arguments; restore the broker.amqp settings or delete the queue \
-             and its messages (rabbitmqctl delete_queue -p VHOST {queue}): {error}"
+             and its messages (rabbitmqctl delete_queue -p VHOST {queue}): {refusal}"
         ))
     }
 }
