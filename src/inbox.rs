@@ -13,7 +13,7 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 
 use crate::celery::envelope::DecodeFailure;
-use crate::observability::{Health, SelfMetrics};
+use crate::observability::{GapCause, Health, SelfMetrics};
 
 /// How a message's bytes are encoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -136,11 +136,13 @@ pub enum IngestMessage {
         session: u64,
         /// The named queue. `None` if the broker keeps nothing between two sessions.
         queue: Option<NamedQueue>,
+        /// Why events are missing if there was a session before and there is no named queue.
+        disconnect_cause: GapCause,
     },
     /// Messages, and the room they take up in the buffer.
     Batch(Batch, BufferPermit),
-    /// Messages were dropped at this point.
-    Gap,
+    /// This many messages were dropped at this point.
+    Gap(usize),
     /// The subscription has ended.
     Disconnected,
     /// Wakes the loop, which then checks its queries and the store.

@@ -8,6 +8,7 @@ mod amqp;
 mod error;
 mod history;
 mod net;
+mod output_limit;
 mod redis;
 mod tls_options;
 
@@ -19,6 +20,7 @@ use crate::celery::Broadcast;
 use crate::config::broker_url::Transport;
 use crate::config::{BrokerUrl, Config};
 use crate::inbox::{Batch, DeliveryTag, NamedQueue};
+use crate::observability::GapCause;
 use crate::tls::TlsConfig;
 
 pub use error::{BrokerConfigError, BrokerError};
@@ -84,6 +86,15 @@ impl EventReceiver {
         match self {
             Self::Redis(_) => None,
             Self::Amqp(amqp) => amqp.named_queue.as_ref(),
+        }
+    }
+
+    /// Why the session before ended, as far as the broker shows it.
+    #[must_use]
+    pub fn disconnect_cause(&self) -> GapCause {
+        match self {
+            Self::Redis(redis) => redis.disconnect_cause,
+            Self::Amqp(_) => GapCause::Disconnected,
         }
     }
 

@@ -3,6 +3,7 @@
 //! requests a snapshot from the ingest thread.
 
 mod body;
+mod healthz;
 mod negotiate;
 mod server;
 
@@ -20,7 +21,7 @@ use crate::config::Config;
 use crate::ingest::IngestHandle;
 use crate::metrics::Snapshot;
 use crate::metrics::encode::Exposition;
-use crate::observability::{BrokerStatus, Health, SelfMetrics};
+use crate::observability::{Health, SelfMetrics};
 
 use body::ResponseBody;
 
@@ -88,7 +89,8 @@ impl Endpoints {
                 return text(StatusCode::SERVICE_UNAVAILABLE, "The exporter is stopping.\n");
             };
             let is_enabled = self.config.borrow().metrics.self_metrics;
-            let self_metrics = if is_enabled { self.self_metrics.gather() } else { Vec::new() };
+            let self_metrics =
+                if is_enabled { self.self_metrics.gather(self.health.since_last_event()) } else { Vec::new() };
             Response::new(ResponseBody::exposition(Exposition::new(snapshot, format, &self_metrics), gzip, timer))
         };
         let headers = response.headers_mut();
@@ -116,20 +118,7 @@ impl Endpoints {
     }
 
     fn healthz(&self, check_ready: bool) -> Response<ResponseBody> {
-        let broker = self.health.broker();
-        let (code, status) = if !self.health.is_alive() {
-            (StatusCode::SERVICE_UNAVAILABLE, "unhealthy")
-        } else if check_ready && broker != BrokerStatus::Connected {
-            (StatusCode::SERVICE_UNAVAILABLE, "not ready")
-        } else {
-            (StatusCode::OK, "ok")
-        };
-        let report = serde_json::json!({
-            "status": status,
-            "broker": broker.as_str(),
-            "seconds_since_last_event": self.health.since_last_event().as_ref().map(Duration::as_secs_f64),
-            "warnings": self.health.warnings(),
-        });
+        let (code, report) = healthz::report(&self.health, self.self_metrics.decoded_events.get(), check_ready);
         let mut response = text(code, format!("{report}\n"));
         response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         response

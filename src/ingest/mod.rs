@@ -5,6 +5,7 @@
 
 mod clock;
 mod continuity;
+mod gap;
 mod handle;
 mod redelivery;
 mod save_scheduler;
@@ -18,6 +19,7 @@ use tokio::sync::{mpsc, watch};
 
 use clock::{TICK, WorkerClock};
 use continuity::Continuity;
+use gap::{EventRate, Gap};
 use redelivery::RedeliveryFilter;
 use save_scheduler::SaveScheduler;
 
@@ -29,7 +31,7 @@ use crate::celery::{Event, envelope, event};
 use crate::config::Config;
 use crate::inbox::{Ack, Batch, Encoding, IngestMessage, Message, NamedQueue, ReplyFn, Witness};
 use crate::metrics::{Snapshot, SnapshotBuilder};
-use crate::observability::{GapCause, Health, LogThrottle, SelfMetrics, WarningSource};
+use crate::observability::{GapCause, Health, LogThrottle, NOT_SUBSCRIBED, SelfMetrics, WarningSource};
 use crate::state::{Arrival, State, Timeouts};
 use crate::store::{Restored, StoreHandle};
 
@@ -92,6 +94,9 @@ struct IngestLoop {
     last_tick: Instant,
     session: u64,
     connected_at: Option<Duration>,
+    /// When the subscription ended, or when the restored state was saved.
+    unsubscribed_since: Option<SystemTime>,
+    rate: EventRate,
     received_since_connect: bool,
     /// Until then, the broker may deliver messages of a named queue out of order: it still holds those that it had sent
     /// to the previous connection.
@@ -104,7 +109,7 @@ struct IngestLoop {
 
 impl IngestLoop {
     fn new(context: Ingest, config: &Arc<Config>, restored: Restored, store: Option<StoreHandle>) -> Self {
-        let Restored { state, message_hashes, position, is_new } = restored;
+        let Restored { state, message_hashes, position, is_new, saved_at } = restored;
         let mut redelivery_filter = RedeliveryFilter::new(config);
         if store.is_some() {
             redelivery_filter.restore(message_hashes);
@@ -120,6 +125,8 @@ impl IngestLoop {
             last_tick: Instant::now(),
             session: 0,
             connected_at: None,
+            unsubscribed_since: saved_at,
+            rate: EventRate::new(Instant::now()),
             received_since_connect: false,
             reordered_until: None,
             snapshot: None,
@@ -169,14 +176,17 @@ impl IngestLoop {
 
     fn handle(&mut self, message: IngestMessage) {
         match message {
-            IngestMessage::Connected { session, queue } => self.connected(session, queue.as_ref()),
+            IngestMessage::Connected { session, queue, disconnect_cause } => {
+                self.connected(session, queue.as_ref(), disconnect_cause);
+            }
             IngestMessage::Disconnected => {
                 self.clock.stop(Instant::now());
+                self.unsubscribed_since = Some(SystemTime::now());
                 self.connected_at = None;
             }
-            IngestMessage::Gap => {
+            IngestMessage::Gap(messages) => {
                 self.clock.record_gap();
-                self.record_gap(GapCause::BufferFull);
+                self.record_gap(Gap { messages, ..Gap::new(GapCause::BufferFull) });
             }
             IngestMessage::Batch(batch, permit) => {
                 self.process_batch(&batch);
@@ -186,20 +196,18 @@ impl IngestLoop {
         }
     }
 
-    fn connected(&mut self, session: u64, queue: Option<&NamedQueue>) {
+    fn connected(&mut self, session: u64, queue: Option<&NamedQueue>, disconnect_cause: GapCause) {
         let is_restored = std::mem::take(&mut self.is_restored);
         let cause = if let Some(queue) = queue {
             self.continuity.start(queue, session > 1 || is_restored)
         } else {
             self.continuity.start_without_queue();
             let before_first = is_restored.then_some(GapCause::Restart);
-            if session > 1 { Some(GapCause::Disconnected) } else { before_first }
+            if session > 1 { Some(disconnect_cause) } else { before_first }
         };
+        let unsubscribed = self.unsubscribed_since.take().map(|since| since.elapsed().unwrap_or_default());
         if let Some(cause) = cause {
-            if session > 1 {
-                tracing::info!(cause = cause.as_str(), "events were missed while disconnected");
-            }
-            self.record_gap(cause);
+            self.record_gap(Gap { unsubscribed, ..Gap::new(cause) });
         }
         self.session = session;
         self.clock.start(Instant::now());
@@ -209,8 +217,12 @@ impl IngestLoop {
         self.reordered_until = amqp.queue.is_some().then(|| Instant::now() + amqp.heartbeat * HEARTBEATS_UNTIL_ORDERED);
     }
 
-    fn record_gap(&mut self, cause: GapCause) {
-        self.context.self_metrics.record_gap(cause);
+    /// Counts and reports a gap, and clears what is unknown after it.
+    fn record_gap(&mut self, gap: Gap) {
+        let gap = gap.with_estimate(&self.rate);
+        self.context.self_metrics.record_gap(gap.cause);
+        self.context.health.record_loss(&gap.summary());
+        gap.log();
         self.state.record_gap();
     }
 
@@ -238,7 +250,7 @@ impl IngestLoop {
     fn record_delivery(&mut self, message: &Message) -> bool {
         let Some((hash, is_duplicate)) = self.redelivery_filter.check(message) else { return false };
         if let Some(cause) = self.continuity.record_delivery(hash, is_duplicate) {
-            self.record_gap(cause);
+            self.record_gap(Gap::new(cause));
         }
         is_duplicate
     }
@@ -248,7 +260,7 @@ impl IngestLoop {
         let Some(sent) = witness.sent else { return };
         if let Some(cause) = self.continuity.record_witness(witness.is_after_gap) {
             self.clock.record_gap();
-            self.record_gap(cause);
+            self.record_gap(Gap::new(cause));
         }
         self.clock.advance(sent);
         self.state.expire(&timeouts(&self.config), self.clock.elapsed());
@@ -289,6 +301,7 @@ impl IngestLoop {
             Err(reason) => self.skip_invalid(&reason.into(), body),
         });
         self.context.self_metrics.decoded_events.inc_by(count);
+        self.rate.record(count);
         if let Some(timestamp) = last {
             self.context.health.record_event();
             self.context.self_metrics.event_lag.set(unix_now() - timestamp);
@@ -346,8 +359,26 @@ impl IngestLoop {
         }
     }
 
+    /// Why no worker can time out now.
+    fn clock_paused_reason(&self) -> Option<String> {
+        if self.connected_at.is_none() {
+            return Some(NOT_SUBSCRIBED.to_owned());
+        }
+        if !self.clock.is_overdue(Instant::now()) {
+            return None;
+        }
+        Some(self.context.health.event_path_problem().unwrap_or_else(|| "broker not responding".to_owned()))
+    }
+
     fn tick(&mut self, now: Instant) {
         self.last_tick = now;
+        if self.connected_at.is_some() {
+            self.rate.update(now);
+        } else {
+            self.rate.skip(now);
+        }
+        self.state.take_worker_changes().log();
+        self.context.health.set_workers(self.state.worker_counts());
         let paused = self.clock.take_paused(now);
         self.context.self_metrics.worker_clock_paused_seconds.inc_by(paused.as_secs_f64());
         if self.context.config.has_changed().unwrap_or(false) {
@@ -378,11 +409,11 @@ impl IngestLoop {
             );
         }
         warnings.extend(self.save_scheduler.warning().map(str::to_owned));
-        if self.clock.is_overdue(Instant::now()) {
-            let reason = self.context.health.event_path_problem();
-            let reason = reason.unwrap_or_else(|| "broker not responding".to_owned());
+        let paused = self.clock_paused_reason();
+        if let Some(reason) = paused.as_ref().filter(|_| self.connected_at.is_some()) {
             warnings.push(format!("{reason}; worker timeouts paused"));
         }
+        self.context.health.set_clock_paused(paused);
         self.context.health.set_warnings(WarningSource::Ingest, warnings);
     }
 }

@@ -2,8 +2,12 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
+use super::losses::{LossSummary, Losses};
+
+/// Why the clock is paused without a subscription.
+pub(crate) const NOT_SUBSCRIBED: &str = "not subscribed to the broker";
 /// A loop that has not run for this long is stalled.
 const STALL_LIMIT: Duration = Duration::from_secs(30);
 
@@ -65,9 +69,49 @@ pub(crate) enum WarningSource {
     Log,
 }
 
+/// The session with the broker, for `/healthz`.
+#[derive(Clone, Debug)]
+pub(crate) struct BrokerReport {
+    pub(crate) status: BrokerStatus,
+    /// When this status began.
+    pub(crate) since: SystemTime,
+    /// The last error of a connection, without secrets, and its time.
+    pub(crate) last_error: Option<(String, SystemTime)>,
+    /// The subscription in the broker's terms, while there is one.
+    pub(crate) subscription: Option<String>,
+}
+
+/// The clock that times workers out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum ClockStatus {
+    Running,
+    Paused { since: SystemTime, reason: String },
+}
+
+/// How many workers are online and offline.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WorkerCounts {
+    /// Workers that have sent `worker-online` or a heartbeat and have not timed out since.
+    pub online: usize,
+    /// All others.
+    pub offline: usize,
+}
+
+/// The saved state.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SavedStateStatus {
+    pub(crate) is_failing: bool,
+    pub(crate) last_save: Option<SystemTime>,
+}
+
 #[derive(Debug)]
 struct HealthState {
-    broker: BrokerStatus,
+    broker: BrokerReport,
+    clock: ClockStatus,
+    workers: WorkerCounts,
+    losses: Losses,
+    /// `None` without `state.persistent`.
+    saved_state: Option<SavedStateStatus>,
     /// By [`WarningSource`].
     warnings: [Vec<String>; 5],
     /// Why events may not arrive although there is a subscription, if that is known.
@@ -79,7 +123,16 @@ impl Default for Health {
         Self {
             started: Instant::now(),
             state: Mutex::new(HealthState {
-                broker: BrokerStatus::Connecting,
+                broker: BrokerReport {
+                    status: BrokerStatus::Connecting,
+                    since: SystemTime::now(),
+                    last_error: None,
+                    subscription: None,
+                },
+                clock: ClockStatus::Paused { since: SystemTime::now(), reason: NOT_SUBSCRIBED.to_owned() },
+                workers: WorkerCounts::default(),
+                losses: Losses::default(),
+                saved_state: None,
                 warnings: [const { Vec::new() }; 5],
                 event_path_problem: None,
             }),
@@ -103,13 +156,79 @@ impl Health {
 
     /// Sets the state of the session.
     pub(crate) fn set_broker(&self, status: BrokerStatus) {
-        self.state().broker = status;
+        let broker = &mut self.state().broker;
+        if broker.status != status {
+            (broker.status, broker.since) = (status, SystemTime::now());
+            broker.subscription = None;
+        }
+    }
+
+    /// Sets the state of the session to connected, with this subscription.
+    pub(crate) fn set_subscribed(&self, subscription: String) {
+        self.set_broker(BrokerStatus::Connected);
+        self.state().broker.subscription = Some(subscription);
+    }
+
+    /// Records why a connection failed or ended.
+    pub(crate) fn record_broker_error(&self, error: String) {
+        self.state().broker.last_error = Some((error, SystemTime::now()));
     }
 
     /// The state of the session.
     #[must_use]
     pub fn broker(&self) -> BrokerStatus {
-        self.state().broker
+        self.state().broker.status
+    }
+
+    pub(crate) fn broker_report(&self) -> BrokerReport {
+        self.state().broker.clone()
+    }
+
+    /// Sets why the clock that times workers out is paused, or that it runs.
+    pub(crate) fn set_clock_paused(&self, reason: Option<String>) {
+        let clock = &mut self.state().clock;
+        *clock = match (reason, &clock) {
+            (None, _) => ClockStatus::Running,
+            (Some(reason), ClockStatus::Paused { since, .. }) => ClockStatus::Paused { since: *since, reason },
+            (Some(reason), ClockStatus::Running) => ClockStatus::Paused { since: SystemTime::now(), reason },
+        };
+    }
+
+    pub(crate) fn clock(&self) -> ClockStatus {
+        self.state().clock.clone()
+    }
+
+    pub(crate) fn set_workers(&self, workers: WorkerCounts) {
+        self.state().workers = workers;
+    }
+
+    pub(crate) fn workers(&self) -> WorkerCounts {
+        self.state().workers
+    }
+
+    pub(crate) fn record_loss(&self, loss: &LossSummary) {
+        self.state().losses.record(Instant::now(), loss);
+    }
+
+    /// The losses of the last 15 minutes, by cause.
+    pub(crate) fn losses(&self) -> Vec<LossSummary> {
+        self.state().losses.summaries(Instant::now())
+    }
+
+    /// Records that the state is saved, and when it was saved last.
+    pub(crate) fn record_save(&self, last_save: Option<SystemTime>) {
+        self.state().saved_state = Some(SavedStateStatus { is_failing: false, last_save });
+    }
+
+    /// The saved state. `None` without `state.persistent`.
+    pub(crate) fn saved_state(&self) -> Option<SavedStateStatus> {
+        let state = self.state();
+        let is_failing = !state.warnings[WarningSource::Store as usize].is_empty();
+        state.saved_state.map(|saved| SavedStateStatus { is_failing, ..saved })
+    }
+
+    pub(crate) fn uptime(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// Replaces the warnings of a component, and logs those that are new.
@@ -184,15 +303,27 @@ impl Health {
     /// Whether events can still be processed. If not, `/healthz` returns 503.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        let has_work = self.queued_batches.load(Ordering::Relaxed) > 0;
-        let ingest_stalled = has_work && self.since(&self.last_ingest_tick) > STALL_LIMIT;
-        let session_stalled =
-            self.broker() != BrokerStatus::Stopped && self.since(&self.last_session_tick) > STALL_LIMIT;
-        !ingest_stalled && !session_stalled && !self.failed.load(Ordering::Relaxed)
+        self.failure_reason().is_none()
     }
 
-    /// Whether every component runs, and the session loop and the ingest loop ran within `limit`. They run several
-    /// times per second.
+    /// Why events cannot be processed any more.
+    pub(crate) fn failure_reason(&self) -> Option<String> {
+        let has_work = self.queued_batches.load(Ordering::Relaxed) > 0;
+        let is_stopped = self.broker() == BrokerStatus::Stopped;
+        let reason = if self.failed.load(Ordering::Relaxed) {
+            "a component has failed: see the log"
+        } else if has_work && self.since(&self.last_ingest_tick) > STALL_LIMIT {
+            "the ingest loop has not run for 30 s with work waiting"
+        } else if !is_stopped && self.since(&self.last_session_tick) > STALL_LIMIT {
+            "the session loop has not run for 30 s"
+        } else {
+            return None;
+        };
+        Some(reason.to_owned())
+    }
+
+    /// Whether every component runs, and the session loop and the ingest loop ran within `limit`. They run about once
+    /// per second.
     #[must_use]
     #[cfg_attr(not(feature = "cli"), allow(dead_code, reason = "only the daemon has a watchdog"))]
     pub(crate) fn has_ticked_within(&self, limit: Duration) -> bool {

@@ -4,9 +4,11 @@
 
 mod health;
 mod log_throttle;
+mod losses;
 mod self_metrics;
 
-pub(crate) use health::WarningSource;
-pub use health::{BrokerStatus, Health};
+pub(crate) use health::{BrokerReport, ClockStatus, NOT_SUBSCRIBED, WarningSource};
+pub use health::{BrokerStatus, Health, WorkerCounts};
 pub use log_throttle::LogThrottle;
+pub(crate) use losses::LossSummary;
 pub use self_metrics::{GapCause, SelfMetrics};

@@ -1,13 +1,15 @@
 //! The exporter's own metrics, `flower_exporter_*`, served with `metrics.self_metrics`.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use prometheus::core::{Atomic, GenericCounter, GenericGauge};
+use prometheus::core::{Atomic, Collector, GenericCounter, GenericGauge};
 use prometheus::proto::MetricFamily;
 use prometheus::{Counter, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
 use crate::celery::DecodeError;
 
+/// Without events for this long, their lag is unknown.
+const EVENT_LAG_KEPT: Duration = Duration::from_secs(60);
 /// Upper bounds of `scrape_duration_seconds`, in seconds.
 const SCRAPE_BUCKETS: [f64; 9] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0];
 
@@ -18,12 +20,11 @@ pub enum GapCause {
     BufferFull,
     /// There was no subscription for a while, and no named queue collected events in the meantime.
     Disconnected,
-    /// Redis disconnected the exporter because its output buffer limit was reached. Not detected yet: such a gap is
-    /// counted as `Disconnected`.
+    /// Redis disconnected the exporter because its output buffer limit was reached. Detected on Redis 7.2 and later.
     RedisOutputLimit,
-    /// The named queue reached its limit and dropped its oldest messages. Not detected yet.
+    /// The queue lost messages: by its limit, TTL, a purge, or to another client.
     QueueOverflow,
-    /// The named queue is a new one, or its messages are not those it held before.
+    /// The named queue is a new one, or lost all its messages.
     QueueRecreated,
     /// It is unknown whether the named queue lost messages.
     ContinuityUnknown,
@@ -97,7 +98,7 @@ pub struct SelfMetrics {
     pub last_save_duration: Gauge,
     /// Failed attempts to open or write the state file.
     pub save_failures: IntCounter,
-    /// The exporter's clock minus the timestamp of the last event, in seconds.
+    /// The exporter's clock minus the timestamp of the last event, in seconds. Not in the registry.
     pub event_lag: Gauge,
     /// Tasks in memory.
     pub tracked_tasks: IntGauge,
@@ -187,8 +188,10 @@ impl SelfMetrics {
             last_save_duration: registrar.gauge("state_last_save_duration_seconds", "Time that the last save took.")?,
             save_failures: registrar
                 .counter("state_save_failures_total", "Failed attempts to open or write the state file.")?,
-            event_lag: registrar
-                .gauge("event_lag_seconds", "The exporter's clock minus the timestamp of the last event.")?,
+            event_lag: Gauge::new(
+                "flower_exporter_event_lag_seconds",
+                "The exporter's clock minus the timestamp of the last event; absent after a minute without events.",
+            )?,
             tracked_tasks: registrar.gauge("tracked_tasks", "Tasks in memory.")?,
             tracked_workers: registrar.gauge("tracked_workers", "Workers and clients in memory.")?,
             tracked_label_sets: registrar.gauge("tracked_label_sets", "Label sets of worker and task in memory.")?,
@@ -224,10 +227,15 @@ impl SelfMetrics {
         }
     }
 
-    /// All families, for the exposition.
+    /// All families, for the exposition, by name. The lag of the last event is left out if that was long ago.
     #[must_use]
-    pub fn gather(&self) -> Vec<MetricFamily> {
-        self.registry.gather()
+    pub fn gather(&self, since_last_event: Option<Duration>) -> Vec<MetricFamily> {
+        let mut families = self.registry.gather();
+        if since_last_event.is_some_and(|since| since < EVENT_LAG_KEPT) {
+            families.extend(self.event_lag.collect());
+            families.sort_by(|one, other| one.name().cmp(other.name()));
+        }
+        families
     }
 }
 
@@ -265,7 +273,7 @@ mod tests {
     use super::*;
 
     fn value(metrics: &SelfMetrics, name: &str) -> f64 {
-        let families = metrics.gather();
+        let families = metrics.gather(None);
         let family = families.iter().find(|family| family.name() == name).expect(name);
         family.get_metric().iter().map(|metric| metric.get_counter().get_value() + metric.get_gauge().get_value()).sum()
     }

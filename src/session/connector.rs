@@ -26,6 +26,7 @@ impl Connector {
         let urls = match config.broker.urls() {
             Ok(urls) => urls,
             Err(error) => {
+                health.record_broker_error(error.to_string());
                 warn_throttled(log, "failed to read broker URL; retrying", None, &error);
                 return None;
             }
@@ -49,6 +50,7 @@ impl Connector {
                 }
                 Err(error) => {
                     health.set_broker(BrokerStatus::Connecting);
+                    health.record_broker_error(error.to_string());
                     warn_throttled(log, "failed to connect to broker; retrying", Some(url), &error);
                 }
             }

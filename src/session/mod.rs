@@ -123,13 +123,17 @@ impl SessionLoop {
 
     fn subscribed(&self, url: &BrokerUrl, receiver: &EventReceiver, number: u64, disconnected_at: Option<Instant>) {
         tracing::info!(broker = %url, "subscribed to {}", receiver.describe());
+        self.health.set_subscribed(format!("{} at {url}", receiver.describe()));
         if let Some(since) = disconnected_at {
             self.self_metrics.reconnects.inc();
             self.self_metrics.disconnected_seconds.inc_by(since.elapsed().as_secs_f64());
         }
         self.self_metrics.connected.set(1);
-        self.inbox.send(IngestMessage::Connected { session: number, queue: receiver.named_queue().cloned() });
-        self.health.set_broker(BrokerStatus::Connected);
+        self.inbox.send(IngestMessage::Connected {
+            session: number,
+            queue: receiver.named_queue().cloned(),
+            disconnect_cause: receiver.disconnect_cause(),
+        });
     }
 
     /// Serves one subscription until it ends.
@@ -160,6 +164,7 @@ impl SessionLoop {
         let end = SessionEnd { error, received: any_received, lasted: began.elapsed(), at: Instant::now() };
         if let Some(error) = &end.error {
             self.self_metrics.disconnects.inc();
+            self.health.record_broker_error(error.to_string());
             warn_throttled(disconnect_log, "lost connection to broker; reconnecting", Some(url), error);
         }
         self.health.set_broker(BrokerStatus::Connecting);

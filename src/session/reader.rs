@@ -13,7 +13,7 @@ pub(super) struct Reader<'s> {
 
 impl Reader<'_> {
     pub(super) async fn run(mut self) -> BrokerError {
-        let mut gap = false;
+        let mut gap = 0;
         loop {
             let batch = match self.receiver.next().await {
                 Ok(batch) => batch,
@@ -22,13 +22,13 @@ impl Reader<'_> {
             *self.received |= batch.message_count() > 0;
             let (batch, permit, dropped) = self.reserve_or_drop(batch).await;
             if !batch.messages.is_empty() {
-                if std::mem::take(&mut gap) {
-                    self.inbox.send(IngestMessage::Gap);
+                if gap > 0 {
+                    self.inbox.send(IngestMessage::Gap(std::mem::take(&mut gap)));
                 }
                 self.inbox.send_batch(batch, permit);
             }
             // The gap follows the messages that still fit: it is reported before the next ones.
-            gap |= dropped > 0;
+            gap += dropped;
         }
     }
 

@@ -10,12 +10,14 @@ mod interner;
 mod persist;
 mod tasks;
 mod transitions;
+mod worker_changes;
 mod workers;
 
 use std::time::Duration;
 
 use interner::{NameId, NameInterner};
 use tasks::{Task, TaskId, Tasks};
+use worker_changes::WorkerChanges;
 use workers::{Presence, TaskEventBaseline, Worker, Workers};
 
 pub use info::{TaskInfo, WorkerInfo};
@@ -26,6 +28,7 @@ pub use workers::WorkerId;
 use crate::celery::event::Eta;
 use crate::celery::{Event, EventKind, truncate_label};
 use crate::metrics::{OTHER, SeriesKey, SeriesTable, TaskName, WorkerKey};
+use crate::observability::WorkerCounts;
 
 /// The bounds of a [`State`].
 #[derive(Clone, Debug)]
@@ -80,6 +83,7 @@ pub struct State {
     /// Worker `(other)`, which has counters and histograms but no gauges.
     other: Option<WorkerKey>,
     warned_full: bool,
+    worker_changes: WorkerChanges,
     /// The next save contains every record, not only the dirty ones.
     require_full_save: bool,
 }
@@ -102,6 +106,7 @@ impl State {
             series: SeriesTable::new(&limits.buckets, limits.max_label_sets),
             other: None,
             warned_full: false,
+            worker_changes: WorkerChanges::default(),
             require_full_save: false,
         }
     }
@@ -299,6 +304,7 @@ impl State {
         if arrival.may_be_late && self.is_outdated(event) {
             return;
         }
+        let was_offline = self.workers.find(&event.hostname).is_some_and(|slot| self.workers[slot].is_offline());
         let Source::Known(slot) = self.source(event, true, arrival) else { return };
         let worker = &mut self.workers[slot];
         let key = worker.key;
@@ -308,6 +314,9 @@ impl State {
         let active = event.active.filter(|active| *active >= 0.0);
         match event.kind {
             EventKind::WorkerOnline | EventKind::WorkerHeartbeat => {
+                if was_offline {
+                    self.worker_changes.came_back(&worker.hostname);
+                }
                 worker.presence = Presence::Online;
                 self.series.set_online(key, true);
                 if restarted {
@@ -317,6 +326,9 @@ impl State {
                 }
             }
             EventKind::WorkerOffline => {
+                if worker.presence != Presence::Offline {
+                    self.worker_changes.went_offline(&worker.hostname);
+                }
                 self.workers.mark_offline(slot);
                 self.series.set_worker_offline(key, active);
                 self.clear_prefetched(slot);
@@ -363,7 +375,7 @@ impl State {
             self.workers.mark_timed_out(slot);
             let worker = &self.workers[slot];
             if worker.presence != Presence::Offline {
-                tracing::info!(worker = &*worker.hostname, "worker timed out; marked offline");
+                self.worker_changes.timed_out(&worker.hostname);
             }
             let key = worker.key;
             self.clear_prefetched(slot);
@@ -374,6 +386,25 @@ impl State {
             tracing::debug!(worker = &*self.workers[slot].hostname, "worker purged");
             self.remove_worker(slot);
         }
+    }
+
+    /// The changes of the workers' presence since the last call, for the log.
+    pub fn take_worker_changes(&mut self) -> WorkerChanges {
+        std::mem::take(&mut self.worker_changes)
+    }
+
+    /// How many workers are online, and how many are not.
+    #[must_use]
+    pub fn worker_counts(&self) -> WorkerCounts {
+        let mut counts = WorkerCounts::default();
+        for worker in self.workers.iter().filter(|worker| worker.presence != Presence::Client) {
+            if worker.presence == Presence::Online {
+                counts.online += 1;
+            } else {
+                counts.offline += 1;
+            }
+        }
+        counts
     }
 
     /// Records that events are missing. The prefetched tasks of every worker are cleared.

@@ -131,6 +131,11 @@ impl Worker {
         }
     }
 
+    /// Whether it has sent `worker-offline` or has timed out.
+    pub(super) fn is_offline(&self) -> bool {
+        self.timed_out || self.presence == Presence::Offline
+    }
+
     /// Records the start of a run that sets a prefetch time.
     pub(super) fn record_start(&mut self, time: f64) {
         self.last_started = time;

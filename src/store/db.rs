@@ -96,8 +96,10 @@ impl StateDb {
     /// Opens or creates the file, and reads its state. `None` if the file is new.
     pub(super) fn open(path: &Path, limits: &Limits) -> Result<(Self, Option<Restored>), DbError> {
         catch_redb_panic(|| {
+            // Opening the file may change its time.
+            let saved_at = fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
             let mut file = Self::open_file(path)?;
-            let restored = file.load(limits)?;
+            let restored = file.load(limits)?.map(|restored| Restored { saved_at, ..restored });
             Ok((file, restored))
         })
     }
@@ -172,7 +174,7 @@ impl StateDb {
         let state = restore(&read, limits, &self.header)?;
         self.position.clone_from(&position);
         let message_hashes = self.load_message_hashes(&read)?;
-        Ok(Some(Restored { state, message_hashes, position, is_new: false }))
+        Ok(Some(Restored { state, message_hashes, position, is_new: false, saved_at: None }))
     }
 
     fn load_message_hashes(&mut self, read: &ReadTransaction) -> Result<Vec<u64>, DbError> {

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -96,6 +96,8 @@ pub struct Restored {
     pub position: Option<QueuePosition>,
     /// Whether there was no saved state.
     pub is_new: bool,
+    /// When it was saved.
+    pub saved_at: Option<SystemTime>,
 }
 
 impl Restored {
@@ -109,7 +111,7 @@ impl Restored {
     /// A new state that is not saved.
     #[must_use]
     pub fn without_store(limits: &Limits) -> Self {
-        Self { state: State::new(limits), message_hashes: Vec::new(), position: None, is_new: true }
+        Self { state: State::new(limits), message_hashes: Vec::new(), position: None, is_new: true, saved_at: None }
     }
 }
 
@@ -205,6 +207,7 @@ impl Store {
                 if db.is_err() {
                     self.status.set_busy();
                 }
+                self.health.record_save(restored.saved_at);
                 if opened_tx.send(Ok(restored)).is_ok() {
                     StoreWriter::new(self, db).run();
                 }

@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::db::{DbError, StateDb};
 use super::{Save, SaveError, Store, quarantine};
@@ -115,6 +115,7 @@ impl StoreWriter {
         self.backoff = INITIAL_BACKOFF;
         let Store { status, self_metrics, health, path, .. } = &self.store;
         self_metrics.last_save_duration.set(elapsed.as_secs_f64());
+        health.record_save(Some(SystemTime::now()));
         if status.clear_failing() {
             health.set_warnings(WarningSource::Store, Vec::new());
             tracing::info!(path = %path.display(), "state is being saved again");

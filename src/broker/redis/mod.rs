@@ -17,13 +17,15 @@ pub use handle::BrokerHandle;
 pub use receiver::EventReceiver;
 
 use handle::Failover;
-use resp::ConnectOptions;
+use resp::{ConnectOptions, Connection};
 use role::{OtherServers, Role, ServerRole};
 use sentinel::Sentinels;
 
+use super::output_limit::OutputLimitDisconnects;
 use super::{BrokerError, ConnectionHistory};
 use crate::config::broker_url::Transport;
 use crate::config::{BrokerUrl, Config};
+use crate::observability::GapCause;
 use crate::tls::TlsConfig;
 
 /// Connects both halves.
@@ -51,7 +53,11 @@ pub(super) async fn connect(
     }
     let master = sentinels.is_some().then(|| address.clone());
     let peer = connection.peer;
-    let receiver = EventReceiver::subscribe(connection, config, url, master).await?;
+    let disconnects = output_limit_disconnects(&mut connection).await?;
+    let mut receiver = EventReceiver::subscribe(connection, config, url, master).await?;
+    if history.output_limit_was_reached(disconnects) {
+        receiver.disconnect_cause = GapCause::RedisOutputLimit;
+    }
     let client_config = handle::client_config(url, &address, peer, tls);
     let others =
         if role == Role::Replica { OtherServers::new(url, all, config, history)? } else { OtherServers::default() };
@@ -59,6 +65,15 @@ pub(super) async fn connect(
     let failover = Failover { role: ServerRole::new(role, history), others, sentinels };
     let handle = BrokerHandle::new(config, url, client_config, failover);
     Ok((receiver, handle))
+}
+
+/// How many clients the server has disconnected because they lagged, if it reports this and the user may ask.
+async fn output_limit_disconnects(connection: &mut Connection) -> Result<Option<OutputLimitDisconnects>, BrokerError> {
+    match connection.request(&["INFO", "server", "stats"]).await {
+        Ok(reply) => Ok(reply.first().and_then(|info| OutputLimitDisconnects::parse(info))),
+        Err(BrokerError::Refused(_)) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// The Sentinels of the set, beginning with the member at `url`. As in kombu, the `ssl_*` parameters of a URL apply to

@@ -16,6 +16,7 @@ use crate::celery::DecodeError;
 use crate::config::broker_url::Address;
 use crate::config::{BrokerUrl, Config};
 use crate::inbox::{Batch, Encoding, Message};
+use crate::observability::GapCause;
 
 /// Maximum number of messages in one batch.
 const MAX_BATCH: usize = 1024;
@@ -29,6 +30,8 @@ pub struct EventReceiver {
     bytes_to_discard: usize,
     last_byte: Instant,
     ping: Ping,
+    /// See [`crate::broker::EventReceiver::disconnect_cause`].
+    pub(in crate::broker) disconnect_cause: GapCause,
     channels: Channels,
     /// The master that the Sentinels named.
     master: Option<Address>,
@@ -71,6 +74,7 @@ impl EventReceiver {
             bytes_to_discard: 0,
             last_byte: Instant::now(),
             ping: Ping::default(),
+            disconnect_cause: GapCause::Disconnected,
             master,
             dedup: (channels.names().len() > 1).then(DedupWindow::default),
             channels,

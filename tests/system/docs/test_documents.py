@@ -106,9 +106,9 @@ def test_named_settings_exist():
     assert sorted(re.findall(r"\[(-[\w-]+)", usage)) == sorted(options)
 
 
-def test_named_metrics_exist(services):
+def test_named_metrics_exist(services, shared_redis):
     """The exporter serves every one of its metrics that a document names."""
-    text = services.exporter(None, {"metrics": {"self_metrics": True}, "broker": {"url": "redis://127.0.0.1:1/0"}}).text()
+    text = services.harness(shared_redis, {"metrics": {"self_metrics": True}}).exporter.text()
     families = set(re.findall(r"^# TYPE (\S+)", text, re.M))
     for name, text in DOCUMENTS.items():
         for series in set(re.findall(r"(?<![\w:/.-])flower_[a-z_]+[a-z](?![\w:*.])", text)) - {"flower_exporter"}:

@@ -39,29 +39,13 @@ def test_method_not_allowed(exporter, method, path):
     assert sorted(method.strip() for method in headers["Allow"].split(",")) == ["GET", "HEAD"]
 
 
-def test_healthz_reports_status_broker_and_warnings(harness):
-    """A short JSON: status, broker, seconds since the last event, warnings."""
-    harness.publish(ev.heartbeat())
-    for ready in (False, True):
-        status, health = harness.exporter.healthz(ready)
-        assert status == 200
-        for about in ("status", "broker", "event", "warning"):
-            assert any(about in key for key in health), (about, health)
-        assert [] in health.values(), "no warnings"
-        age = next(value for key, value in health.items() if "event" in key)
-        assert 0 <= age < 60
-        assert content_type(harness.exporter).startswith("application/json")
+def test_healthz_is_json(harness):
+    """Its contents are tested in test_healthz.py."""
+    assert content_type(harness.exporter).startswith("application/json")
 
 
 def content_type(exporter):
     return exporter.request("/healthz")[1]["Content-Type"]
-
-
-def test_healthz_before_any_event(services, shared_redis):
-    exporter = services.exporter(shared_redis, {"events": {"exchange": "never"}})
-    status, health = exporter.healthz()
-    assert status == 200
-    assert next(value for key, value in health.items() if "event" in key) is None
 
 
 @pytest.mark.parametrize("scheme", ["redis://127.0.0.1:{}/0", "amqp://guest:guest@127.0.0.1:{}//"])
