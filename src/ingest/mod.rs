@@ -229,11 +229,12 @@ impl IngestLoop {
     fn process_batch(&mut self, batch: &Batch) {
         let is_reordered = self.reordered_until.is_some_and(|until| batch.arrived < until);
         for message in &batch.messages {
-            let is_duplicate = self.record_delivery(message);
             if let Encoding::Witness(witness) = message.encoding {
                 self.process_witness(witness);
+                self.record_delivery(message);
                 continue;
             }
+            let is_duplicate = self.record_delivery(message);
             self.received_since_connect = true;
             if is_duplicate {
                 self.context.self_metrics.duplicates.inc();

@@ -23,6 +23,8 @@ pub(super) struct Topology {
     pub(super) is_durable: bool,
     /// A named queue existed before this session.
     pub(super) existed: bool,
+    /// It is a quorum queue.
+    pub(super) is_quorum: bool,
     /// The user may not declare the exchange, so it must exist.
     declare_passively: bool,
     arguments: FieldTable,
@@ -70,7 +72,10 @@ impl Topology {
             }
             let channel = connection.create_channel().await.map_err(to_broker_error)?;
             match channel.queue_declare(self.queue.clone(), options, arguments).await {
-                Ok(_) => return Ok(channel),
+                Ok(_) => {
+                    self.is_quorum = *queue_type == Some("quorum");
+                    return Ok(channel);
+                }
                 Err(error) if is_soft_error(&error, &AMQPSoftError::PRECONDITIONFAILED) => refusals.push(error),
                 Err(error) => return Err(to_broker_error(error)),
             }
@@ -95,6 +100,7 @@ impl Topology {
             queue: amqp.queue.clone().unwrap_or_else(generated).into(),
             is_durable: amqp.queue.is_some(),
             existed: false,
+            is_quorum: false,
             declare_passively: false,
             arguments,
         }
