@@ -23,6 +23,7 @@ def pytest_addoption(parser):
     parser.addoption("--names", type=int, default=200_000, help="number of distinct task names; the long form is 10 million")
     parser.addoption("--kills", type=int, default=8, help="SIGKILLs of a persistent exporter; the long form is 50")
     parser.addoption("--faults", type=int, default=12, help="random faults under load; the long form is 200")
+    parser.addoption("--queue-faults", type=int, default=10, help="random faults on a named queue; the long form is 400")
     parser.addoption("--fault-seed", type=int, help="seed of the faults: to repeat a failure")
     parser.addoption("--all-servers", action="store_true", help="run in full on every release of every server")
     parser.addoption("--server", action="append", help="run in full only on this release, for example valkey-9.1")
