@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by run.sh and growth.sh. Installs and builds what they need; takes a second if everything is up to date.
+# Sourced by run.sh, growth.sh and idle.sh. Installs and builds what they need; takes a second if everything is up to date.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 env=$root/target/bench-env

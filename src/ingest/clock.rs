@@ -23,11 +23,20 @@ pub(super) struct WorkerClock {
     last_iteration: Instant,
     /// Paused time is counted up to here.
     counted_until: Instant,
+    /// Paused time that is not counted yet: that of dropped messages, and that in which the process was stopped.
+    uncounted: Duration,
 }
 
 impl WorkerClock {
     pub(super) fn new(now: Instant) -> Self {
-        Self { elapsed: Duration::ZERO, reference: None, has_gap: false, last_iteration: now, counted_until: now }
+        Self {
+            elapsed: Duration::ZERO,
+            reference: None,
+            has_gap: false,
+            last_iteration: now,
+            counted_until: now,
+            uncounted: Duration::ZERO,
+        }
     }
 
     /// The time up to which every worker's events have been applied.
@@ -45,10 +54,11 @@ impl WorkerClock {
         (self.reference, self.has_gap) = (Some(now), false);
     }
 
-    /// Ends a session.
-    pub(super) fn stop(&mut self, now: Instant) {
-        self.reference = None;
-        self.counted_until = self.counted_until.max(now);
+    /// Ends a session. The time since its last witness does not count.
+    pub(super) fn stop(&mut self) {
+        if let Some(reference) = self.reference.take() {
+            self.counted_until = self.counted_until.max(reference);
+        }
     }
 
     /// Records that messages were dropped. The time from the last witness to the next one does not count.
@@ -59,7 +69,9 @@ impl WorkerClock {
     /// Advances to the send time of a witness that has come back.
     pub(super) fn advance(&mut self, sent: Instant) {
         if let Some(reference) = &mut self.reference {
-            if !std::mem::take(&mut self.has_gap) {
+            if std::mem::take(&mut self.has_gap) {
+                self.uncounted += sent.saturating_duration_since(self.counted_until.max(*reference));
+            } else {
                 self.elapsed += sent.saturating_duration_since(*reference);
             }
             *reference = sent.max(*reference);
@@ -71,7 +83,9 @@ impl WorkerClock {
         let iteration = now.saturating_duration_since(self.last_iteration);
         self.last_iteration = now;
         if let Some(reference) = self.reference.as_mut().filter(|_| iteration > MAX_ITERATION) {
-            *reference = now.min(*reference + iteration.saturating_sub(TICK));
+            let stopped = iteration.saturating_sub(TICK);
+            *reference = now.min(*reference + stopped);
+            self.uncounted += stopped;
         }
     }
 
@@ -80,7 +94,7 @@ impl WorkerClock {
         let paused_at = self.reference.map_or(self.counted_until, |reference| reference + PAUSED_AFTER);
         let from = paused_at.max(self.counted_until);
         self.counted_until = self.counted_until.max(now);
-        now.saturating_duration_since(from)
+        now.saturating_duration_since(from) + std::mem::take(&mut self.uncounted)
     }
 
     /// Whether the session's last witness is overdue.
@@ -118,7 +132,7 @@ mod tests {
     fn the_time_without_a_subscription_does_not_count() {
         let (mut clock, start) = started();
         clock.advance(start + SECOND);
-        clock.stop(start + SECOND * 2);
+        clock.stop();
         clock.advance(start + SECOND * 50);
         assert_eq!(clock.time_at(start + SECOND * 50), SECOND);
         clock.start(start + SECOND * 60);
@@ -134,6 +148,7 @@ mod tests {
         assert_eq!(clock.elapsed(), Duration::ZERO);
         clock.advance(start + SECOND * 61);
         assert_eq!(clock.elapsed(), SECOND);
+        assert_eq!(clock.take_paused(start + SECOND * 61), SECOND * 60);
     }
 
     #[test]
@@ -145,6 +160,7 @@ mod tests {
         assert_eq!(clock.elapsed(), TICK * 2);
         clock.advance(start + TICK + SECOND * 101);
         assert_eq!(clock.elapsed(), TICK * 2 + SECOND);
+        assert_eq!(clock.take_paused(start + TICK + SECOND * 101), Duration::from_millis(98_500));
     }
 
     #[test]
@@ -158,8 +174,8 @@ mod tests {
         assert!(clock.is_overdue(paused_at + SECOND * 3));
         clock.advance(paused_at + SECOND * 3);
         assert_eq!(clock.take_paused(paused_at + SECOND * 4), Duration::ZERO);
-        clock.stop(paused_at + SECOND * 5);
-        assert_eq!(clock.take_paused(paused_at + SECOND * 7), SECOND * 2, "not subscribed");
+        clock.stop();
+        assert_eq!(clock.take_paused(paused_at + SECOND * 7), SECOND * 3, "not subscribed");
         clock.start(paused_at + SECOND * 7);
         assert_eq!(clock.take_paused(paused_at + SECOND * 8), Duration::ZERO);
     }

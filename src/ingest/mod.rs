@@ -180,7 +180,7 @@ impl IngestLoop {
                 self.connected(session, queue.as_ref(), disconnect_cause);
             }
             IngestMessage::Disconnected => {
-                self.clock.stop(Instant::now());
+                self.clock.stop();
                 self.unsubscribed_since = Some(SystemTime::now());
                 self.connected_at = None;
             }
@@ -251,6 +251,9 @@ impl IngestLoop {
     fn record_delivery(&mut self, message: &Message) -> bool {
         let Some((hash, is_duplicate)) = self.redelivery_filter.check(message) else { return false };
         if let Some(cause) = self.continuity.record_delivery(hash, is_duplicate) {
+            let payload_prefix = message.bytes[..message.bytes.len().min(PAYLOAD_PREFIX_LEN)].escape_ascii();
+            let (redelivered, witness) = (message.redelivered, message.is_witness());
+            tracing::debug!(%payload_prefix, redelivered, witness, "another message came before the newest saved one");
             self.record_gap(Gap::new(cause));
         }
         is_duplicate

@@ -23,8 +23,8 @@ pub(super) struct Topology {
     pub(super) is_durable: bool,
     /// A named queue existed before this session.
     pub(super) existed: bool,
-    /// It is a quorum queue.
-    pub(super) is_quorum: bool,
+    /// The type of the queue, if it was declared with one.
+    pub(super) queue_type: Option<&'static str>,
     /// The user may not declare the exchange, so it must exist.
     declare_passively: bool,
     arguments: FieldTable,
@@ -63,7 +63,7 @@ impl Topology {
             auto_delete: exclusive,
             ..QueueDeclareOptions::default()
         };
-        let types: &[Option<&str>] = if exclusive { &[None] } else { &[Some("classic"), Some("quorum"), None] };
+        let types: &[Option<&'static str>] = if exclusive { &[None] } else { &[Some("classic"), Some("quorum"), None] };
         let mut refusals = Vec::new();
         for queue_type in types {
             let mut arguments = self.arguments.clone();
@@ -73,7 +73,7 @@ impl Topology {
             let channel = connection.create_channel().await.map_err(to_broker_error)?;
             match channel.queue_declare(self.queue.clone(), options, arguments).await {
                 Ok(_) => {
-                    self.is_quorum = *queue_type == Some("quorum");
+                    self.queue_type = *queue_type;
                     return Ok(channel);
                 }
                 Err(error) if is_soft_error(&error, &AMQPSoftError::PRECONDITIONFAILED) => refusals.push(error),
@@ -100,7 +100,7 @@ impl Topology {
             queue: amqp.queue.clone().unwrap_or_else(generated).into(),
             is_durable: amqp.queue.is_some(),
             existed: false,
-            is_quorum: false,
+            queue_type: None,
             declare_passively: false,
             arguments,
         }

@@ -78,7 +78,8 @@ impl Witnesses {
     ) -> Result<(), BrokerError> {
         let delivered = self.state().delivered;
         // A quorum queue of RabbitMQ 4.3 was seen to deliver a witness before three of 859 messages that it had counted.
-        let ready = if topology.is_quorum { 0 } else { topology.stats(consumer_channel).await?.queued };
+        let ready =
+            if topology.queue_type == Some("quorum") { 0 } else { topology.stats(consumer_channel).await?.queued };
         let number = self.begin(Instant::now(), delivered, ready);
         let accepted = publisher.publish_witness(&self.exchange, &format!("{}-{number}", self.session)).await;
         if !matches!(accepted, Ok(true)) {

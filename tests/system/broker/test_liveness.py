@@ -119,6 +119,15 @@ def test_busy_script_does_not_end_the_subscription(services, redis):
     assert harness.exporter.log().count("subscribed to") == 1
 
 
+def test_exchange_with_the_name_of_the_witness_is_explained(services, vhost):
+    """Another program has declared it with another type."""
+    with vhost.connection() as connection:
+        connection.channel().exchange_declare("flower-exporter", "topic", durable=True, auto_delete=False)
+    exporter = services.exporter(None, {"broker": {"url": vhost.url, "amqp": {"queue": "flower-exporter"}}})
+    wait_until(lambda: "no other exchange may have this name" in exporter.log(), 10, exporter.log)
+    assert exporter.healthz()[0] == 200 and exporter.healthz(ready=True)[0] == 503
+
+
 def test_witnesses_of_others_have_no_effect(services, vhost):
     """Messages in the exchange of the witnesses that the exporter did not send are read like others."""
     amqp = {"queue": "flower-exporter"}

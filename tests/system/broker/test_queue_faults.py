@@ -41,6 +41,7 @@ class Faults:
             },
             "state": {"persistent": True, "db": str(directory("state") / "state"), "worker_timeout": 0},
             "metrics": {"self_metrics": True},
+            "log": {"level": "debug"},
         }
         self.harness = services.harness(vhost, self.settings, path=self.path)
         self.settings["events"] = {"exchange": self.harness.exchange}

@@ -67,6 +67,7 @@ INVALID = [
     ("events.hostnames", ["[a"]),
     ("broker.amqp.prefetch_count", 70_000),
     ("broker.amqp.prefetch_count", -1),
+    ("broker.amqp.prefetch_count", 1),
     ("events.enable_interval", 0),
     # URLs
     ("broker.url", "nonsense"),
