@@ -242,12 +242,12 @@ impl Exporter {
         self.self_metrics.record_reload(false);
     }
 
-    /// Records that log lines were lost since the last call. A warning lasts until none are lost any more.
+    /// Records how many log lines were lost since the last call, and whether lines are still lost.
     #[cfg(feature = "cli")]
-    pub(crate) fn record_lost_log_lines(&self, count: u64) {
+    pub(crate) fn record_lost_log_lines(&self, count: u64, is_lossy: bool) {
         self.self_metrics.lost_log_lines.inc_by(count);
-        let warning = (count > 0).then(|| "log lines are lost: standard error is closed or not read".to_owned());
-        self.health.set_warnings(WarningSource::Log, warning.into_iter().collect());
+        let warning = is_lossy.then(|| "log lines are lost: standard error is closed or not read".to_owned());
+        self.health.set_unlogged_warnings(WarningSource::Log, warning.into_iter().collect());
     }
 
     /// Stops receiving, processes what is in the buffer, finishes the responses in flight and saves the state.

@@ -24,7 +24,7 @@ pub enum Encoding {
     RawBody,
     /// It cannot be decoded. `bytes` holds the message or its beginning, for the log.
     Undecodable(DecodeFailure),
-    /// None: the message is a witness, and its bytes are its ID, if it has one.
+    /// There is no payload: the message is a witness, and its bytes are its ID, if it has one.
     Witness(Witness),
 }
 
@@ -74,7 +74,7 @@ impl Message {
 }
 
 /// AMQP's delivery tag. Acknowledging it acknowledges every message up to it on its channel (`multiple`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct DeliveryTag(pub u64);
 
 /// Messages that were received together.
@@ -163,6 +163,7 @@ struct Buffer {
     limit: usize,
     bytes: AtomicUsize,
     freed: Notify,
+    dropped: Notify,
     received_messages: AtomicU64,
     received_bytes: AtomicU64,
     dropped_messages: AtomicU64,
@@ -180,6 +181,7 @@ impl Inbox {
             limit,
             bytes: AtomicUsize::new(0),
             freed: Notify::new(),
+            dropped: Notify::new(),
             received_messages: AtomicU64::new(0),
             received_bytes: AtomicU64::new(0),
             dropped_messages: AtomicU64::new(0),
@@ -228,8 +230,15 @@ impl Inbox {
         let kept = batch.messages.iter().take_while(fits).count();
         batch.truncate(kept);
         let dropped = received - batch.message_count();
-        self.buffer.record_dropped(dropped as u64);
+        if dropped > 0 {
+            self.buffer.record_dropped(dropped as u64);
+        }
         (BufferPermit::new(&self.buffer, batch.bytes), dropped)
+    }
+
+    /// Waits until messages are dropped. For one caller at a time.
+    pub async fn messages_dropped(&self) {
+        self.buffer.dropped.notified().await;
     }
 
     /// How many messages were dropped so far.
@@ -253,7 +262,10 @@ impl Buffer {
     }
 
     fn record_received(&self, batch: &Batch) {
-        let (messages, bytes) = (batch.message_count() as u64, batch.bytes as u64);
+        let messages = batch.message_count() as u64;
+        let received = batch.messages.iter().filter(|message| !message.is_witness());
+        let bytes: usize = received.map(|message| message.bytes.len()).sum();
+        let bytes = bytes as u64;
         self.received_messages.fetch_add(messages, Ordering::Relaxed);
         self.received_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.self_metrics.received_messages.inc_by(messages);
@@ -263,6 +275,7 @@ impl Buffer {
     fn record_dropped(&self, messages: u64) {
         self.dropped_messages.fetch_add(messages, Ordering::Relaxed);
         self.self_metrics.dropped.inc_by(messages);
+        self.dropped.notify_one();
     }
 
     #[allow(clippy::cast_possible_wrap, reason = "bounded by events.buffer_max_bytes and one message")]

@@ -7,6 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1] / "tests/system"), str(HERE)]
+
 from subjects import Ours
 from support.rabbitmq import RabbitMQ
 from support.redis import Redis

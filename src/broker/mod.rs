@@ -31,6 +31,21 @@ use tls_options::tls_options;
 /// The connection ends if the broker does not respond to a request for this long.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(15);
 
+const MIN_WITNESS_INTERVAL: Duration = Duration::from_secs(1);
+/// Many exporters, for example one in each pod, must not load the broker.
+const MAX_WITNESS_INTERVAL: Duration = Duration::from_secs(5);
+
+/// The time between two witnesses: a second with a named queue, otherwise a tenth of `state.worker_timeout`, from one to
+/// five seconds.
+#[must_use]
+pub fn witness_interval(config: &Config) -> Duration {
+    if config.broker.amqp.queue.is_some() {
+        return MIN_WITNESS_INTERVAL;
+    }
+    let (min, max) = (MIN_WITNESS_INTERVAL, MAX_WITNESS_INTERVAL);
+    config.state.worker_timeout.map_or(max, |timeout| (timeout / 10).clamp(min, max))
+}
+
 /// Statistics of the exporter's queue at the broker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QueueStats {
@@ -113,7 +128,7 @@ impl EventReceiver {
 pub enum BrokerHandle {
     /// A separate Redis client: a PUBLISH must not wait behind a burst.
     Redis(Box<redis::BrokerHandle>),
-    /// Channels of the consumer's connection.
+    /// Two `RabbitMQ` connections: the consumer's, and one for publishing.
     Amqp(Box<amqp::BrokerHandle>),
 }
 
@@ -125,7 +140,7 @@ impl BrokerHandle {
     pub async fn broadcast(&self, command: Broadcast) -> Result<(), BrokerError> {
         match self {
             Self::Redis(redis) => Box::pin(redis.broadcast(command)).await,
-            Self::Amqp(amqp) => amqp.broadcast(command).await,
+            Self::Amqp(amqp) => Box::pin(amqp.broadcast(command)).await,
         }
     }
 
@@ -141,15 +156,15 @@ impl BrokerHandle {
         }
     }
 
-    /// Sends a witness to the exporter's queue, and returns once it has come back. On Redis it never returns: the
-    /// receiver sends witnesses.
+    /// Sends a witness to the exporter's queue. Returns once it or a later one has come back, or after 15 s, because it
+    /// may be lost. On Redis it never returns: the receiver sends witnesses.
     ///
     /// # Errors
-    /// Returns an error if the witness could not be sent or was lost. A later one may succeed.
+    /// Returns an error if the witness could not be published. A later one may succeed.
     pub async fn send_witness(&self) -> Result<(), BrokerError> {
         match self {
             Self::Redis(_) => std::future::pending().await,
-            Self::Amqp(amqp) => amqp.send_witness().await,
+            Self::Amqp(amqp) => Box::pin(amqp.send_witness()).await,
         }
     }
 
@@ -194,7 +209,7 @@ impl BrokerHandle {
         }
     }
 
-    /// Declares exchange, queue and binding again, and returns the queue's statistics. A consumer is not notified when
+    /// Declares the exchanges and bindings again, and returns the queue's statistics. A consumer is not notified when
     /// the exchange is deleted.
     ///
     /// # Errors
@@ -268,4 +283,20 @@ fn tls_config(url: &BrokerUrl, config: &Config) -> Result<Option<TlsConfig>, Bro
     }
     let tls = TlsConfig::new(&tls_options(url, &config.broker.tls));
     tls.map(Some).map_err(|error| BrokerError::Tls(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn witnesses_are_sent_every_one_to_five_seconds() {
+        let mut config = Config::default();
+        for (timeout, expected) in [(None, 5), (Some(1), 1), (Some(30), 3), (Some(60), 5), (Some(600), 5)] {
+            config.state.worker_timeout = timeout.map(Duration::from_secs);
+            assert_eq!(witness_interval(&config), Duration::from_secs(expected));
+        }
+        config.broker.amqp.queue = Some("q".to_owned());
+        assert_eq!(witness_interval(&config), Duration::from_secs(1));
+    }
 }

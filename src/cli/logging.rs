@@ -32,7 +32,9 @@ use crate::exporter::Exporter;
 const MAX_BUFFERED_LINES: usize = 1024;
 /// How long to wait at the end until the buffer is written.
 const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
-/// How often lost lines are looked for.
+/// In this time, a line is written or lost.
+const WRITE_DELAY: Duration = Duration::from_millis(500);
+/// How often to check for lost lines.
 const LOST_LINES_CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The running log. Dropping it writes the buffer.
@@ -99,22 +101,28 @@ impl Logging {
 
     /// Reports lost lines: as a warning while lines are lost, and in the log once they can be written again.
     pub(super) async fn report_lost_lines(&self, exporter: &Exporter) -> Infallible {
-        let (mut known, mut logged) = (0, 0);
+        // The lost lines that are counted, those that are reported in the log, and lost reports.
+        let (mut counted, mut logged, mut reports) = (0, 0, 0);
         loop {
             sleep(LOST_LINES_CHECK_INTERVAL).await;
-            let lost = self.lost_lines();
-            exporter.record_lost_log_lines(lost - known);
-            if lost == known && lost > logged {
+            let lost = self.lost_lines() - reports;
+            if lost == counted && lost > logged {
+                let before = self.lost_lines();
                 tracing::warn!(lost = lost - logged, "log lines were lost");
-                logged = lost;
+                sleep(WRITE_DELAY).await;
+                match self.lost_lines() - before {
+                    0 => logged = lost,
+                    more => reports += more,
+                }
             }
-            known = lost;
+            exporter.record_lost_log_lines(lost - counted, lost > logged);
+            counted = lost;
         }
     }
 }
 
 impl Drop for Logging {
-    /// The worker's own end may block on standard output.
+    /// `WorkerGuard::drop` may print to standard output, which may block.
     fn drop(&mut self) {
         let (done_tx, done_rx) = channel();
         let worker = self.worker.take();

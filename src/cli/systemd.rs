@@ -62,7 +62,7 @@ fn status(exporter: &Exporter) -> String {
     let health = exporter.health();
     let broker = match health.broker() {
         BrokerStatus::Connecting => "connecting to broker",
-        BrokerStatus::Standby => "standing by for another exporter",
+        BrokerStatus::Standby => "on standby: another exporter is consuming the queue",
         BrokerStatus::Connected => "connected to broker",
         BrokerStatus::Stopped => "stopped",
     };

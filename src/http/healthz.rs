@@ -50,7 +50,7 @@ fn not_ready_reason(broker: &BrokerReport) -> Option<String> {
     match broker.status {
         BrokerStatus::Connected => None,
         BrokerStatus::Connecting => Some(format!("{NOT_SUBSCRIBED}{error}")),
-        BrokerStatus::Standby => Some("standing by: another consumer has broker.amqp.queue".to_owned()),
+        BrokerStatus::Standby => Some("on standby: another consumer is consuming from broker.amqp.queue".to_owned()),
         BrokerStatus::Stopped => Some("the exporter is stopping".to_owned()),
     }
 }

@@ -4,8 +4,8 @@
 
 use std::time::{Duration, Instant};
 
-/// The longest time between two iterations of the ingest loop. It is longer than the usual time between two witnesses,
-/// which also wake the loop.
+/// The longest time between two iterations of the ingest loop. It is longer than the time between two witnesses of a
+/// named queue, which also wake the loop.
 pub(super) const TICK: Duration = Duration::from_millis(1500);
 /// An iteration that took longer means that the process was stopped, or that the loop was busy.
 const MAX_ITERATION: Duration = TICK.saturating_mul(2);

@@ -75,7 +75,16 @@ impl Gap {
             GapCause::Disconnected | GapCause::RedisOutputLimit | GapCause::Restart => {
                 tracing::warn!(cause, seconds, approximate_events, "events were missed while disconnected");
             }
-            _ => tracing::warn!(cause, seconds, "events were missed: the queue lost messages"),
+            GapCause::ContinuityUnknown => {
+                tracing::warn!(
+                    cause,
+                    seconds,
+                    "events may have been missed: the last position in the queue is unknown"
+                );
+            }
+            GapCause::QueueOverflow | GapCause::QueueRecreated => {
+                tracing::warn!(cause, seconds, "events were missed: the queue lost messages");
+            }
         }
     }
 

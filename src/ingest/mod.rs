@@ -98,8 +98,8 @@ struct IngestLoop {
     unsubscribed_since: Option<SystemTime>,
     rate: EventRate,
     received_since_connect: bool,
-    /// Until then, the broker may deliver messages of a named queue out of order: it still holds those that it had sent
-    /// to the previous connection.
+    /// Until then, the broker may deliver messages of a named queue out of order. The session waits until the previous
+    /// consumer is gone, but quorum queues and other versions of `RabbitMQ` may requeue its messages later.
     reordered_until: Option<Instant>,
     snapshot: Option<(SnapshotBuilder, Vec<ReplyFn<Arc<Snapshot>>>)>,
     base64: Vec<u8>,

@@ -89,8 +89,8 @@ impl SaveScheduler {
 
     /// Whether the save in flight has taken longer than `limit`.
     fn is_taking(&self, limit: Duration) -> bool {
-        let is_busy = self.store.as_ref().is_some_and(|store| store.status.is_busy());
-        is_busy && self.in_flight.as_ref().is_some_and(|save| save.submitted.elapsed() > limit)
+        let is_saving = self.store.as_ref().is_some_and(|store| store.status.is_busy() && !store.status.is_failing());
+        is_saving && self.in_flight.as_ref().is_some_and(|save| save.submitted.elapsed() > limit)
     }
 
     /// Warns while a save takes long.

@@ -322,8 +322,8 @@ impl Health {
         Some(reason.to_owned())
     }
 
-    /// Whether every component runs, and the session loop and the ingest loop ran within `limit`. They run about once
-    /// per second.
+    /// Whether every component runs, and the session loop and the ingest loop ran within `limit`. They run at least every
+    /// five seconds.
     #[must_use]
     #[cfg_attr(not(feature = "cli"), allow(dead_code, reason = "only the daemon has a watchdog"))]
     pub(crate) fn has_ticked_within(&self, limit: Duration) -> bool {

@@ -20,7 +20,7 @@ pub enum GapCause {
     BufferFull,
     /// There was no subscription for a while, and no named queue collected events in the meantime.
     Disconnected,
-    /// Redis disconnected the exporter because its output buffer limit was reached. Detected on Redis 7.2 and later.
+    /// Redis disconnected a client, probably the exporter, because its output buffer limit was reached. Detected on Redis 7.2 and later.
     RedisOutputLimit,
     /// The queue lost messages: by its limit, TTL, a purge, or to another client.
     QueueOverflow,

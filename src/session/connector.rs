@@ -32,7 +32,7 @@ impl Connector {
             }
         };
         let on_standby = || {
-            tracing::warn!("another consumer has broker.amqp.queue; standing by until it is gone");
+            tracing::warn!("another consumer is consuming from broker.amqp.queue; on standby until it is gone");
             health.set_broker(BrokerStatus::Standby);
         };
         let accept_replica = urls.len() == 1;

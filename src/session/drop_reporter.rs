@@ -22,27 +22,28 @@ impl<'s> DropReporter<'s> {
 
     pub(super) async fn run(&mut self) -> Infallible {
         loop {
+            self.inbox.messages_dropped().await;
             sleep(DROP_REPORT_DELAY).await;
-            if self.report() {
-                sleep(DROP_REPORT_INTERVAL).await;
-            }
+            self.report();
+            sleep(DROP_REPORT_INTERVAL).await;
         }
     }
 
-    /// Logs how many messages were dropped since the last report. Returns whether any were.
-    pub(super) fn report(&mut self) -> bool {
+    /// Logs how many messages were dropped since the last report, if any were.
+    pub(super) fn report(&mut self) {
         let total = self.inbox.dropped_messages();
         let dropped = total - self.reported;
         if dropped > 0 {
             tracing::warn!(dropped, dropped_total = total, "dropping messages: buffer full (events.buffer_max_bytes)");
             self.reported = total;
         }
-        dropped > 0
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+
     use super::*;
     use crate::inbox::{Batch, Encoding, Message};
     use crate::observability::{Health, SelfMetrics};
@@ -51,11 +52,14 @@ mod tests {
     fn each_dropped_message_is_reported_once() {
         let (inbox, _inbox_rx) = Inbox::new(1, SelfMetrics::new().unwrap().into(), Health::default().into());
         let mut reporter = DropReporter::new(&inbox);
-        assert!(!reporter.report());
+        reporter.report();
+        assert_eq!(reporter.reported, 0);
         let message = Message { bytes: "large".into(), encoding: Encoding::RawBody, redelivered: false };
         let (_permit, dropped) = inbox.truncate_to_capacity(&mut Batch::new(vec![message; 3], None));
         assert_eq!(dropped, 2);
-        assert!(reporter.report());
-        assert!(!reporter.report());
+        assert!(inbox.messages_dropped().now_or_never().is_some());
+        reporter.report();
+        assert_eq!(reporter.reported, 2);
+        assert!(inbox.messages_dropped().now_or_never().is_none());
     }
 }

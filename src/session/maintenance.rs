@@ -55,17 +55,17 @@ impl Maintenance<'_> {
 async fn acknowledge(broker: &BrokerHandle, acks_rx: &mut mpsc::UnboundedReceiver<Ack>, session: u64) -> BrokerError {
     let mut acknowledged = 0;
     loop {
-        let Some(mut last) = acks_rx.recv().await else {
+        let Some(first) = acks_rx.recv().await else {
             // The ingest loop has ended: there is nothing more to acknowledge.
             return std::future::pending().await;
         };
-        while let Ok(later) = acks_rx.try_recv() {
-            last = later;
-        }
-        // Two threads send acknowledgments. The broker refuses a tag that is lower than one before it.
-        if last.session == session && last.tag.0 > acknowledged {
-            acknowledged = last.tag.0;
-            if let Err(error) = broker.acknowledge(last.tag).await {
+        // Two threads send acknowledgments, some of earlier sessions. The broker refuses a tag that is lower than one
+        // before it.
+        let others = std::iter::from_fn(|| acks_rx.try_recv().ok());
+        let highest = [first].into_iter().chain(others).filter(|ack| ack.session == session).map(|ack| ack.tag).max();
+        if let Some(tag) = highest.filter(|tag| tag.0 > acknowledged) {
+            acknowledged = tag.0;
+            if let Err(error) = broker.acknowledge(tag).await {
                 return error;
             }
         }
@@ -78,6 +78,7 @@ async fn check_queue(
     config_rx: watch::Receiver<Arc<Config>>,
     mut queue: QueueCheck<'_>,
 ) -> BrokerError {
+    queue.health.set_warnings(WarningSource::Queue, Vec::new());
     if !broker.has_queue() {
         return std::future::pending().await;
     }
@@ -106,6 +107,9 @@ async fn enable_events(
         if enabled && enabled_at.is_none_or(|at| due_in(at).is_zero()) {
             broadcast(broker, Broadcast::EnableEvents, config.broker.connect_timeout, health, &mut log).await;
             enabled_at = Some(Instant::now());
+        }
+        if !enabled {
+            health.set_warnings(WarningSource::Broadcast, Vec::new());
         }
         let rest = enabled_at.filter(|_| enabled).map_or(NEVER, due_in);
         sleep_until_changed(rest, &mut config_rx, |now| {

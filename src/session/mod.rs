@@ -1,7 +1,7 @@
 //! Runs sessions with the broker one after another: connect, serve, back off, repeat. Only this module subscribes again
 //! after a disconnect.
 //!
-//! Runs on one thread and never blocks it. Messages go into the inbox, as does a notice of every gap.
+//! Runs on one thread, and blocks it only to read the files of the URL and of TLS. Messages go into the inbox, as does a notice of every gap.
 
 mod backoff;
 mod connector;
@@ -32,7 +32,7 @@ use reader::Reader;
 /// A subscription that lasted this long was healthy: the next attempt starts with the initial backoff.
 const HEALTHY_SESSION_THRESHOLD: Duration = Duration::from_secs(60);
 /// How often the session reports that its thread runs.
-const TICK: Duration = Duration::from_secs(1);
+const TICK: Duration = Duration::from_secs(5);
 /// How long to wait for a connection to close, and at shutdown for a connection attempt to finish.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 

@@ -17,18 +17,25 @@ impl Reader<'_> {
         loop {
             let batch = match self.receiver.next().await {
                 Ok(batch) => batch,
-                Err(error) => return error,
+                Err(error) => {
+                    self.report(gap);
+                    return error;
+                }
             };
             *self.received |= batch.message_count() > 0;
             let (batch, permit, dropped) = self.reserve_or_drop(batch).await;
             if !batch.messages.is_empty() {
-                if gap > 0 {
-                    self.inbox.send(IngestMessage::Gap(std::mem::take(&mut gap)));
-                }
+                self.report(std::mem::take(&mut gap));
                 self.inbox.send_batch(batch, permit);
             }
             // The gap follows the messages that still fit: it is reported before the next ones.
             gap += dropped;
+        }
+    }
+
+    fn report(&self, gap: usize) {
+        if gap > 0 {
+            self.inbox.send(IngestMessage::Gap(gap));
         }
     }
 

@@ -368,7 +368,7 @@ impl State {
         self.workers.iter().filter(sends_none).map(|worker| worker.hostname.to_string()).collect()
     }
 
-    /// Applies the timeouts. Call this several times per second, with the clock that [`State::apply`] uses.
+    /// Applies the timeouts. Call this when the clock that [`State::apply`] uses has advanced.
     pub fn expire(&mut self, timeouts: &Timeouts, now: Duration) {
         for slot in timeouts.worker_timeout.map_or_else(Vec::new, |timeout| self.workers.newly_timed_out(timeout, now))
         {
@@ -409,7 +409,7 @@ impl State {
 
     /// Records that events are missing. The prefetched tasks of every worker are cleared.
     pub fn record_gap(&mut self) {
-        for slot in self.workers.mark_stale() {
+        for slot in self.workers.forget_baselines() {
             self.clear_prefetched(slot);
         }
     }

@@ -335,7 +335,7 @@ impl Tasks {
         &mut self.chunks[slot as usize / CHUNK][slot as usize % CHUNK]
     }
 
-    /// Moves a task to the newest end of the list for its state, unless it is in that list.
+    /// Moves a task to the newest end of the list that it belongs in, unless it is in that list.
     pub(super) fn move_to_list(&mut self, slot: u32) {
         let task = self.get(slot);
         let finished = task.is_evicted_first();

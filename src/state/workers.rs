@@ -92,7 +92,7 @@ pub struct Worker {
     /// When it last reported that it executes nothing after such a start, by its own clock. Runs that began earlier
     /// have ended.
     pub(super) idle_at: f64,
-    /// Runs may have set prefetch times since then.
+    /// Runs may have set prefetch times since `idle_at`.
     pub(super) may_hold_runs: bool,
 }
 
@@ -337,9 +337,8 @@ impl Workers {
         self.no_candidates = false;
     }
 
-    /// Marks every worker after a gap: the tasks it executes are unknown. Returns the slots of the workers that may
-    /// hold prefetch entries.
-    pub(super) fn mark_stale(&mut self) -> Vec<usize> {
+    /// Forgets the baselines of all workers after a gap. Returns the slots of the workers that may hold prefetch entries.
+    pub(super) fn forget_baselines(&mut self) -> Vec<usize> {
         let prefetching = self.slots.iter_mut().filter_map(|(slot, worker)| {
             // Its task events may have been lost in the gap.
             worker.task_event_baseline = None;

@@ -17,6 +17,10 @@ use crate::config::broker_url::Address;
 use crate::config::{BrokerUrl, Config};
 use crate::tls::{self, TlsConfig};
 
+/// The frame size of a connection that sends small messages only. lapin allocates 64 frames for each connection, which is
+/// 8 MiB with the size that `RabbitMQ` offers, and accepts none below this one.
+const SMALL_FRAME_MAX: u32 = 8192;
+
 /// Where to connect to.
 pub(super) enum Target<'t> {
     /// The host of the URL, whose addresses are tried in this order.
@@ -33,12 +37,14 @@ pub(super) async fn open(
     tls: Option<&TlsConfig>,
     target: Target<'_>,
 ) -> Result<(Connection, ShutdownOnDrop), BrokerError> {
-    let name = match target {
-        Target::Host(_) => concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION")),
-        Target::Address(_) => concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"), " (publisher)"),
+    let (name, frame_max) = match target {
+        Target::Host(_) => (concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION")), None),
+        Target::Address(_) => {
+            (concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"), " (publisher)"), Some(SMALL_FRAME_MAX))
+        }
     };
     let properties = ConnectionProperties::default().with_connection_name(name.into());
-    let uri = uri(url, config);
+    let uri = uri(url, config, frame_max);
     let AMQPAuthority { host, port, .. } = &uri.authority;
     let connecting = async {
         match target {
@@ -93,7 +99,7 @@ impl Drop for ShutdownOnDrop {
     }
 }
 
-fn uri(url: &BrokerUrl, config: &Config) -> AMQPUri {
+fn uri(url: &BrokerUrl, config: &Config, frame_max: Option<u32>) -> AMQPUri {
     let (host, port) = match &url.address {
         Address::Tcp { host, port } => (host.clone(), *port),
         Address::Unix(path) => (path.display().to_string(), 0),
@@ -108,6 +114,7 @@ fn uri(url: &BrokerUrl, config: &Config) -> AMQPUri {
         },
         vhost: url.vhost.clone(),
         query: AMQPQueryString {
+            frame_max,
             heartbeat: u16::try_from(config.broker.amqp.heartbeat.as_secs()).ok(),
             ..AMQPQueryString::default()
         },

@@ -49,9 +49,9 @@ impl BrokerHandle {
     }
 
     pub(in crate::broker) async fn close(&self) {
-        self.publisher.close().await;
-        // The connection ends either way.
-        let _ = self.connection.close(200, "exporter is closing the connection".into()).await;
+        // The connections end either way. While an alarm lasts, the server does not read from the publisher's.
+        let closing = self.connection.close(200, "exporter is closing the connection".into());
+        let _ = tokio::join!(closing, self.publisher.close());
     }
 
     pub(in crate::broker) async fn acknowledge(&self, tag: DeliveryTag) -> Result<(), BrokerError> {

@@ -34,7 +34,7 @@ use crate::tls::TlsConfig;
 const CONSUMER_POLL_INTERVAL: Duration = Duration::from_millis(200);
 /// The same while another exporter has the queue.
 const STANDBY_POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// Beyond three heartbeats, a consumer is not the dead connection of the last session.
+/// Added to three heartbeats: a consumer that lasts longer is not the dead connection of the last session.
 const STANDBY_MARGIN: Duration = Duration::from_secs(5);
 
 /// Connects, declares and consumes. Each step takes at most `broker.connect_timeout`; between them, it waits until a
@@ -59,8 +59,8 @@ pub(super) async fn connect(
     let (channel, consumer, initial_queue_depth) = if topology.is_durable {
         subscription.wait_and_consume(channel, on_standby).await?
     } else {
-        let queued = topology.stats(&channel).await?.queued;
-        let consumer = subscription.consume(&channel).await.map_err(to_broker_error)?;
+        let queued = subscription.stats(&channel).await?.queued;
+        let consumer = subscription.consume(&channel).await??;
         (channel, consumer, queued)
     };
     let witnesses = Arc::new(Witnesses::new(&topology.queue));
@@ -101,7 +101,7 @@ impl Subscription<'_> {
         loop {
             let stats = self.stats(&channel).await?;
             if stats.consumers == 0 {
-                match self.consume(&channel).await {
+                match self.consume(&channel).await? {
                     // A quorum queue ignores that a consumer is exclusive.
                     Ok(consumer) if self.stats(&channel).await?.consumers <= 1 => {
                         return Ok((channel, consumer, stats.queued));
@@ -110,7 +110,7 @@ impl Subscription<'_> {
                     Err(error) => {
                         channel = self.reopen(&channel).await?;
                         if self.stats(&channel).await?.consumers == 0 {
-                            return Err(to_broker_error(error));
+                            return Err(error);
                         }
                     }
                 }
@@ -125,22 +125,35 @@ impl Subscription<'_> {
     }
 
     async fn stats(&self, channel: &Channel) -> Result<QueueStats, BrokerError> {
-        let limit = response_timeout(self.config);
-        timeout(limit, self.topology.stats(channel)).await.unwrap_or(Err(BrokerError::Timeout(limit)))
+        self.within_limit(self.topology.stats(channel)).await?
+    }
+
+    /// The result of requests to the broker, which must respond to all of them within `broker.connect_timeout`.
+    async fn within_limit<T>(&self, requests: impl Future<Output = T>) -> Result<T, BrokerError> {
+        let limit = self.config.broker.connect_timeout;
+        timeout(limit, requests).await.map_err(|_| BrokerError::Timeout(limit))
     }
 
     /// Another channel, without a consumer.
     async fn reopen(&self, channel: &Channel) -> Result<Channel, BrokerError> {
-        // The server has closed it if it refused the consumer.
-        let _ = channel.close(200, "the queue has another consumer".into()).await;
-        self.connection.create_channel().await.map_err(to_broker_error)
+        self.within_limit(async {
+            // The server has closed it if it refused the consumer.
+            let _ = channel.close(200, "the queue has another consumer".into()).await;
+            self.connection.create_channel().await.map_err(to_broker_error)
+        })
+        .await?
     }
 
-    async fn consume(&self, channel: &Channel) -> lapin::Result<Consumer> {
+    /// The inner error is the server's refusal.
+    async fn consume(&self, channel: &Channel) -> Result<Result<Consumer, BrokerError>, BrokerError> {
         let prefetch_count = self.config.broker.amqp.effective_prefetch_count();
-        channel.basic_qos(prefetch_count, BasicQosOptions { global: false }).await?;
         let options = BasicConsumeOptions { exclusive: true, ..BasicConsumeOptions::default() };
-        channel.basic_consume(self.topology.queue.clone(), ShortString::default(), options, FieldTable::default()).await
+        let (queue, tag) = (self.topology.queue.clone(), ShortString::default());
+        self.within_limit(async {
+            channel.basic_qos(prefetch_count, BasicQosOptions { global: false }).await.map_err(to_broker_error)?;
+            channel.basic_consume(queue, tag, options, FieldTable::default()).await.map_err(to_broker_error)
+        })
+        .await
     }
 }
 

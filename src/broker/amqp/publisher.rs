@@ -77,6 +77,19 @@ impl Publisher {
     }
 
     async fn broadcast_channel(&self) -> Result<Channel, BrokerError> {
+        self.within_limit(self.open_broadcasts()).await
+    }
+
+    async fn witness_channel(&self) -> Result<Channel, BrokerError> {
+        self.within_limit(self.open_witnesses()).await
+    }
+
+    async fn within_limit<T>(&self, opening: impl Future<Output = Result<T, BrokerError>>) -> Result<T, BrokerError> {
+        let limit = self.config.broker.connect_timeout;
+        timeout(limit, opening).await.unwrap_or(Err(BrokerError::Timeout(limit)))
+    }
+
+    async fn open_broadcasts(&self) -> Result<Channel, BrokerError> {
         let mut open = self.open.lock().await;
         let open = self.ensure_open(&mut open).await?;
         if let Some(channel) = open.broadcasts.as_ref().filter(|channel| channel.status().connected()) {
@@ -86,7 +99,7 @@ impl Publisher {
         Ok(open.broadcasts.insert(channel).clone())
     }
 
-    async fn witness_channel(&self) -> Result<Channel, BrokerError> {
+    async fn open_witnesses(&self) -> Result<Channel, BrokerError> {
         let mut open = self.open.lock().await;
         let open = self.ensure_open(&mut open).await?;
         if let Some(channel) = open.witnesses.as_ref().filter(|channel| channel.status().connected()) {
@@ -99,11 +112,10 @@ impl Publisher {
 
     async fn ensure_open<'o>(&self, open: &'o mut Option<Open>) -> Result<&'o mut Open, BrokerError> {
         if !open.as_ref().is_some_and(|open| open.connection.status().connected()) {
-            let limit = self.config.broker.connect_timeout;
-            let connecting = connection::open(&self.url, &self.config, self.tls.as_ref(), Target::Address(self.server));
-            let connected = timeout(limit, connecting).await.unwrap_or(Err(BrokerError::Timeout(limit)));
+            let target = Target::Address(self.server);
+            let connected = connection::open(&self.url, &self.config, self.tls.as_ref(), target).await;
             let (connection, shutdown_on_drop) =
-                connected.map_err(|error| error.context("second connection (broadcasts and witnesses)"))?;
+                connected.map_err(|error| error.context("second connection (for publishing)"))?;
             *open = Some(Open { connection, broadcasts: None, witnesses: None, _shutdown_on_drop: shutdown_on_drop });
         }
         open.as_mut().ok_or_else(|| BrokerError::Disconnected("the second connection is closed".to_owned()))

@@ -147,6 +147,10 @@ impl Topology {
     }
 
     fn explain_witness(&self, error: lapin::Error) -> BrokerError {
+        let refusals = [AMQPSoftError::ACCESSREFUSED, AMQPSoftError::PRECONDITIONFAILED];
+        if !refusals.iter().any(|code| is_soft_error(&error, code)) {
+            return to_broker_error(error);
+        }
         let queue = &self.queue;
         to_broker_error(error).context(&format!(
             "exchange {queue}: the user needs configure, write and read permission for exchanges named like the queue, \

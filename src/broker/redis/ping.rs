@@ -9,9 +9,6 @@ use tokio::time::Instant;
 use super::resp::{Frame, text};
 use crate::broker::BrokerError;
 
-/// The time between two PINGs. There is at most one without a reply.
-const INTERVAL: Duration = Duration::from_secs(1);
-
 /// What a frame contains for the ingest loop.
 #[derive(Debug, PartialEq)]
 pub(super) enum Found {
@@ -22,8 +19,8 @@ pub(super) enum Found {
 }
 
 impl Found {
-    /// The same in a buffer that has `bytes` more in front.
-    pub(super) fn after(self, bytes: usize) -> Self {
+    /// Moves the position by `bytes`.
+    pub(super) fn shifted_by(self, bytes: usize) -> Self {
         match self {
             Self::Payload(range) => Self::Payload(bytes + range.start..bytes + range.end),
             witness @ Self::Witness(_) => witness,
@@ -31,8 +28,10 @@ impl Found {
     }
 }
 
+/// The PINGs of one connection. At most one has no reply.
 #[derive(Debug)]
 pub(super) struct Ping {
+    interval: Duration,
     number: u64,
     /// When the PING without a reply was sent.
     pub(super) sent: Option<std::time::Instant>,
@@ -40,13 +39,12 @@ pub(super) struct Ping {
     pub(super) due: Instant,
 }
 
-impl Default for Ping {
-    fn default() -> Self {
-        Self { number: 0, sent: None, due: Instant::now() }
-    }
-}
-
 impl Ping {
+    /// `interval` is the time between two PINGs.
+    pub(super) fn new(interval: Duration) -> Self {
+        Self { interval, number: 0, sent: None, due: Instant::now() }
+    }
+
     /// The number of the PING to send now, if one is due.
     pub(super) fn begin(&mut self) -> Option<String> {
         let now = Instant::now();
@@ -54,12 +52,13 @@ impl Ping {
             return None;
         }
         self.number += 1;
-        (self.sent, self.due) = (Some(now.into_std()), now + INTERVAL);
+        (self.sent, self.due) = (Some(now.into_std()), now + self.interval);
         Some(self.number.to_string())
     }
 
-    /// Classifies a frame. A refusal of the PING by the server's permissions comes in its place, like a reply. A server
-    /// that is busy with a script does not show that it delivers: the PING is sent again.
+    /// Classifies a frame. An error reply to the PING comes in its place, like any other: by the server's permissions, or
+    /// because it cannot write its data (MISCONF). A server that is busy with a script or loads its data does not show
+    /// that it delivers: the PING is sent again.
     ///
     /// # Errors
     /// Returns an error if the server refuses anything else.
@@ -82,8 +81,9 @@ impl Ping {
 
     fn refused(&mut self, error: &str) -> Result<Option<Found>, BrokerError> {
         match error.split(' ').next() {
-            Some("NOPERM") if self.sent.is_some() => Ok(self.sent.take().map(Found::Witness)),
-            Some("BUSY") if self.sent.is_some() => {
+            _ if self.sent.is_none() => Err(BrokerError::Refused(error.to_owned())),
+            Some("NOPERM" | "MISCONF") => Ok(self.sent.take().map(Found::Witness)),
+            Some("BUSY" | "LOADING" | "MASTERDOWN") => {
                 self.sent = None;
                 Ok(None)
             }
@@ -97,14 +97,16 @@ mod tests {
     use super::super::resp::Scan;
     use super::*;
 
+    const INTERVAL: Duration = Duration::from_secs(1);
+
     fn classify(ping: &mut Ping, buffer: &str) -> Result<Option<Found>, String> {
         let Scan::Complete(frame) = Frame::scan(buffer.as_bytes()).unwrap() else { panic!("{buffer:?} is partial") };
         ping.classify(&frame, buffer.as_bytes()).map_err(|error| error.to_string())
     }
 
     #[tokio::test(start_paused = true)]
-    async fn one_ping_per_second_is_sent_after_the_reply_to_the_last_one() {
-        let mut ping = Ping::default();
+    async fn one_ping_per_interval_is_sent_after_the_reply_to_the_last_one() {
+        let mut ping = Ping::new(INTERVAL);
         assert_eq!(ping.begin().as_deref(), Some("1"));
         tokio::time::advance(INTERVAL * 5).await;
         assert_eq!(ping.begin(), None, "it has no reply");
@@ -115,7 +117,7 @@ mod tests {
 
     #[test]
     fn only_the_expected_reply_is_a_witness() {
-        let mut ping = Ping::default();
+        let mut ping = Ping::new(INTERVAL);
         let reply = "*2\r\n$4\r\npong\r\n$1\r\n1\r\n";
         assert_eq!(classify(&mut ping, reply), Ok(None), "nothing was sent");
         ping.begin();
@@ -128,10 +130,13 @@ mod tests {
 
     #[test]
     fn a_refused_ping_is_a_witness_unless_the_server_is_busy() {
-        let mut ping = Ping::default();
+        let mut ping = Ping::new(INTERVAL);
         assert!(classify(&mut ping, "-NOPERM no\r\n").is_err(), "nothing was sent");
         ping.begin();
         assert!(matches!(classify(&mut ping, "-NOPERM no\r\n"), Ok(Some(Found::Witness(_)))));
+        ping.due = Instant::now();
+        ping.begin();
+        assert!(matches!(classify(&mut ping, "-MISCONF disk\r\n"), Ok(Some(Found::Witness(_)))));
         ping.due = Instant::now();
         ping.begin();
         assert_eq!(classify(&mut ping, "-BUSY script\r\n"), Ok(None));
@@ -142,11 +147,11 @@ mod tests {
 
     #[test]
     fn payloads_are_those_of_both_kinds_of_subscription() {
-        let mut ping = Ping::default();
+        let mut ping = Ping::new(INTERVAL);
         let pmessage = "*4\r\n$8\r\npmessage\r\n$1\r\n*\r\n$1\r\nc\r\n$2\r\n{}\r\n";
         let found = classify(&mut ping, pmessage).unwrap().unwrap();
         let start = pmessage.find("{}").unwrap();
-        assert_eq!(found.after(10), Found::Payload(start + 10..start + 12));
+        assert_eq!(found.shifted_by(10), Found::Payload(start + 10..start + 12));
         assert!(matches!(classify(&mut ping, "*3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$2\r\n{}\r\n"), Ok(Some(_))));
         assert_eq!(classify(&mut ping, "*3\r\n$9\r\nsubscribe\r\n$1\r\nx\r\n:1\r\n"), Ok(None));
     }

@@ -11,7 +11,7 @@ use super::channels::Channels;
 use super::dedup::DedupWindow;
 use super::ping::{Found, Ping};
 use super::resp::{Connection, Frame, READ_SIZE, Scan, protocol_error};
-use crate::broker::{BrokerError, RESPONSE_TIMEOUT};
+use crate::broker::{BrokerError, RESPONSE_TIMEOUT, witness_interval};
 use crate::celery::DecodeError;
 use crate::config::broker_url::Address;
 use crate::config::{BrokerUrl, Config};
@@ -73,7 +73,7 @@ impl EventReceiver {
             message_max_bytes: config.events.message_max_bytes,
             bytes_to_discard: 0,
             last_byte: Instant::now(),
-            ping: Ping::default(),
+            ping: Ping::new(witness_interval(config)),
             disconnect_cause: GapCause::Disconnected,
             master,
             dedup: (channels.names().len() > 1).then(DedupWindow::default),
@@ -156,7 +156,7 @@ impl EventReceiver {
             };
             match step {
                 Ok((item, length)) => {
-                    found.extend(item.map(|item| item.after(parsed)));
+                    found.extend(item.map(|item| item.shifted_by(parsed)));
                     parsed += length;
                 }
                 Err(_) if !found.is_empty() => break,

@@ -190,7 +190,9 @@ impl Frame {
             frame.length = line.end + 2;
             match kind {
                 b'+' | b'-' | b':' => frame.add(line),
-                b'*' => pending += length(&buffer[line])?.unwrap_or(0),
+                b'*' => {
+                    pending = length(&buffer[line])?.unwrap_or(0).checked_add(pending).ok_or_else(protocol_error)?;
+                }
                 b'$' => {
                     if let Some(size) = length(&buffer[line])? {
                         let text = frame.length..frame.length.checked_add(size).ok_or_else(protocol_error)?;
@@ -288,5 +290,6 @@ mod tests {
             assert!(Frame::scan(buffer.as_bytes()).is_err(), "{buffer:.40}");
         }
         assert!(Frame::scan(format!("${}\r\n", usize::MAX).as_bytes()).is_err());
+        assert!(Frame::scan(format!("*2\r\n*{}\r\n", usize::MAX).as_bytes()).is_err());
     }
 }

@@ -71,12 +71,15 @@ impl ServerRole {
         if !may_have_changed {
             return;
         }
-        let before = std::mem::replace(&mut *role, Role::request_with(client).await);
-        match (before, *role) {
+        let now = Role::request_with(client).await;
+        match (*role, now) {
+            // The request failed: the next broadcast repeats it.
+            (_, Role::Unknown) => return,
             (Role::Master, Role::Replica) => self.demoted.notify_one(),
             (_, Role::Master) => self.history.record_master(),
             _ => {}
         }
+        *role = now;
     }
 
     /// Returns once the server has become a replica.

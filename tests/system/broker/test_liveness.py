@@ -119,6 +119,23 @@ def test_busy_script_does_not_end_the_subscription(services, redis):
     assert harness.exporter.log().count("subscribed to") == 1
 
 
+@pytest.mark.short_form
+def test_redis_that_cannot_write_to_its_disk_keeps_the_subscription(services, redis_release):
+    """It refuses PING with MISCONF, and still delivers messages."""
+    redis = services.redis(args=["--save", "3600 1", "--enable-protected-configs", "yes"])
+    harness = services.harness(redis, {"state": {"worker_timeout": "3s"}})
+    client = redis.client()
+    client.config_set("dir", "/proc")
+    client.bgsave()
+    wait_until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err", 10, "the save has failed")
+    harness.publisher.connection.release()
+    harness.publisher = services.publisher(redis, harness.exchange)
+    samples = harness.publish(beat())
+    assert samples.one(ONLINE, worker=W) == 1
+    harness.exporter.wait_for(lambda m: m.one(ONLINE, worker=W) == 0, 10, "the worker times out")
+    assert harness.exporter.log().count("subscribed to") == 1
+
+
 def test_exchange_with_the_name_of_the_witness_is_explained(services, vhost):
     """Another program has declared it with another type."""
     with vhost.connection() as connection:

@@ -76,8 +76,8 @@ def test_second_exporter_stands_by_and_takes_over(services, vhost):
     wait_until(lambda: standby.healthz()[1]["broker"]["state"] == "standby", 3 + 5 + 3, standby.log)
     assert standby.healthz()[0] == 200
     status, health = standby.healthz(ready=True)
-    assert status == 503 and "standing by" in health["reason"]
-    assert len(standby.log_lines("standing by")) == 1
+    assert status == 503 and "on standby" in health["reason"]
+    assert len(standby.log_lines("on standby")) == 1
     assert harness.publish(ev.received("b")).events("received", W) == 2
     assert standby.metrics().events("received", W) == 0
     harness.exporter.kill()
