@@ -98,9 +98,9 @@ impl Batch {
         Self { messages, bytes, arrived: Instant::now(), ack }
     }
 
-    /// How many messages it has, without witnesses.
+    /// How many messages with a payload it has. Witnesses have none.
     #[must_use]
-    pub fn message_count(&self) -> usize {
+    pub fn payload_count(&self) -> usize {
         self.messages.iter().filter(|message| !message.is_witness()).count()
     }
 
@@ -226,10 +226,10 @@ impl Inbox {
             used += message.bytes.len();
             has_room
         };
-        let received = batch.message_count();
+        let received = batch.payload_count();
         let kept = batch.messages.iter().take_while(fits).count();
         batch.truncate(kept);
-        let dropped = received - batch.message_count();
+        let dropped = received - batch.payload_count();
         if dropped > 0 {
             self.buffer.record_dropped(dropped as u64);
         }
@@ -262,7 +262,7 @@ impl Buffer {
     }
 
     fn record_received(&self, batch: &Batch) {
-        let messages = batch.message_count() as u64;
+        let messages = batch.payload_count() as u64;
         let received = batch.messages.iter().filter(|message| !message.is_witness());
         let bytes: usize = received.map(|message| message.bytes.len()).sum();
         let bytes = bytes as u64;

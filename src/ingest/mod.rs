@@ -244,7 +244,7 @@ impl IngestLoop {
             self.process_message(message, Arrival { at: self.clock.time_at(batch.arrived), may_be_late });
         }
         let ack = batch.ack.map(|tag| Ack { session: self.session, tag });
-        self.save_scheduler.record(batch.messages.len(), batch.message_count() > 0, ack);
+        self.save_scheduler.record(batch.messages.len(), batch.payload_count() > 0, ack);
     }
 
     /// Takes note of a delivery from a named queue. Returns whether it was processed before.

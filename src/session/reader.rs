@@ -22,7 +22,7 @@ impl Reader<'_> {
                     return error;
                 }
             };
-            *self.received |= batch.message_count() > 0;
+            *self.received |= batch.payload_count() > 0;
             let (batch, permit, dropped) = self.reserve_or_drop(batch).await;
             if !batch.messages.is_empty() {
                 self.report(std::mem::take(&mut gap));

@@ -297,8 +297,8 @@ impl Tasks {
 
     fn link_by_state(&mut self, slot: u32) {
         let task = self.get(slot);
-        let (order, finished) = (task.order, task.is_evicted_first());
-        self.link(slot, finished);
+        let (order, evict_first) = (task.order, task.is_evicted_first());
+        self.link(slot, evict_first);
         self.get_mut(slot).order = order;
         self.next_order = self.next_order.max(order.saturating_add(1));
     }
@@ -338,24 +338,24 @@ impl Tasks {
     /// Moves a task to the newest end of the list that it belongs in, unless it is in that list.
     pub(super) fn move_to_list(&mut self, slot: u32) {
         let task = self.get(slot);
-        let finished = task.is_evicted_first();
-        if finished != task.listed_first {
+        let evict_first = task.is_evicted_first();
+        if evict_first != task.listed_first {
             self.unlink(slot);
-            self.link(slot, finished);
+            self.link(slot, evict_first);
         }
     }
 
-    fn link(&mut self, slot: u32, finished: bool) {
-        let before = if finished { self.evict_first.newest } else { self.evict_last.newest };
+    fn link(&mut self, slot: u32, evict_first: bool) {
+        let before = if evict_first { self.evict_first.newest } else { self.evict_last.newest };
         let order = self.next_order;
         self.next_order = self.next_order.saturating_add(1);
         let task = self.get_mut(slot);
-        (task.older, task.newer, task.listed_first) = (before, NIL, finished);
+        (task.older, task.newer, task.listed_first) = (before, NIL, evict_first);
         task.order = order;
         if before != NIL {
             self.get_mut(before).newer = slot;
         }
-        let ends = self.ends(finished);
+        let ends = self.ends(evict_first);
         ends.newest = slot;
         if before == NIL {
             ends.oldest = slot;
@@ -364,21 +364,21 @@ impl Tasks {
 
     fn unlink(&mut self, slot: u32) {
         let task = self.get(slot);
-        let (older, newer, finished) = (task.older, task.newer, task.listed_first);
+        let (older, newer, evict_first) = (task.older, task.newer, task.listed_first);
         if older == NIL {
-            self.ends(finished).oldest = newer;
+            self.ends(evict_first).oldest = newer;
         } else {
             self.get_mut(older).newer = newer;
         }
         if newer == NIL {
-            self.ends(finished).newest = older;
+            self.ends(evict_first).newest = older;
         } else {
             self.get_mut(newer).older = older;
         }
     }
 
-    fn ends(&mut self, finished: bool) -> &mut Ends {
-        if finished { &mut self.evict_first } else { &mut self.evict_last }
+    fn ends(&mut self, evict_first: bool) -> &mut Ends {
+        if evict_first { &mut self.evict_first } else { &mut self.evict_last }
     }
 
     /// The tasks from slot `start`, in no particular order.

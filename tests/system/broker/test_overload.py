@@ -65,7 +65,7 @@ def test_prefetch_count_bounds_unacknowledged_messages(services, vhost):
 
 def test_queue_overflow_at_rabbitmq_is_logged(services, vhost):
     """A queue that reaches `queue_max_bytes` loses its oldest messages. They cannot be counted, but the log has one line."""
-    amqp = {"queue_max_bytes": "64KiB", "prefetch_count": 1}
+    amqp = {"queue_max_bytes": "64KiB", "prefetch_count": 2}
     harness = services.harness(vhost, {"broker": {"amqp": amqp}, "events": {"enable_interval": "200ms"}})
     sent = send_for(flood(harness), 2, 3000)
     assert 0 < harness.publish().total(EVENTS) < sent

@@ -63,6 +63,12 @@ class Faults:
     def start(self):
         self.harness.exporter = self.services.exporter(self.path, self.settings)
 
+    def save(self):
+        """A loss that is not saved when the exporter is killed is reported again."""
+        saved = self.harness.exporter.log().count(" state saved")
+        self.harness.exporter.send(signal.SIGUSR1)
+        wait_until(lambda: self.harness.exporter.log().count(" state saved") > saved, 10, self.harness.exporter.log)
+
     def stats(self):
         return self.channel.queue_declare(QUEUE, passive=True)
 
@@ -172,6 +178,7 @@ def test_random_faults(services, vhost, pytestconfig, queue_type):
         elif fault.__name__ not in ("purged", "deleted", "overflowed"):
             assert new_gaps == 0, f"{name}: a gap is reported, and nothing is missing\n{faults.harness.exporter.log()}"
         missing = now
+        faults.save()
 
 
 def restarts(fault):
