@@ -337,6 +337,7 @@ impl IngestLoop {
         while let Ok(query) = self.context.queries_rx.try_recv() {
             match query {
                 Query::Snapshot(reply) => {
+                    self.update_gauges();
                     let (_, replies) =
                         self.snapshot.get_or_insert_with(|| (SnapshotBuilder::new(self.state.series()), Vec::new()));
                     replies.push(reply);
@@ -389,12 +390,15 @@ impl IngestLoop {
             self.config = Arc::clone(&self.context.config.borrow_and_update());
         }
         self.update_warnings();
-        #[allow(clippy::cast_possible_wrap, reason = "bounded by the configuration")]
-        {
-            self.context.self_metrics.tracked_tasks.set(self.state.task_count() as i64);
-            self.context.self_metrics.tracked_workers.set(self.state.worker_count() as i64);
-            self.context.self_metrics.tracked_label_sets.set(self.state.series().label_set_count() as i64);
-        }
+    }
+
+    /// Updates the gauges that a scrape of the exporter's own metrics shows next.
+    #[allow(clippy::cast_possible_wrap, reason = "bounded by the configuration")]
+    fn update_gauges(&self) {
+        let self_metrics = &self.context.self_metrics;
+        self_metrics.tracked_tasks.set(self.state.task_count() as i64);
+        self_metrics.tracked_workers.set(self.state.worker_count() as i64);
+        self_metrics.tracked_label_sets.set(self.state.series().label_set_count() as i64);
     }
 
     /// Lasting conditions are in `/healthz` while they last, and in the log when they begin.

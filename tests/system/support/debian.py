@@ -87,7 +87,7 @@ class Debian(Process):
         """The pid of its systemd in the namespace of the tests."""
         assert self.running, self.log()
         for child in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 if Path(f"/proc/{child}/comm").read_text() == "systemd\n":
                     return int(child)
         return None
