@@ -77,8 +77,8 @@
 //! `default-features = false`.
 //!
 //! # Reading order of the source
-//! Everything else is hidden and not part of the API. Imports point in one direction, from the end of this list to its
-//! beginning:
+//! Apart from `config`, these modules are hidden and not part of the API. Imports point in one direction, from the end
+//! of this list to its beginning:
 //! 1. `config`, `celery` (the wire format, pure), `tls`, `observability` and `inbox` (the bounded buffer): the base.
 //! 2. `metrics` (the six families), `state` (workers, tasks, transitions) and `broker` (one module per transport).
 //! 3. `store` (what survives a restart), `ingest` (the loop that owns the state), `session` (connects and reconnects)

@@ -35,8 +35,8 @@ const MIN_WITNESS_INTERVAL: Duration = Duration::from_secs(1);
 /// Many exporters, for example one in each pod, must not load the broker.
 const MAX_WITNESS_INTERVAL: Duration = Duration::from_secs(5);
 
-/// The time between two witnesses: a second with a named queue, otherwise a tenth of `state.worker_timeout`, from one to
-/// five seconds.
+/// The time between two witnesses: a second with a named queue, otherwise a tenth of `state.worker_timeout`, from one
+/// to five seconds.
 #[must_use]
 pub fn witness_interval(config: &Config) -> Duration {
     if config.broker.amqp.queue.is_some() {
@@ -242,8 +242,8 @@ pub fn validate(config: &Config) -> Result<(), BrokerConfigError> {
 /// exporter consumes the named queue: then it waits until that one is gone.
 ///
 /// # Errors
-/// Returns an error within `broker.connect_timeout`, not counting the time of that wait. [`BrokerError::Replica`] means that the server is a replica, and that
-/// this is not accepted, or that the session has seen a master.
+/// Returns an error if a step takes longer than `broker.connect_timeout`. [`BrokerError::Replica`] means that the
+/// server is a replica, and that this is not accepted, or that the session has seen a master.
 pub async fn connect(
     url: &BrokerUrl,
     all: &[BrokerUrl],

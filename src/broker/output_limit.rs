@@ -1,4 +1,4 @@
-//! Whether a Redis server has disconnected a client that lagged behind its output buffer limit.
+//! Whether a Redis server has disconnected a client whose output buffer exceeded its limit.
 
 /// How many clients a server has disconnected for that reason since it was started (`INFO server stats`).
 #[derive(Clone, Debug, PartialEq, Eq)]

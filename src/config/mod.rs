@@ -1,4 +1,5 @@
-//! The configuration: layered sources, validation, and secrets that cannot be printed. Only [`load()`],
+//! The configuration: layered sources, validation, and secrets that cannot be printed. Only [`load()`] and its
+//! variants,
 //! [`Config::validate`] and [`BrokerConfig::urls`] do I/O: they block while they read a file. Nothing here logs.
 //!
 //! [`load()`] merges the sources, [`Config`] is the validated result, and [`LoadedConfig::report`] shows the source of

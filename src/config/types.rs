@@ -355,7 +355,7 @@ pub(super) trait Choice: Copy + PartialEq + 'static {
     const ALL: &[(&str, Self)];
 }
 
-/// The name of a [`Choice`], in any case.
+/// The name of a [`Choice`], upper or lower case.
 pub(super) struct OneOf;
 
 impl<T: Choice> FromRaw<T> for OneOf {

@@ -116,7 +116,7 @@ impl ConnectionRegistry {
     async fn free_descriptor(&self) {
         let closed = self.connection_closed.notified();
         close_longest_waiting(&mut self.lock());
-        // It is over the limit of time or has ended: either way, the caller tries again.
+        // A connection has ended, or the delay has passed. Either way, the caller tries again.
         let _ = timeout(ACCEPT_RETRY_DELAY, closed).await;
     }
 }

@@ -51,6 +51,8 @@ impl WorkerClock {
 
     /// Continues with a new session. The time without a subscription does not count.
     pub(super) fn start(&mut self, now: Instant) {
+        self.uncounted += now.saturating_duration_since(self.counted_until);
+        self.counted_until = self.counted_until.max(now);
         (self.reference, self.has_gap) = (Some(now), false);
     }
 
@@ -176,7 +178,7 @@ mod tests {
         assert_eq!(clock.take_paused(paused_at + SECOND * 4), Duration::ZERO);
         clock.stop();
         assert_eq!(clock.take_paused(paused_at + SECOND * 7), SECOND * 3, "not subscribed");
-        clock.start(paused_at + SECOND * 7);
-        assert_eq!(clock.take_paused(paused_at + SECOND * 8), Duration::ZERO);
+        clock.start(paused_at + SECOND * 8);
+        assert_eq!(clock.take_paused(paused_at + SECOND * 9), SECOND, "until the next subscription");
     }
 }

@@ -96,9 +96,11 @@ impl SaveScheduler {
     /// Warns while a save takes long.
     pub(super) fn warning(&self) -> Option<&'static str> {
         if self.is_taking(HUNG_SAVE) {
-            Some("a save of the state hangs for more than 30 s; events since the last save would not survive a restart")
+            Some(
+                "a save of the state has been hanging for more than 30 s; events since the last save would not survive a restart",
+            )
         } else if self.is_taking(SLOW_SAVE) {
-            Some("a save of the state takes more than 5 s: check the disk of state.db")
+            Some("a save of the state is taking more than 5 s: check the disk of state.db")
         } else {
             None
         }

@@ -26,7 +26,7 @@ pub enum BrokerStatus {
 }
 
 impl BrokerStatus {
-    /// The value of `broker` in `/healthz`.
+    /// The value of `broker.state` in `/healthz`.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -91,7 +91,7 @@ pub(crate) enum ClockStatus {
 /// How many workers are online and offline.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WorkerCounts {
-    /// Workers that have sent `worker-online` or a heartbeat and have not timed out since.
+    /// Workers that have sent `worker-online` or a heartbeat, and have neither gone offline nor timed out since.
     pub online: usize,
     /// All others.
     pub offline: usize,
@@ -322,8 +322,8 @@ impl Health {
         Some(reason.to_owned())
     }
 
-    /// Whether every component runs, and the session loop and the ingest loop ran within `limit`. They run at least every
-    /// five seconds.
+    /// Whether every component runs, and the session loop and the ingest loop ran within `limit`. They run at least
+    /// every five seconds.
     #[must_use]
     #[cfg_attr(not(feature = "cli"), allow(dead_code, reason = "only the daemon has a watchdog"))]
     pub(crate) fn has_ticked_within(&self, limit: Duration) -> bool {

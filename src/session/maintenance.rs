@@ -36,7 +36,7 @@ pub(super) struct Maintenance<'s> {
 }
 
 impl Maintenance<'_> {
-    /// Ends only with the connection. Its tasks do not wait for each other.
+    /// Ends when the connection fails or another server must be used. Its tasks do not wait for each other.
     pub(super) async fn run(self) -> BrokerError {
         let Self { broker, config, acks_rx, inbox, health, session } = self;
         let queue =

@@ -1,5 +1,5 @@
 //! Sends witnesses through the broker: messages of the exporter that travel the path of the events. On Redis, the
-//! receiver itself does, by PING on its connection.
+//! receiver itself does, by PING on its connection. The log calls a witness a probe message.
 
 use std::convert::Infallible;
 use std::sync::Arc;

@@ -55,7 +55,7 @@ pub struct Timeouts {
 /// When and how an event arrived.
 #[derive(Clone, Copy, Debug)]
 pub struct Arrival {
-    /// By a monotonic clock that advances only while the exporter is subscribed.
+    /// By the clock that times workers out.
     pub at: Duration,
     /// Whether newer events of the same worker may have arrived before it. A worker event that is older than one of
     /// them has no effect. Otherwise the timestamps in worker events do not matter, because a host's clock may step.

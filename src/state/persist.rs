@@ -255,7 +255,8 @@ pub struct Corrupt(&'static str);
 pub struct Restorer {
     state: State,
     same_bounds: bool,
-    /// The next save contains every record, because a restored record has a key other than its saved one.
+    /// The next save contains every record, because a restored record has a key other than its saved
+    /// one, or because the buckets have changed.
     needs_full_save: bool,
     /// The restored keys by the saved ones.
     worker_keys: HashMap<u32, WorkerKey, RandomState>,

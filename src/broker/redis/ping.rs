@@ -56,8 +56,8 @@ impl Ping {
         Some(self.number.to_string())
     }
 
-    /// Classifies a frame. An error reply to the PING comes in its place, like any other: by the server's permissions, or
-    /// because it cannot write its data (MISCONF). A server that is busy with a script or loads its data does not show
+    /// Classifies a frame. NOPERM and MISCONF (Redis cannot write its data) arrive in the place of the reply, so they
+    /// count as one. A server that is busy with a script or loads its data does not show
     /// that it delivers: the PING is sent again.
     ///
     /// # Errors
