@@ -3,6 +3,8 @@
 use std::io;
 use std::time::Duration;
 
+use tokio::time::timeout;
+
 use crate::config::ConfigError;
 use crate::tls::{self, TlsError};
 
@@ -58,6 +60,14 @@ impl BrokerError {
             timeout @ Self::Timeout(_) => timeout,
         }
     }
+}
+
+/// The broker's response, or an error if it takes longer than `limit`.
+pub(super) async fn within<T>(
+    limit: Duration,
+    response: impl Future<Output = Result<T, BrokerError>>,
+) -> Result<T, BrokerError> {
+    timeout(limit, response).await.unwrap_or(Err(BrokerError::Timeout(limit)))
 }
 
 impl From<&io::Error> for BrokerError {

@@ -26,6 +26,7 @@ use crate::tls::TlsConfig;
 pub use error::{BrokerConfigError, BrokerError};
 pub use history::ConnectionHistory;
 
+use error::within;
 use tls_options::tls_options;
 
 /// The connection ends if the broker does not respond to a request for this long.
@@ -262,8 +263,7 @@ pub async fn connect(
             }
             Transport::Redis | Transport::Sentinel => {
                 let connecting = redis::connect(url, all, config, tls.as_ref(), history, accept_replica);
-                let (receiver, handle) =
-                    tokio::time::timeout(limit, connecting).await.unwrap_or(Err(BrokerError::Timeout(limit)))?;
+                let (receiver, handle) = within(limit, connecting).await?;
                 Ok((EventReceiver::Redis(Box::new(receiver)), BrokerHandle::Redis(Box::new(handle))))
             }
         }

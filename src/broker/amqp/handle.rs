@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use lapin::options::BasicAckOptions;
 use lapin::{Channel, Connection};
-use tokio::time::timeout;
 
 use super::connection::ShutdownOnDrop;
 use super::publisher::Publisher;
 use super::to_broker_error;
 use super::topology::Topology;
 use super::witness::Witnesses;
+use crate::broker::error::within;
 use crate::broker::{BrokerError, QueueStats};
 use crate::celery::Broadcast;
 use crate::inbox::DeliveryTag;
@@ -65,7 +65,6 @@ impl BrokerHandle {
 
     /// Also checks that the broker responds: lapin's own heartbeats only detect missing bytes.
     pub(in crate::broker) async fn redeclare(&self) -> Result<QueueStats, BrokerError> {
-        let redeclaring = self.topology.redeclare(&self.consumer_channel);
-        timeout(self.response_timeout, redeclaring).await.unwrap_or(Err(BrokerError::Timeout(self.response_timeout)))
+        within(self.response_timeout, self.topology.redeclare(&self.consumer_channel)).await
     }
 }

@@ -26,6 +26,7 @@ use publisher::Publisher;
 use topology::Topology;
 use witness::Witnesses;
 
+use super::error::within;
 use super::{BrokerError, ConnectionHistory, QueueStats, RESPONSE_TIMEOUT};
 use crate::config::{BrokerUrl, Config};
 use crate::tls::TlsConfig;
@@ -53,8 +54,7 @@ pub(super) async fn connect(
         let (topology, channel) = Topology::declare(&connection, config).await?;
         Ok((connection, shutdown_on_drop, topology, channel))
     };
-    let (connection, shutdown_on_drop, topology, channel) =
-        timeout(limit, opening).await.unwrap_or(Err(BrokerError::Timeout(limit)))?;
+    let (connection, shutdown_on_drop, topology, channel) = within(limit, opening).await?;
     let subscription = Subscription { connection: &connection, topology: &topology, config };
     let (channel, consumer, initial_queue_depth) = if topology.is_durable {
         subscription.wait_and_consume(channel, on_standby).await?

@@ -8,11 +8,11 @@ use lapin::protocol::AMQPSoftError;
 use lapin::types::{FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ExchangeKind};
 use tokio::sync::Mutex;
-use tokio::time::timeout;
 
 use super::connection::{self, ShutdownOnDrop, Target};
 use super::{is_soft_error, to_broker_error};
 use crate::broker::BrokerError;
+use crate::broker::error::within;
 use crate::celery::Broadcast;
 use crate::config::{BrokerUrl, Config};
 use crate::tls::TlsConfig;
@@ -85,8 +85,7 @@ impl Publisher {
     }
 
     async fn within_limit<T>(&self, opening: impl Future<Output = Result<T, BrokerError>>) -> Result<T, BrokerError> {
-        let limit = self.config.broker.connect_timeout;
-        timeout(limit, opening).await.unwrap_or(Err(BrokerError::Timeout(limit)))
+        within(self.config.broker.connect_timeout, opening).await
     }
 
     async fn open_broadcasts(&self) -> Result<Channel, BrokerError> {

@@ -5,10 +5,11 @@
 
 use std::time::Duration;
 
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 
 use super::resp::{ConnectOptions, Connection};
 use crate::broker::BrokerError;
+use crate::broker::error::within;
 use crate::config::broker_url::Address;
 
 /// The time between two requests to a Sentinel, and the timeout of each.
@@ -70,17 +71,13 @@ impl Sentinels {
 
     /// Returns the new master once `member` names one that accepts connections, or an error once it does not respond.
     async fn poll_member(&self, member: &Address, master: &Address) -> Result<Address, BrokerError> {
-        let mut sentinel = with_timeout(self.options.open(member)).await?;
+        let mut sentinel = within(POLL_INTERVAL, self.options.open(member)).await?;
         loop {
-            let named = with_timeout(self.master_address(&mut sentinel)).await?;
-            if named != *master && with_timeout(self.connect(&named)).await.is_ok() {
+            let named = within(POLL_INTERVAL, self.master_address(&mut sentinel)).await?;
+            if named != *master && within(POLL_INTERVAL, self.connect(&named)).await.is_ok() {
                 return Ok(named);
             }
             sleep(POLL_INTERVAL).await;
         }
     }
-}
-
-async fn with_timeout<T>(reply: impl Future<Output = Result<T, BrokerError>>) -> Result<T, BrokerError> {
-    timeout(POLL_INTERVAL, reply).await.unwrap_or(Err(BrokerError::Timeout(POLL_INTERVAL)))
 }
