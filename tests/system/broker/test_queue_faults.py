@@ -1,14 +1,15 @@
 """Random faults on a named queue: every event that the broker kept is counted once, and every loss is reported."""
 
+import json
 import random
-import re
 import signal
 import time
 
 import pytest
 
 from support import events as ev
-from support.exposition import EVENTS
+from support.exposition import EVENTS, RUNTIME
+from support.flower_reference import Flower, difference
 from support.processes import directory, wait_until
 
 pytestmark = [pytest.mark.every_release, pytest.mark.short_form]
@@ -40,16 +41,22 @@ class Faults:
                 "reconnect_backoff_max": "300ms",
             },
             "state": {"persistent": True, "db": str(directory("state") / "state"), "worker_timeout": 0},
-            "metrics": {"self_metrics": True},
+            "metrics": {"self_metrics": True, "max_label_sets": 1_000_000},
             "log": {"level": "debug"},
         }
         self.harness = services.harness(vhost, self.settings, path=self.path)
         self.settings["events"] = {"exchange": self.harness.exchange}
+        # What a consumer receives that is always there, as Flower would be.
+        self.received = []
+        self.channel.queue_declare("flower", durable=True, auto_delete=False)
+        self.channel.queue_bind("flower", self.harness.exchange, "#")
 
     def send(self, count, size=10):
         for _ in range(count):
-            name = f"n{len(self.sent)}"
-            self.harness.publisher.send(ev.received(name, name=name, args="x" * size))
+            number = len(self.sent)
+            name, args = f"n{number}", "x" * size
+            ended = ev.succeeded(name, name=name, args=args, runtime=number % 128 / 8)
+            self.harness.publisher.send(ended if number % 2 else ev.received(name, name=name, args=args))
             self.sent.append(name)
 
     def stop(self, number=signal.SIGTERM):
@@ -72,8 +79,8 @@ class Faults:
     def stats(self):
         return self.channel.queue_declare(QUEUE, passive=True)
 
-    def drain(self, queue, lost):
-        """Takes all messages out of a queue that gets no new ones."""
+    def drain(self, queue):
+        """Takes all messages out of a queue that gets no new ones, and returns their events."""
         with self.vhost.connection() as connection:
             channel = connection.channel()
             count = channel.queue_declare(queue, passive=True).message_count
@@ -81,8 +88,10 @@ class Faults:
             channel.basic_consume(queue, no_ack=True, callback=lambda message: bodies.append(message.body))
             while len(bodies) < count:
                 connection.drain_events(timeout=10)
-        names = re.findall(r'"uuid": "(n\d+)"', " ".join(bodies))
-        lost.update(names)
+        return [event for body in bodies if body != "[]" for event in [json.loads(body)] if event["type"].startswith("task-")]
+
+    def lose(self, queue):
+        self.lost.update(event["uuid"] for event in self.drain(queue))
 
     # -- faults
 
@@ -116,14 +125,14 @@ class Faults:
         self.stop(random.choice([signal.SIGKILL, signal.SIGTERM]))
         self.send(30)
         wait_until(lambda: self.stats().message_count >= 30, 5, "the messages are queued")
-        self.drain(QUEUE, self.lost)
+        self.lose(QUEUE)
         self.start()
 
     def deleted(self):
         self.stop()
         self.send(30)
         wait_until(lambda: self.stats().message_count >= 30, 5, "the messages are queued")
-        self.drain(QUEUE, self.lost)
+        self.lose(QUEUE)
         self.channel.queue_delete(QUEUE)
         self.start()
 
@@ -144,13 +153,23 @@ class Faults:
     def check(self, fault):
         self.send(10)
         samples = self.harness.publish()
-        self.drain("dropped", self.lost)
+        self.lose("dropped")
         counted = {dict(labels)["task"]: value for (name, labels), value in samples.items() if name == EVENTS}
         twice = {name: value for name, value in counted.items() if value > 1}
         missing = {name for name in self.sent if name not in counted}
         assert not twice, f"{fault}: counted twice: {twice}"
         assert missing <= self.lost, f"{fault}: not counted although the broker kept them: {sorted(missing - self.lost)[:10]}"
+        self.received += self.drain("flower")
         return missing
+
+    def compare_with_flower(self, missing):
+        """Counters and runtimes equal Flower's result for all events that were sent, without those that were lost."""
+        kept = [event for event in self.received if event["uuid"] not in missing]
+        assert len(kept) == len(self.sent) - len(missing)
+        families = (EVENTS, f"{RUNTIME}_bucket", f"{RUNTIME}_count", f"{RUNTIME}_sum")
+        actual, expected = ({key: value for key, value in samples.items() if key[0] in families}
+                            for samples in (self.harness.metrics(), Flower().feed(kept).metrics()))
+        assert actual == expected, difference(actual, expected)
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
@@ -179,6 +198,7 @@ def test_random_faults(services, vhost, pytestconfig, queue_type):
             assert new_gaps == 0, f"{name}: a gap is reported, and nothing is missing\n{faults.harness.exporter.log()}"
         missing = now
         faults.save()
+    faults.compare_with_flower(missing)
 
 
 def restarts(fault):
