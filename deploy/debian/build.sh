@@ -19,8 +19,8 @@ cargo build --locked --profile "$profile"
 say "generating the manual page and shell completions"
 cargo run --quiet --locked --example manual -- "$made"
 # With the systemd unit, the URL comes from a separate file, which would override a URL set here.
-grep -q '^url = ' flower-exporter.toml.example || die "flower-exporter.toml.example: no line starts with 'url = '"
-sed 's|^url = .*|# Set in /etc/flower-exporter/broker-url, which the systemd unit passes as a credential.|' \
+grep -q '^# url = ' flower-exporter.toml.example || die "flower-exporter.toml.example: no line starts with '# url = '"
+sed 's|^# url = .*|# Set in /etc/flower-exporter/broker-url, which the systemd unit passes as a credential.|' \
     flower-exporter.toml.example > "$made/flower-exporter.toml"
 say "building the package"
 cargo deb --locked --no-build --profile "$profile"

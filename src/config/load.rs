@@ -14,12 +14,11 @@ use figment::value::{Dict, Empty, Map, Tag, Value};
 use figment::{Figment, Metadata, Profile, Provider, error::Kind as FigmentErrorKind, util::nest};
 
 use super::broker_url::{BrokerUrls, UrlError};
-use super::schema::{self, KEYS, Key, ValueKind, quoted};
+use super::schema::{self, KEYS, Key, PREFIX, ValueKind, quoted};
 use super::secret::{Secret, printable};
 use super::{BrokerConfig, Config, ConfigError};
 
 const DEFAULT_FILE: &str = "/etc/flower-exporter/flower-exporter.toml";
-const PREFIX: &str = "FLOWER_EXPORTER_";
 #[cfg(feature = "cli")]
 const LISTEN_KEY: &str = "http.listen";
 /// The largest URL file, in bytes.
@@ -217,7 +216,7 @@ impl Environment {
 /// variables such as `FLOWER_EXPORTER_PORT` for a Service of this name, and they must be ignored.
 fn did_you_mean(rest: &str) -> Option<String> {
     let key = KEYS.iter().find(|key| key.name.replace('.', "_").eq_ignore_ascii_case(rest))?;
-    Some(format!("{PREFIX}{}", key.name.replace('.', "__").to_uppercase()))
+    Some(key.variable())
 }
 
 fn source(figment: &Figment, key: &Key) -> String {

@@ -31,6 +31,7 @@ pub(crate) use load::load_listen_address;
 pub(crate) use load::printable_path;
 pub use load::{LoadedConfig, Overrides, load};
 pub use reload::{ReloadReport, plan_reload};
+pub use schema::{Setting, settings};
 pub use secret::Secret;
 pub use types::{FanoutPrefix, Hostnames, Level, LogFormat};
 

@@ -20,8 +20,8 @@ pub struct ReloadReport {
 pub fn plan_reload(old: &Config, new: &Config) -> ReloadReport {
     let mut report = ReloadReport { config: old.clone(), applied: Vec::new(), requires_restart: Vec::new() };
     for key in KEYS.iter().filter(|key| !(key.eq)(old, new)) {
-        if let Some(apply_live) = key.apply_live {
-            apply_live(&mut report.config, new);
+        if key.live {
+            (key.copy)(&mut report.config, new);
             report.applied.push(key.name);
         } else {
             report.requires_restart.push(key.name);

@@ -69,7 +69,7 @@ fn example_file_has_every_key_with_its_default() {
         let section = format!("\n[{}]\n", key.section());
         let body = EXAMPLE.split_once(&section).unwrap().1.split("\n[").next().unwrap();
         let name = &key.name[key.section().len() + 1..];
-        let comment = if key.optional { "# " } else { "" };
+        let comment = if key.example.is_some() { "# " } else { "" };
         let line = format!("{comment}{name} = ");
         assert!(body.lines().any(|text| text.starts_with(&line)), "{} is not listed", key.name);
     }
@@ -517,7 +517,7 @@ fn reload_applies_only_live_keys() {
     assert_eq!(report.applied, ["broker.reconnect_backoff_max", "log.level"]);
     assert_eq!(report.requires_restart, ["broker.url", "http.listen"]);
 
-    let applied: Vec<_> = KEYS.iter().filter(|key| key.apply_live.is_some()).map(|key| key.name).collect();
+    let applied: Vec<_> = KEYS.iter().filter(|key| key.live).map(|key| key.name).collect();
     assert_eq!(
         applied,
         [

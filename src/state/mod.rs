@@ -1,7 +1,7 @@
 //! Tracks the workers and tasks of a Celery deployment by their events, and updates the metric series.
 //! It is pure and bounded: the caller passes the time in, every table has a limit, and nothing blocks or does I/O.
 //!
-//! The rules follow Celery's `celery.events.state` and Flower's `flower/events.py`. The README lists the intended
+//! The rules follow Celery's `celery.events.state` and Flower's `flower/events.py`. docs/migration.md lists the intended
 //! differences. A task holds at most one prefetch entry, and each prefetched-tasks gauge is the number of entries that
 //! were counted under its label set and still exist.
 
