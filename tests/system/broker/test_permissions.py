@@ -1,4 +1,4 @@
-"""The minimal permissions of the README suffice. With fewer ones, the exporter logs one clear line and continues."""
+"""The minimal permissions of docs/installation.md suffice. With fewer ones, the exporter logs one clear line and continues."""
 
 import itertools
 import re
@@ -11,7 +11,7 @@ from support.processes import ROOT, wait_until
 
 pytestmark = pytest.mark.every_release
 
-README = (ROOT / "README.md").read_text().replace(r"\|", "|")
+PAGE = (ROOT / "docs/installation.md").read_text().replace(r"\|", "|")
 RABBITMQ = {
     "configure": r"^(celeryev(\..*)?|celery\.pidbox)$",
     "write": r"^(celeryev\..*|celery\.pidbox)$",
@@ -49,7 +49,7 @@ def assert_counts_and_broadcasts(services, broker, exporter):
 
 @pytest.mark.short_form
 def test_rabbitmq_minimal_permissions(services, vhost):
-    assert all(f"`{pattern}`" in README for pattern in RABBITMQ.values())
+    assert all(f"`{pattern}`" in PAGE for pattern in RABBITMQ.values())
     url = grant(vhost, **RABBITMQ)
     assert_counts_and_broadcasts(services, vhost, services.exporter(None, {"broker": {"url": url}}))
 
@@ -58,7 +58,7 @@ def test_rabbitmq_minimal_permissions(services, vhost):
 def test_rabbitmq_named_queue_permissions(services, vhost):
     """All three permissions include the queue's name, which is also the name of the exchange of the witnesses."""
     more = r"^flower-exporter$"
-    assert f"`{more}`" in README
+    assert f"`{more}`" in PAGE
     url = grant(vhost, **{right: f"^({pattern}|{more})$" for right, pattern in RABBITMQ.items()})
     exporter = services.exporter(None, {"broker": {"url": url, "amqp": {"queue": "flower-exporter"}}})
     assert_counts_and_broadcasts(services, vhost, exporter)
@@ -82,7 +82,7 @@ def test_rabbitmq_without_permission_to_broadcast_and_declare(services, vhost):
 
 @pytest.mark.short_form
 def test_redis_minimal_permissions(services, redis):
-    assert f"`{REDIS}`" in README
+    assert f"`{REDIS}`" in PAGE
     redis.client().execute_command("ACL", "SETUSER", "least", "on", ">secret", *REDIS.split())
     url = redis.url.replace("//", "//least:secret@")
     assert_counts_and_broadcasts(services, redis, services.exporter(None, {"broker": {"url": url}}))

@@ -172,6 +172,7 @@ class Faults:
         assert actual == expected, difference(actual, expected)
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 def test_random_faults(services, vhost, pytestconfig, queue_type):
     """Rounds without a loss report none. The long form has 400 rounds (--queue-faults)."""

@@ -136,6 +136,7 @@ class Deployment:
             os.killpg(self.broker.process.pid, signal.SIGCONT)
 
 
+@pytest.mark.timeout(3600)
 def test_random_faults(services, broker, pytestconfig):
     seed = pytestconfig.getoption("--fault-seed") or random.SystemRandom().randrange(10**6)
     print(f"repeat with: tests/run.sh --fault-seed {seed} broker/test_worker_faults.py")

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from support.processes import directory
+from support.processes import ROOT, directory
 from support.prometheus import FILES, RULES, Prometheus, promtool
 
 TESTS = sorted(path.name for path in (RULES / "tests").iterdir())
@@ -74,7 +74,7 @@ def test_every_alert_is_tested_firing_and_not_firing(prometheus_release, groups,
 
 def test_every_alert_has_annotations_and_a_runbook_entry(alerts):
     """Each alert has a summary, a description, a severity and a runbook entry with a remedy. Each entry has an alert."""
-    entries = dict(re.findall(r"^### (\w+)$(.*?)(?=^##|\Z)", (RULES / "RUNBOOK.md").read_text(), re.M | re.S))
+    entries = dict(re.findall(r"^### (\w+)$(.*?)(?=^##|\Z)", (ROOT / "docs/alerting.md").read_text(), re.M | re.S))
     assert set(entries) == set(alerts)
     for name, rule in alerts.items():
         annotations = rule["annotations"]

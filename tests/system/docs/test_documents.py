@@ -2,10 +2,13 @@
 
 import os
 import re
+import tomllib
+from pathlib import PurePath
 
 import pytest
 import yaml
 
+from support import events as ev
 from support.cli import Run
 from support.processes import ROOT, directory, free_port, wait_until
 
@@ -19,7 +22,9 @@ def documents():
 
 
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in documents()}
-README = DOCUMENTS["README.md"]
+README, TROUBLESHOOTING = DOCUMENTS["README.md"], DOCUMENTS["docs/troubleshooting.md"]
+#: The documents of users and contributors, without those of the folders.
+PAGES = [name for name in DOCUMENTS if name.startswith("docs/") or "/" not in name]
 every_document = pytest.mark.parametrize("name", DOCUMENTS)
 
 
@@ -45,10 +50,10 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings(text)}
 
 
-def section(heading):
-    """A section of the README with its subsections."""
-    level = re.search(rf"^(#+) {re.escape(heading)}$", README, re.M)
-    return re.split(rf"^#{{1,{len(level[1])}}} ", README[level.end() :], maxsplit=1, flags=re.M)[0]
+def links(text):
+    """The relative links of a document, without anchors."""
+    found = (link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", prose(text)) if "://" not in link)
+    return [link for link in found if link]
 
 
 @every_document
@@ -63,10 +68,39 @@ def test_links_lead_to_existing_files_and_headings(name):
         assert not anchor or anchor in anchors(target.read_text()), link
 
 
-def test_table_of_contents_lists_every_section():
-    """In the order of the page."""
-    links = re.findall(r"\[([^\]]+)\]\(#[^)]+\)", README.split("\n## ")[0])
-    assert links == headings(README, "##")
+def test_readme_links_to_every_page():
+    """And it is short."""
+    assert {name for name in PAGES if name != "README.md"} <= set(links(README))
+    assert README.count("\n") <= 200
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_table_cells_are_short(name):
+    cells = [cell for row in re.findall(r"^\|(.*)\|$", prose(DOCUMENTS[name]), re.M) for cell in re.split(r"(?<!\\)\|", row)]
+    assert [cell for cell in cells if len(cell.strip()) > 200] == []
+
+
+def shipped():
+    """The paths of the Debian package's documents, relative to their folder, with the files of the repository."""
+    folder = "usr/share/doc/flower-exporter/"
+    for source, target, _mode in tomllib.loads((ROOT / "Cargo.toml").read_text())["package"]["metadata"]["deb"]["assets"]:
+        if target.startswith(folder):
+            for path in ROOT.glob(source):
+                yield target.removeprefix(folder) + path.name, path
+
+
+def test_links_work_in_the_package():
+    files = dict(shipped())
+    assert {name for name in PAGES if name != "CONTRIBUTING.md"} <= set(files)
+    names = {*files, *(str(parent) for name in files for parent in PurePath(name).parents)}
+    broken = [
+        (name, link)
+        for name, path in files.items()
+        if path.suffix == ".md"
+        for link in links(path.read_text())
+        if os.path.normpath(os.path.join(os.path.dirname(name), link)) not in names
+    ]
+    assert broken == [], broken
 
 
 @every_document
@@ -98,10 +132,7 @@ def test_named_settings_exist():
             assert exists, (name, key)
         for variable in re.findall(r"\bFLOWER_EXPORTER_[A-Z]+__[A-Z_]+", text):
             assert variable.removeprefix("FLOWER_EXPORTER_").replace("__", ".").lower() in keys, (name, variable)
-    for row in re.findall(r"^\| (`.*?) \|", section("Settings"), re.M):
-        first, *others = spans(row)
-        assert all(f"{first.rpartition('.')[0]}.{other}" in keys or other in keys for other in others), row
-    usage = re.search(r"^    flower-exporter .*(?:\n .*)*", README, re.M)[0]
+    usage = re.search(r"^    flower-exporter .*(?:\n .*)*", DOCUMENTS["docs/configuration.md"], re.M)[0]
     options = re.findall(r"^ +(-[\w-]+)", Run("--help").out, re.M)
     assert sorted(re.findall(r"\[(-[\w-]+)", usage)) == sorted(options)
 
@@ -115,6 +146,38 @@ def test_named_metrics_exist(services, shared_redis):
             assert {series, re.sub("_(bucket|sum|count)$", "", series)} & families, (name, series)
 
 
+def test_every_metric_is_described(services, shared_redis):
+    """Each family of a scrape has a row or a section with its type and labels."""
+    exporter = services.harness(shared_redis, {"metrics": {"self_metrics": True}}).exporter
+    page = DOCUMENTS["docs/metrics.md"]
+    for name, kind in re.findall(r"^# TYPE (\S+) (\S+)", exporter.text(), re.M):
+        row = re.search(rf"^(?:\| `{name}` \|.*|#+ `{name}`$\n+.*)", page, re.M)
+        assert row and kind in row[0].lower(), (name, kind)
+
+
+def test_sample_of_the_readme_is_served(services, shared_redis):
+    """Each line of the sample is in the exposition after the events that it shows."""
+    [sample] = blocks(README, "text")
+    worker, fields = "celery@web-1", {"name": "shop.pay"}
+    ended = [
+        event
+        for number in range(42)
+        for event in [
+            ev.received(f"t{number}", worker, at=number, **fields),
+            ev.started(f"t{number}", worker, at=number + 0.25),
+            ev.succeeded(f"t{number}", worker, at=number + 1, runtime=0.3 if number < 38 else 0.7)
+            if number < 40
+            else ev.failed(f"t{number}", worker, at=number + 1),
+        ]
+    ]
+    waiting = [ev.received(f"w{number}", worker, at=60, **fields) for number in range(4)]
+    harness = services.harness(shared_redis)
+    harness.publish([ev.online(worker), *ended, *waiting, ev.started("w0", worker, at=60.25), ev.heartbeat(worker, active=1, at=61)])
+    served = set(harness.exporter.text().splitlines())
+    assert len(sample.splitlines()) == 8
+    assert [line for line in sample.splitlines() if line not in served] == [], "\n".join(sorted(served))
+
+
 def sources():
     """The source code with each string on one line; … stands for placeholders."""
     for path in sorted((ROOT / "src").rglob("*.rs")):
@@ -123,8 +186,8 @@ def sources():
 
 
 def quoted():
-    """The quotations of the troubleshooting section: its first column, and sentences in the second one."""
-    for first, second in re.findall(r"^\| (.*?) \| (.*) \|$", section("Troubleshooting"), re.M):
+    """The quotations of the troubleshooting page: its first column, and sentences in the second one."""
+    for first, second in re.findall(r"^\| (.*?) \| (.*) \|$", TROUBLESHOOTING, re.M):
         yield from spans(first)
         yield from (span for span in spans(second) if span.count(" ") > 3 and " -" not in span)
 
@@ -139,7 +202,7 @@ def test_quoted_lines_are_in_the_program():
 
 @pytest.mark.parametrize("url", ["redis://h", "sqs://", "redis://:a@b@h", "redis://h;x", "rediss://h", "sentinel://h"])
 def test_start_errors_are_in_troubleshooting(services, url):
-    """A port that is in use, and invalid URLs: exit code 2 and a line that the section contains."""
+    """A port that is in use, and invalid URLs: exit code 2 and a line that the page contains."""
     blocker = services.exporter(ready=False).listening()
     env = {"FLOWER_EXPORTER_BROKER__TLS__CA_FILE": "/none"}
     line = Run("-b", url, "-l", f"127.0.0.1:{blocker.port}", env=env).error_line()
@@ -148,7 +211,7 @@ def test_start_errors_are_in_troubleshooting(services, url):
 
 
 def test_broker_errors_are_in_troubleshooting(services):
-    """The line in the log contains the error of Redis, which the section has in italics."""
+    """The line in the log contains the error of Redis, which the page has in italics."""
     redis = services.redis(password="right")
     redis.client().execute_command("ACL", "SETUSER", "few", "on", ">few", "+auth", "+ping")
     for userinfo, port, word in [
@@ -157,7 +220,7 @@ def test_broker_errors_are_in_troubleshooting(services):
         (":wrong@", redis.port, "WRONGPASS"),
         ("few:few@", redis.port, "NOPERM"),
     ]:
-        assert f"*{word}*" in section("Troubleshooting")
+        assert f"*{word}*" in TROUBLESHOOTING
         exporter = services.exporter(None, {"broker": {"url": f"redis://{userinfo}127.0.0.1:{port}/0"}})
         line = rf"WARN failed to connect to broker; retrying broker=.* error=.*{word}.* suppressed=0"
         wait_until(lambda: re.search(line, exporter.log()), 10, exporter.log)  # noqa: B023

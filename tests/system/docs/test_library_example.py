@@ -1,4 +1,4 @@
-"""The crate as a library: the example of the README."""
+"""The crate as a library: examples/failed_tasks.rs."""
 
 from support import events as ev
 from support.exporter import BINARY
