@@ -57,9 +57,11 @@ impl WorkerClock {
     }
 
     /// Ends a session. The time since its last witness does not count.
-    pub(super) fn stop(&mut self) {
+    pub(super) fn stop(&mut self, now: Instant) {
         if let Some(reference) = self.reference.take() {
-            self.counted_until = self.counted_until.max(reference);
+            let not_overdue_until = now.min(reference + PAUSED_AFTER);
+            self.uncounted += not_overdue_until.saturating_duration_since(self.counted_until.max(reference));
+            self.counted_until = self.counted_until.max(not_overdue_until);
         }
     }
 
@@ -95,7 +97,10 @@ impl WorkerClock {
     pub(super) fn take_paused(&mut self, now: Instant) -> Duration {
         let paused_at = self.reference.map_or(self.counted_until, |reference| reference + PAUSED_AFTER);
         let from = paused_at.max(self.counted_until);
-        self.counted_until = self.counted_until.max(now);
+        // While the witness is not overdue, the time since the last one may still turn out to be paused.
+        if now > from {
+            self.counted_until = now;
+        }
         now.saturating_duration_since(from) + std::mem::take(&mut self.uncounted)
     }
 
@@ -134,7 +139,7 @@ mod tests {
     fn the_time_without_a_subscription_does_not_count() {
         let (mut clock, start) = started();
         clock.advance(start + SECOND);
-        clock.stop();
+        clock.stop(start + SECOND * 2);
         clock.advance(start + SECOND * 50);
         assert_eq!(clock.time_at(start + SECOND * 50), SECOND);
         clock.start(start + SECOND * 60);
@@ -176,9 +181,24 @@ mod tests {
         assert!(clock.is_overdue(paused_at + SECOND * 3));
         clock.advance(paused_at + SECOND * 3);
         assert_eq!(clock.take_paused(paused_at + SECOND * 4), Duration::ZERO);
-        clock.stop();
-        assert_eq!(clock.take_paused(paused_at + SECOND * 7), SECOND * 3, "not subscribed");
+        clock.stop(paused_at + SECOND * 5);
+        assert_eq!(clock.take_paused(paused_at + SECOND * 7), SECOND * 4, "since the last witness");
         clock.start(paused_at + SECOND * 8);
         assert_eq!(clock.take_paused(paused_at + SECOND * 9), SECOND, "until the next subscription");
+    }
+
+    #[test]
+    fn the_end_of_a_session_without_a_witness_is_counted() {
+        let (mut clock, start) = started();
+        for session in 0..10 {
+            let start = start + SECOND * 5 * session;
+            clock.start(start);
+            clock.advance(start + SECOND);
+            let while_subscribed: Duration = (1..=4).map(|second| clock.take_paused(start + SECOND * second)).sum();
+            clock.stop(start + SECOND * 4);
+            let paused = while_subscribed + clock.take_paused(start + SECOND * 5);
+            assert_eq!(paused, SECOND * 4, "all but the second until the witness");
+        }
+        assert_eq!(clock.elapsed(), SECOND * 10);
     }
 }

@@ -180,7 +180,7 @@ impl IngestLoop {
                 self.connected(session, queue.as_ref(), disconnect_cause);
             }
             IngestMessage::Disconnected => {
-                self.clock.stop();
+                self.clock.stop(Instant::now());
                 self.unsubscribed_since = Some(SystemTime::now());
                 self.connected_at = None;
             }
