@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::Notify;
@@ -45,6 +45,8 @@ pub struct NamedQueue {
     pub name: Arc<str>,
     /// Whether it existed before the session.
     pub existed: bool,
+    /// The heartbeat interval of the connection.
+    pub heartbeat: Duration,
 }
 
 /// One message of the broker. It holds one event or a list of events.

@@ -47,7 +47,18 @@ fn resp() {
 
 #[test]
 fn config() {
-    run_seeds("config", targets::config::run);
+    run_seeds("config", |input| {
+        targets::config::run(input);
+    });
+}
+
+/// Otherwise the fuzzer would not begin with valid files.
+#[test]
+fn valid_configuration_seeds_load() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/config");
+    for name in ["example", "every-optional-key"] {
+        assert!(targets::config::run(&fs::read(directory.join(name)).expect("a seed")), "{name} is invalid");
+    }
 }
 
 #[test]

@@ -30,9 +30,11 @@ pub fn run(text: &str) {
     }
 }
 
-/// Replaces the password of a URL, if it has one. For Redis, a username without a password is the password.
+/// Replaces the password of a URL, if it has one. For Redis, a username without a password is the password. Parameters
+/// without effect are not printed.
 fn with_password(url: &BrokerUrl, password: &str) -> BrokerUrl {
     let mut url = url.clone();
+    url.parameters_without_effect.clear();
     match (&mut url.username, &mut url.password) {
         (_, Some(known)) => *known = Secret::from(password.to_owned()),
         (Some(user), None) if url.transport != Transport::Amqp => password.clone_into(user),

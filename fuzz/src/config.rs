@@ -13,11 +13,11 @@ use std::path::{Path, PathBuf};
 use super::{SECRET, assert_no_secret, plant};
 use flower_exporter::config::{ConfigError, LoadedConfig, Overrides, load_from};
 
-/// Runs one input.
+/// Runs one input. Returns whether it is a valid configuration.
 ///
 /// # Panics
 /// Panics on a finding.
-pub fn run(input: &[u8]) {
+pub fn run(input: &[u8]) -> bool {
     let input = String::from_utf8_lossy(input);
     let mut parts = input.split("\n%%\n");
     let mut part = || parts.next().unwrap_or_default();
@@ -32,14 +32,16 @@ pub fn run(input: &[u8]) {
                 assert_no_secret(&format!("{loaded:?}"));
                 let reloaded = load(config, &report, "").expect("the report is a configuration file");
                 assert_eq!(values(&loaded), values(&reloaded));
+                true
             }
             Err(error) => {
                 let error = format!("{error}");
                 assert!(!error.contains(char::is_control), "error has more than one line: {error}");
                 assert_no_secret(&error);
+                false
             }
         }
-    });
+    })
 }
 
 fn load(file: &Scratch, text: &str, environment: &str) -> Result<LoadedConfig, ConfigError> {

@@ -253,7 +253,11 @@ pub async fn connect(
     accept_replica: bool,
     on_standby: &dyn Fn(),
 ) -> Result<(EventReceiver, BrokerHandle), BrokerError> {
+    let config = &config.for_url(url);
     let limit = config.broker.connect_timeout;
+    for parameter in &url.parameters_without_effect {
+        tracing::debug!(broker = %url, parameter, "this parameter of the broker URL has no effect");
+    }
     let tls = tls_config(url, config)?;
     let connecting = async {
         match url.transport {
@@ -268,12 +272,7 @@ pub async fn connect(
             }
         }
     };
-    match connecting.await {
-        Err(BrokerError::Disconnected(reason)) if let Some(hint) = tls.as_ref().and_then(TlsConfig::hint) => {
-            Err(BrokerError::Tls(format!("{reason}: {hint}")))
-        }
-        connected => connected,
-    }
+    connecting.await
 }
 
 /// TLS for connections to the broker at `url`, if it is on.

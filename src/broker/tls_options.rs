@@ -9,8 +9,13 @@ use crate::tls::{PemFile, TlsOptions};
 pub(super) fn tls_options(url: &BrokerUrl, config: &BrokerTlsConfig) -> TlsOptions {
     let ssl = &url.ssl;
     TlsOptions {
-        ca_file: pem_file("ssl_ca_certs", ssl.ca_certs.as_ref())
-            .or_else(|| pem_file("broker.tls.ca_file", config.ca_file.as_ref())),
+        ca_file: match (&ssl.ca_path, &ssl.ca_data) {
+            (None, None) => pem_file("ssl_ca_certs", ssl.ca_certs.as_ref())
+                .or_else(|| pem_file("broker.tls.ca_file", config.ca_file.as_ref())),
+            _ => pem_file("ssl_ca_certs", ssl.ca_certs.as_ref()),
+        },
+        ca_path: pem_file("ssl_ca_path", ssl.ca_path.as_ref()),
+        ca_data: ssl.ca_data.clone(),
         cert_file: pem_file("ssl_certfile", ssl.certfile.as_ref())
             .or_else(|| pem_file("broker.tls.cert_file", config.cert_file.as_ref())),
         key_file: pem_file("ssl_keyfile", ssl.keyfile.as_ref())

@@ -60,6 +60,7 @@ impl Args {
     #[must_use]
     pub fn overrides(&self) -> Overrides {
         Overrides {
+            use_celery_variables: true,
             config_file: self.config.clone(),
             broker: self.broker.clone(),
             listen: self.listen.clone(),

@@ -1,7 +1,7 @@
 //! Merges the four sources: built-in defaults, TOML file, environment, command line. Later sources override earlier
 //! ones.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fmt::{Display, Write};
 use std::fs::File;
 use std::io::{self, Read};
@@ -10,10 +10,13 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use figment::providers::{Format, Toml};
-use figment::value::{Dict, Empty, Map, Tag, Value};
-use figment::{Figment, Metadata, Profile, Provider, error::Kind as FigmentErrorKind, util::nest};
+use figment::value::{Dict, Value};
+use figment::{Figment, Metadata, error::Kind as FigmentErrorKind};
+use humantime::format_duration;
 
 use super::broker_url::{BrokerUrls, UrlError};
+use super::environment::{Environment, celery_layer};
+use super::layer::{Layer, unknown_key, unset_if_empty};
 use super::schema::{self, KEYS, Key, PREFIX, ValueKind, quoted};
 use super::secret::{Secret, printable};
 use super::{BrokerConfig, Config, ConfigError};
@@ -23,16 +26,6 @@ const DEFAULT_FILE: &str = "/etc/flower-exporter/flower-exporter.toml";
 const LISTEN_KEY: &str = "http.listen";
 /// The largest URL file, in bytes.
 const MAX_URL_FILE: u64 = 64 << 10;
-
-/// Keys that had another name before the first release.
-const RENAMED: [(&str, &str); 6] = [
-    ("broker.reconnect_max", "broker.reconnect_backoff_max"),
-    ("broker.amqp.prefetch", "broker.amqp.prefetch_count"),
-    ("broker.amqp.queue_ttl", "broker.amqp.message_ttl"),
-    ("events.max_backlog", "events.buffer_max_bytes"),
-    ("events.max_message", "events.message_max_bytes"),
-    ("metrics.max_label_pairs", "metrics.max_label_sets"),
-];
 
 /// Values that override every other source, for example those of a command line. They are text and are checked like the
 /// values of the other sources.
@@ -49,6 +42,8 @@ pub struct Overrides {
     pub log_level: Option<String>,
     /// `log.format`.
     pub log_format: Option<String>,
+    /// Whether `CELERY_BROKER_URL` is used if no source sets `broker.url` or `broker.url_file`.
+    pub use_celery_variables: bool,
 }
 
 /// A configuration, and the source of each value.
@@ -87,11 +82,20 @@ impl LoadedConfig {
         report
     }
 
-    /// Values that have no effect, one line each: environment variables that lack an underscore, and a URL beside a URL
-    /// file.
+    /// Values that have no effect or contradict each other, one line each: environment variables that lack an
+    /// underscore, a URL beside a URL file, and a purge before the timeout.
     #[must_use]
     pub fn warnings(&self) -> Vec<String> {
-        self.env_warnings.iter().cloned().chain(self.shadowed_url()).collect()
+        self.env_warnings.iter().cloned().chain(self.shadowed_url()).chain(self.early_purge()).collect()
+    }
+
+    fn early_purge(&self) -> Option<String> {
+        let (purge, timeout) = self.config.state.purge_offline_workers.zip(self.config.state.worker_timeout)?;
+        let (purge, timeout) = (purge < timeout).then(|| (format_duration(purge), format_duration(timeout)))?;
+        Some(format!(
+            "state.purge_offline_workers ({purge}) is shorter than state.worker_timeout ({timeout}): the series of a \
+             worker are removed before they show that it is offline"
+        ))
     }
 
     fn shadowed_url(&self) -> Option<String> {
@@ -132,10 +136,23 @@ pub fn load_from(
     for layer in environment.layers.into_iter().chain(override_layers(overrides)) {
         figment = figment.merge(layer);
     }
+    let mut env_warnings = environment.unrecognized;
+    if overrides.use_celery_variables && !sets_url(&figment) {
+        match environment.celery_url {
+            Some(url) => figment = figment.merge(celery_layer(&url)?),
+            None => env_warnings.extend(environment.broker_hints),
+        }
+    }
     let config: Config = figment.extract().map_err(|error| value_error(&figment, error))?;
     config.validate()?;
     let sources = KEYS.iter().map(|key| source(&figment, key)).collect();
-    Ok(LoadedConfig { config, sources, env_warnings: environment.unrecognized })
+    Ok(LoadedConfig { config, sources, env_warnings })
+}
+
+/// Whether any source sets the broker's URL, or a file that contains it.
+fn sets_url(figment: &Figment) -> bool {
+    let has_file = figment.find_value("broker.url_file").is_ok_and(|value| value.as_str().is_some());
+    has_file || figment.contains("broker.url")
 }
 
 /// The value of `http.listen`, without validating any other key. A file that cannot be used counts as absent.
@@ -179,78 +196,8 @@ fn listen_layer(path: &Path) -> Option<Layer> {
     Some(Layer::from_key(printable_path(path), schema::find(LISTEN_KEY)?, value))
 }
 
-/// The exporter's environment variables.
-#[derive(Default)]
-struct Environment {
-    config_file: Option<PathBuf>,
-    layers: Vec<Layer>,
-    unrecognized: Vec<String>,
-}
-
-impl Environment {
-    fn read(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Self, ConfigError> {
-        let mut environment = Self::default();
-        for (name, value) in variables {
-            let name = name.to_string_lossy();
-            match name.strip_prefix(PREFIX) {
-                Some("CONFIG") if !value.is_empty() => environment.config_file = Some(PathBuf::from(value)),
-                Some(rest) if rest.contains("__") => {
-                    if rest.eq_ignore_ascii_case("BROKER__URL") {
-                        // A URL in the environment replaces a URL file that the TOML file sets.
-                        environment.layers.insert(0, variable_layer(&name, "BROKER__URL_FILE", OsStr::new(""))?);
-                    }
-                    environment.layers.push(variable_layer(&name, rest, &value)?);
-                }
-                Some(rest) => environment.unrecognized.extend(
-                    did_you_mean(rest)
-                        .map(|known| format!("environment variable {name} is ignored; did you mean {known}?")),
-                ),
-                None => {}
-            }
-        }
-        Ok(environment)
-    }
-}
-
-/// The variable that was probably meant by a name with single underscores. `None` if no key is similar. Kubernetes sets
-/// variables such as `FLOWER_EXPORTER_PORT` for a Service of this name, and they must be ignored.
-fn did_you_mean(rest: &str) -> Option<String> {
-    let key = KEYS.iter().find(|key| key.name.replace('.', "_").eq_ignore_ascii_case(rest))?;
-    Some(key.variable())
-}
-
 fn source(figment: &Figment, key: &Key) -> String {
     figment.find_metadata(key.name).map_or("default".to_owned(), |metadata| metadata.name.to_string())
-}
-
-/// The values of one source. The source's name in the metadata appears in the report and in errors.
-struct Layer {
-    metadata: Metadata,
-    values: Dict,
-}
-
-impl Layer {
-    fn from_key(source: String, key: &Key, value: Value) -> Self {
-        let values = nest(key.name, unset_if_empty(key, value)).into_dict().unwrap_or_default();
-        Self { metadata: Metadata::named(source), values }
-    }
-}
-
-impl Provider for Layer {
-    fn metadata(&self) -> Metadata {
-        self.metadata.clone()
-    }
-
-    fn data(&self) -> figment::error::Result<Map<Profile, Dict>> {
-        Ok(Profile::Default.collect(self.values.clone()))
-    }
-}
-
-fn unset_if_empty(key: &Key, value: Value) -> Value {
-    match value.as_str() {
-        Some("") if key.optional => Value::Empty(Tag::Default, Empty::None),
-        _ => value,
-    }
 }
 
 fn file_layer(named: Option<&PathBuf>, default: &Path) -> Result<Option<Layer>, ConfigError> {
@@ -299,52 +246,6 @@ fn check_keys(values: &mut Dict, section: &str, file: &str) -> Result<(), Config
         }
     }
     Ok(())
-}
-
-fn unknown_key(subject: &str, key: &str) -> ConfigError {
-    if let Some((_, new)) = RENAMED.iter().find(|(old, _)| *old == key) {
-        return ConfigError::RenamedKey { subject: subject.to_owned(), old: key.to_owned(), new };
-    }
-    let section = key.rsplit_once('.').map_or("", |(section, _)| section);
-    ConfigError::UnknownKey {
-        subject: subject.to_owned(),
-        key: key.escape_debug().to_string(),
-        accepted: schema::children(section).join(", "),
-    }
-}
-
-fn variable_layer(name: &str, rest: &str, value: &OsStr) -> Result<Layer, ConfigError> {
-    let path = rest.to_ascii_lowercase().replace("__", ".");
-    let source = format!("environment {}", name.escape_debug());
-    let key = schema::find(&path).ok_or_else(|| unknown_key(&source, &path))?;
-    let text = value.to_str().ok_or_else(|| ConfigError::NotUtf8(name.to_owned()))?;
-    let value = match key.kind {
-        ValueKind::Text | ValueKind::Secret => Value::from(text),
-        ValueKind::Scalar => scalar(text),
-        ValueKind::Strings | ValueKind::Numbers if text.is_empty() => Value::from(text),
-        ValueKind::Strings => list(text, |item| Value::from(item)),
-        ValueKind::Numbers => list(text, scalar),
-    };
-    Ok(Layer::from_key(source, key, value))
-}
-
-fn scalar(text: &str) -> Value {
-    let text = text.trim();
-    let boolean = text.parse::<bool>().map(Value::from).ok();
-    let integer = || text.parse::<i64>().map(Value::from).ok();
-    let float = || text.parse::<f64>().map(Value::from).ok();
-    boolean.or_else(integer).or_else(float).unwrap_or_else(|| Value::from(text))
-}
-
-/// Parses a TOML array or comma-separated items. A comma-separated list may begin with `[`, too, because a glob may.
-fn list(text: &str, item: fn(&str) -> Value) -> Value {
-    let array = Toml::from_str::<Dict>(&format!("list = {}", text.trim()))
-        .ok()
-        .filter(|parsed| parsed.len() == 1)
-        .and_then(|mut parsed| parsed.remove("list"))
-        .filter(|value| value.as_array().is_some());
-    let items = || text.split(',').map(str::trim).filter(|item| !item.is_empty());
-    array.unwrap_or_else(|| Value::from(items().map(item).collect::<Vec<_>>()))
 }
 
 fn override_layers(overrides: &Overrides) -> impl Iterator<Item = Layer> {

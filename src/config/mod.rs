@@ -12,7 +12,11 @@ use std::time::Duration;
 use serde::Deserialize;
 
 pub mod broker_url;
+mod choice;
+mod environment;
 mod error;
+mod layer;
+mod limits;
 mod load;
 mod reload;
 mod schema;
@@ -23,6 +27,7 @@ mod types;
 mod validate;
 
 pub use broker_url::{BrokerUrl, BrokerUrls};
+pub use choice::{Level, LogFormat, LoginMethod};
 pub use error::ConfigError;
 #[doc(hidden)]
 pub use load::load_from;
@@ -33,11 +38,12 @@ pub use load::{LoadedConfig, Overrides, load};
 pub use reload::{ReloadReport, plan_reload};
 pub use schema::{Setting, settings};
 pub use secret::Secret;
-pub use types::{FanoutPrefix, Hostnames, Level, LogFormat};
+pub use types::{FanoutPrefix, Hostnames};
 
+use limits::TEN_YEARS;
 use types::{
-    Buckets, Count, DurationRange, DurationSecs, Fanout, Globs, Listen, Name, OneOf, SaveInterval, Size, TEN_YEARS,
-    Urls, ZeroIsNever, checked, optional,
+    Buckets, Count, DurationRange, DurationSecs, Fanout, Globs, Listen, Name, OneOf, SaveInterval, Size, Urls,
+    ZeroIsNever, checked, optional,
 };
 
 /// The validated configuration. `Default` has the built-in defaults.
@@ -113,6 +119,9 @@ pub struct AmqpConfig {
     /// twice this time.
     #[serde(deserialize_with = "checked::<DurationSecs, _, _>")]
     pub heartbeat: Duration,
+    /// How to log in. The URL's `login_method` takes precedence.
+    #[serde(deserialize_with = "checked::<OneOf, _, _>")]
+    pub login_method: LoginMethod,
     /// The name of a durable queue, from 1 to 218 bytes. `None`: an exclusive queue that is deleted with the
     /// connection.
     #[serde(deserialize_with = "optional::<Name, _, _>")]
@@ -260,6 +269,19 @@ pub struct LogConfig {
     pub format: LogFormat,
 }
 
+impl Config {
+    /// The configuration for connections to `url`, whose parameters take precedence.
+    #[must_use]
+    pub fn for_url(&self, url: &BrokerUrl) -> Self {
+        let mut config = self.clone();
+        config.broker.connect_timeout = self.broker.connect_timeout_for(url);
+        let amqp = &mut config.broker.amqp;
+        amqp.heartbeat = url.heartbeat.unwrap_or(amqp.heartbeat);
+        amqp.login_method = url.login_method.unwrap_or(amqp.login_method);
+        config
+    }
+}
+
 impl Default for BrokerConfig {
     fn default() -> Self {
         Self {
@@ -289,6 +311,12 @@ impl BrokerConfig {
         Ok(urls)
     }
 
+    /// The timeout of a connection attempt to `url`.
+    #[must_use]
+    pub fn connect_timeout_for(&self, url: &BrokerUrl) -> Duration {
+        url.connect_timeout.unwrap_or(self.connect_timeout)
+    }
+
     /// Whether connections to `url` use TLS.
     #[must_use]
     pub fn tls_for(&self, url: &BrokerUrl) -> bool {
@@ -313,6 +341,7 @@ impl Default for AmqpConfig {
     fn default() -> Self {
         Self {
             heartbeat: Duration::from_secs(10),
+            login_method: LoginMethod::default(),
             queue: None,
             message_ttl: None,
             queue_expires: None,

@@ -5,8 +5,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::choice::{Level, LogFormat, LoginMethod};
 use super::secret::{Secret, printable};
-use super::types::{FanoutPrefix, Hostnames, Level, LogFormat, format_size};
+use super::types::{FanoutPrefix, Hostnames, format_size};
 use super::{BrokerUrls, Config};
 
 /// The prefix of the environment variables.
@@ -134,6 +135,8 @@ keys! {
     /// The heartbeat interval in whole seconds. The connection is closed if the broker sends nothing for twice this
     /// long.
     Scalar broker.amqp.heartbeat;
+    /// How to log in, as Celery's `broker_login_method`: `PLAIN`, `AMQPLAIN`, or `EXTERNAL` for the client certificate.
+    Text broker.amqp.login_method;
     /// The name of a durable queue that keeps collecting while the exporter is down. Unset: the queue ends with the
     /// connection.
     Text broker.amqp.queue => optional(r#""flower-exporter""#);
@@ -344,6 +347,7 @@ format_toml! {
     SocketAddr, "address": |address| quoted(&address.to_string());
     Level, "string": |level| quoted(&level.to_string());
     LogFormat, "string": |format| quoted(&format.to_string());
+    LoginMethod, "string": |method| quoted(&method.to_string());
     Hostnames, "list of strings": |globs| {
         let globs: Vec<_> = globs.patterns().iter().map(|glob| quoted(printable(glob))).collect();
         format!("[{}]", globs.join(", "))

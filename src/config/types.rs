@@ -9,6 +9,8 @@ use serde::de::{Deserializer, Error};
 use serde::{Deserialize, de};
 
 use super::broker_url::{BrokerUrls, UrlError};
+use super::choice::Choice;
+use super::limits::TEN_YEARS;
 use super::secret::printable;
 
 /// An unvalidated TOML value. The command line always provides text, and the environment
@@ -53,9 +55,6 @@ pub(super) fn optional<'de, C: FromRaw<T>, T, D: Deserializer<'de>>(from: D) -> 
     }
     from.deserialize_option(Visitor::<C, T>(std::marker::PhantomData))
 }
-
-/// The longest duration, in milliseconds. A longer one is most likely a typo.
-pub(super) const TEN_YEARS: u64 = 315_576_000_000;
 
 fn parse_duration(raw: Raw) -> Option<Duration> {
     let seconds = match raw {
@@ -286,8 +285,9 @@ impl FromRaw<FanoutPrefix> for Fanout {
             Raw::Flag(true) => Ok(FanoutPrefix::On),
             Raw::Flag(false) => Ok(FanoutPrefix::Off),
             Raw::Text(text) => Ok(match text.as_str() {
-                "true" => FanoutPrefix::On,
-                "false" | "" => FanoutPrefix::Off,
+                // Python users write `True` in the environment.
+                "true" | "True" => FanoutPrefix::On,
+                "false" | "False" | "" => FanoutPrefix::Off,
                 _ => FanoutPrefix::Custom(text),
             }),
             _ => Err(r#"expected true, false or a prefix such as "/{db}.""#.to_owned()),
@@ -350,11 +350,6 @@ impl FromRaw<Hostnames> for Globs {
     }
 }
 
-/// A setting with a fixed set of named values.
-pub(super) trait Choice: Copy + PartialEq + 'static {
-    const ALL: &[(&str, Self)];
-}
-
 /// The name of a [`Choice`], upper or lower case.
 pub(super) struct OneOf;
 
@@ -366,45 +361,5 @@ impl<T: Choice> FromRaw<T> for OneOf {
             let names: Vec<_> = T::ALL.iter().map(|(name, _)| *name).collect();
             format!("expected one of {}", names.join(", "))
         })
-    }
-}
-
-macro_rules! choice {
-    ($(#[$outer:meta])* $name:ident { $($(#[$meta:meta])* $variant:ident = $text:literal,)+ }) => {
-        $(#[$outer])*
-        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-        #[non_exhaustive]
-        pub enum $name { $($(#[$meta])* #[doc = concat!("`", $text, "`")] $variant,)+ }
-
-        impl Choice for $name {
-            const ALL: &[(&str, Self)] = &[$(($text, Self::$variant)),+];
-        }
-
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(match self { $(Self::$variant => $text),+ })
-            }
-        }
-    };
-}
-
-choice! {
-    /// The least severe level that is logged.
-    Level {
-        Error = "error",
-        Warn = "warn",
-        #[default]
-        Info = "info",
-        Debug = "debug",
-        Trace = "trace",
-    }
-}
-
-choice! {
-    /// The format of a log line.
-    LogFormat {
-        #[default]
-        Text = "text",
-        Json = "json",
     }
 }

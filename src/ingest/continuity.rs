@@ -89,10 +89,12 @@ impl Continuity {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn queue(name: &str, existed: bool) -> NamedQueue {
-        NamedQueue { name: name.into(), existed }
+        NamedQueue { name: name.into(), existed, heartbeat: Duration::from_secs(10) }
     }
 
     /// Message 5 of queue `q` was the newest one.

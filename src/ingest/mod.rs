@@ -213,8 +213,7 @@ impl IngestLoop {
         self.clock.start(Instant::now());
         self.connected_at = Some(self.clock.elapsed());
         self.received_since_connect = false;
-        let amqp = &self.config.broker.amqp;
-        self.reordered_until = amqp.queue.is_some().then(|| Instant::now() + amqp.heartbeat * HEARTBEATS_UNTIL_ORDERED);
+        self.reordered_until = queue.map(|queue| Instant::now() + queue.heartbeat * HEARTBEATS_UNTIL_ORDERED);
     }
 
     /// Counts and reports a gap, and clears what is unknown after it.

@@ -1,6 +1,9 @@
 //! TLS to the broker: the rustls configuration, the handshake, and errors that name the setting to change.
 //! A leaf module: it imports no other module of the crate and does not log. [`TlsConfig::new`] reads files and blocks.
 
+mod explain;
+mod verifier;
+
 use std::fmt;
 use std::fs;
 use std::io;
@@ -9,17 +12,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{ResolvesClientCert, WebPkiServerVerifier};
-use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring, verify_tls12_signature, verify_tls13_signature};
+use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::{self, PemObject};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::sign::CertifiedKey;
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{ClientConfig, RootCertStore, SignatureScheme};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
+
+pub use explain::explain;
+use verifier::ServerVerifier;
 
 /// The share of the connect timeout that the handshake may take. It ends first, so that the error names the handshake.
 const HANDSHAKE_SHARE: f64 = 0.8;
@@ -38,8 +43,12 @@ pub struct PemFile {
 /// The options of [`TlsConfig`].
 #[derive(Clone, Debug)]
 pub struct TlsOptions {
-    /// Trusted root certificates. `None`: the system's roots.
+    /// Trusted certificates. If there are none in all three: the system's roots.
     pub ca_file: Option<PemFile>,
+    /// A directory of files with trusted certificates.
+    pub ca_path: Option<PemFile>,
+    /// Trusted certificates, in PEM.
+    pub ca_data: Option<String>,
     /// The client certificate.
     pub cert_file: Option<PemFile>,
     /// The key of the client certificate. `None`: it is in `cert_file`.
@@ -84,21 +93,17 @@ impl TlsConfig {
     /// there is no usable root certificate.
     pub fn new(options: &TlsOptions) -> Result<Self, TlsError> {
         let provider = Arc::new(ring::default_provider());
-        let chain_verifier =
-            if options.verify { Some(chain_verifier(options.ca_file.as_ref(), &provider)?) } else { None };
+        let trusted = options.trusted_certificates()?;
+        let chain = if options.verify { options.chain_verifier(&trusted, &provider)? } else { None };
         let key = client_key(options.cert_file.as_ref(), options.key_file.as_ref(), &provider)?;
         let identity = Arc::new(ClientIdentity { key, was_requested: AtomicBool::new(false) });
         let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()
             .map_err(|error| TlsError { setting: "broker.tls", path: String::new(), reason: error.to_string() })?;
-        let builder = match chain_verifier {
-            Some(chain_verifier) if options.check_hostname => builder.with_webpki_verifier(chain_verifier),
-            chain_verifier => {
-                let algorithms = provider.signature_verification_algorithms;
-                let verifier = RelaxedVerifier { chain_verifier, algorithms };
-                builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier))
-            }
-        };
+        let algorithms = provider.signature_verification_algorithms;
+        let (verify, check_hostname) = (options.verify, options.check_hostname);
+        let verifier = ServerVerifier { verify, chain, trusted, check_hostname, algorithms };
+        let builder = builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier));
         let config = Arc::new(builder.with_client_cert_resolver(Arc::clone(&identity) as Arc<dyn ResolvesClientCert>));
         Ok(Self { config, identity, verifies: options.verify })
     }
@@ -127,13 +132,14 @@ impl TlsConfig {
         with_handshake_timeout(connect_timeout, TlsConnector::from(self.config()).connect(name, stream)).await
     }
 
-    /// A probable reason why the server closed a connection. In TLS 1.3, the server rejects a client without a
+    /// Why the server closed the connection before it sent anything. In TLS 1.3, the server rejects a client without a
     /// certificate only after the client's handshake has completed, and some servers then just close the connection.
+    /// `None` if the server has not asked for a certificate.
     #[must_use]
     pub fn hint(&self) -> Option<&'static str> {
         let was_requested = self.identity.was_requested.load(Ordering::Relaxed);
         was_requested.then_some(if self.identity.key.is_some() {
-            "the server asked for a client certificate and may not accept the one in broker.tls.cert_file"
+            "the server asked for a client certificate, and does not accept the one in broker.tls.cert_file"
         } else {
             "the server asked for a client certificate: set broker.tls.cert_file and broker.tls.key_file"
         })
@@ -159,43 +165,6 @@ pub async fn with_handshake_timeout<T>(
     timeout(connect_timeout.mul_f64(HANDSHAKE_SHARE), handshake).await.unwrap_or_else(|_| Err(timed_out()))
 }
 
-/// Explains an error of rustls, and names the setting to change. `None` if rustls did not detect the error itself:
-/// another I/O error, or an alert from the server.
-#[must_use]
-pub fn explain(error: &io::Error) -> Option<String> {
-    let error = error.get_ref()?.downcast_ref::<rustls::Error>()?;
-    let advice = match error {
-        rustls::Error::AlertReceived(_) => return None,
-        rustls::Error::InvalidCertificate(reason) => return Some(explain_cert_error(reason)),
-        rustls::Error::InvalidMessage(_) => "the server does not use TLS on this port",
-        rustls::Error::HandshakeNotComplete => "handshake timed out: the server may not use TLS on this port",
-        _ => return Some(error.to_string()),
-    };
-    Some(format!("{advice} (use its TLS port, or a URL without TLS: redis://, amqp://)"))
-}
-
-fn explain_cert_error(reason: &CertificateError) -> String {
-    use CertificateError::{Expired, ExpiredContext, NotValidForName, NotValidForNameContext, UnknownIssuer};
-    match reason {
-        UnknownIssuer => {
-            "the server's certificate has an unknown issuer: set broker.tls.ca_file (or ssl_ca_certs in the URL) \
-             to the CA that signed it, or disable verification with broker.tls.insecure_skip_verify = true (or \
-             ssl_cert_reqs=none)"
-                .to_owned()
-        }
-        Expired | ExpiredContext { .. } => {
-            "the server's certificate has expired: it must be renewed at the broker (until then, \
-             broker.tls.insecure_skip_verify = true disables verification)"
-                .to_owned()
-        }
-        NotValidForName | NotValidForNameContext { .. } => format!(
-            "the server's certificate is for another host name: {reason}: use one of its names in the URL, or set \
-             broker.tls.check_hostname = false (or ssl_check_hostname=false)"
-        ),
-        _ => format!("{reason}: broker.tls.insecure_skip_verify = true (or ssl_cert_reqs=none) disables verification"),
-    }
-}
-
 impl PemFile {
     fn error(&self, reason: impl fmt::Display) -> TlsError {
         TlsError { setting: self.setting, path: format!(" = \"{}\"", self.display), reason: reason.to_string() }
@@ -206,10 +175,7 @@ impl PemFile {
     }
 
     fn certificates(&self) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-        let text = self.read()?;
-        let read: Result<Vec<_>, pem::Error> = CertificateDer::pem_slice_iter(&text).collect();
-        let certificates = read.map_err(|error| self.error(format_args!("not PEM: {error}")))?;
-        if certificates.is_empty() { Err(self.error("no PEM certificate found")) } else { Ok(certificates) }
+        certificates(&self.read()?).map_err(|reason| self.error(reason))
     }
 
     fn private_key(&self) -> Result<PrivateKeyDer<'static>, TlsError> {
@@ -220,26 +186,70 @@ impl PemFile {
     }
 }
 
-/// Verifies certificate chains against the roots in `file`, or against the system's roots.
-fn chain_verifier(
-    file: Option<&PemFile>,
-    provider: &Arc<CryptoProvider>,
-) -> Result<Arc<WebPkiServerVerifier>, TlsError> {
-    let certificates = match file {
-        Some(file) => file.certificates()?,
-        None => rustls_native_certs::load_native_certs().certs,
-    };
-    let mut roots = RootCertStore::empty();
-    // Certificates that rustls cannot parse are skipped. The system's store may contain some. One usable root suffices.
-    roots.add_parsable_certificates(certificates);
-    WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(provider)).build().map_err(|_| match file {
-        Some(file) => file.error("no certificate in the file can be used as a root"),
-        None => TlsError {
-            setting: "broker.tls.ca_file",
-            path: String::new(),
-            reason: "not set, and the system has no root certificates: set it to a PEM file with the CA".to_owned(),
-        },
-    })
+impl TlsOptions {
+    /// The certificates that the user trusts. Empty: none are set.
+    fn trusted_certificates(&self) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+        let mut trusted = Vec::new();
+        if let Some(file) = &self.ca_file {
+            trusted.extend(file.certificates()?);
+        }
+        if let Some(directory) = &self.ca_path {
+            let loaded = rustls_native_certs::load_certs_from_paths(None, Some(&directory.path));
+            if let Some(error) = loaded.errors.first() {
+                return Err(directory.error(error));
+            }
+            if loaded.certs.is_empty() {
+                return Err(directory.error("no PEM certificate found in the directory"));
+            }
+            trusted.extend(loaded.certs);
+        }
+        if let Some(text) = &self.ca_data {
+            let error = |reason| TlsError { setting: "ssl_ca_data", path: String::new(), reason };
+            trusted.extend(certificates(text.as_bytes()).map_err(error)?);
+        }
+        Ok(trusted)
+    }
+
+    /// Verifies certificate chains against the trusted certificates, or against the system's roots if there are none.
+    /// `None`: no trusted certificate can be a root.
+    fn chain_verifier(
+        &self,
+        trusted: &[CertificateDer<'static>],
+        provider: &Arc<CryptoProvider>,
+    ) -> Result<Option<Arc<WebPkiServerVerifier>>, TlsError> {
+        let mut roots = RootCertStore::empty();
+        // Certificates that rustls cannot parse are skipped. The system's store may contain some. One usable root
+        // suffices.
+        if trusted.is_empty() {
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        } else {
+            roots.add_parsable_certificates(trusted.iter().cloned());
+        }
+        if roots.is_empty() {
+            // A certificate of X.509 version 1 is no root, but it may be the server's own.
+            return if trusted.iter().any(verifier::is_certificate) { Ok(None) } else { Err(self.no_roots()) };
+        }
+        let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(provider)).build();
+        verifier.map(Some).map_err(|_| self.no_roots())
+    }
+
+    fn no_roots(&self) -> TlsError {
+        match self.ca_file.as_ref().or(self.ca_path.as_ref()) {
+            Some(file) => file.error("no certificate in the file can be used as a root"),
+            None => TlsError {
+                setting: "broker.tls.ca_file",
+                path: String::new(),
+                reason: "not set, and the system has no root certificates: set it to a PEM file with the CA".to_owned(),
+            },
+        }
+    }
+}
+
+/// The certificates in PEM text, or why there are none.
+fn certificates(text: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
+    let read: Result<Vec<_>, pem::Error> = CertificateDer::pem_slice_iter(text).collect();
+    let certificates = read.map_err(|error| format!("not PEM: {error}"))?;
+    if certificates.is_empty() { Err("no PEM certificate found".to_owned()) } else { Ok(certificates) }
 }
 
 /// The client certificate with its key, which may be in the same file.
@@ -281,56 +291,5 @@ impl ResolvesClientCert for ClientIdentity {
 
     fn has_certs(&self) -> bool {
         self.key.is_some()
-    }
-}
-
-/// A verifier that is less strict than that of rustls: it accepts any host name, and without a `chain_verifier` any
-/// certificate. The server must still prove that it has the certificate's private key.
-#[derive(Debug)]
-struct RelaxedVerifier {
-    chain_verifier: Option<Arc<WebPkiServerVerifier>>,
-    algorithms: WebPkiSupportedAlgorithms,
-}
-
-impl ServerCertVerifier for RelaxedVerifier {
-    fn verify_server_cert(
-        &self,
-        certificate: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        name: &ServerName<'_>,
-        ocsp: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        use CertificateError::{NotValidForName, NotValidForNameContext};
-        let Some(chain_verifier) = &self.chain_verifier else { return Ok(ServerCertVerified::assertion()) };
-        match chain_verifier.verify_server_cert(certificate, intermediates, name, ocsp, now) {
-            // The name is checked last, so the chain is valid.
-            Err(rustls::Error::InvalidCertificate(NotValidForName | NotValidForNameContext { .. })) => {
-                Ok(ServerCertVerified::assertion())
-            }
-            verified => verified,
-        }
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, certificate, signature, &self.algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signature, &self.algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
     }
 }

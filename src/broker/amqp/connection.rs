@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 
 use async_compat::Compat;
 use lapin::tcp::RustlsConnector;
-use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo};
+use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo, SASLMechanism};
 use lapin::{AsyncTcpStream, Connection, ConnectionProperties};
 use tokio::net::TcpStream;
 
@@ -14,7 +14,7 @@ use super::{runtime, to_broker_error};
 use crate::broker::BrokerError;
 use crate::broker::net::{CoalescingSocket, UsedAddresses, happy_eyeballs};
 use crate::config::broker_url::Address;
-use crate::config::{BrokerUrl, Config};
+use crate::config::{BrokerUrl, Config, LoginMethod};
 use crate::tls::{self, TlsConfig};
 
 /// The frame size of a connection that sends small messages only. lapin allocates 64 frames for each connection, which is
@@ -116,6 +116,11 @@ fn uri(url: &BrokerUrl, config: &Config, frame_max: Option<u32>) -> AMQPUri {
         query: AMQPQueryString {
             frame_max,
             heartbeat: u16::try_from(config.broker.amqp.heartbeat.as_secs()).ok(),
+            auth_mechanism: Some(match config.broker.amqp.login_method {
+                LoginMethod::Plain => SASLMechanism::Plain,
+                LoginMethod::AmqPlain => SASLMechanism::AMQPlain,
+                LoginMethod::External => SASLMechanism::External,
+            }),
             ..AMQPQueryString::default()
         },
     }

@@ -3,6 +3,7 @@
 
 mod connection;
 mod handle;
+mod login;
 mod publisher;
 mod receiver;
 mod runtime;
@@ -22,6 +23,7 @@ pub use handle::BrokerHandle;
 pub use receiver::EventReceiver;
 
 use connection::Target;
+use login::Login;
 use publisher::Publisher;
 use topology::Topology;
 use witness::Witnesses;
@@ -48,13 +50,12 @@ pub(super) async fn connect(
     on_standby: &dyn Fn(),
 ) -> Result<(EventReceiver, BrokerHandle), BrokerError> {
     let limit = config.broker.connect_timeout;
-    let opening = async {
-        let (connection, shutdown_on_drop) =
-            connection::open(url, config, tls, Target::Host(&history.addresses)).await?;
-        let (topology, channel) = Topology::declare(&connection, config).await?;
-        Ok((connection, shutdown_on_drop, topology, channel))
-    };
-    let (connection, shutdown_on_drop, topology, channel) = within(limit, opening).await?;
+    let began = Instant::now();
+    let login = Login { url, config, tls };
+    let opening = connection::open(url, config, tls, Target::Host(&history.addresses));
+    let (connection, shutdown_on_drop) = login.run(opening).await?;
+    let declaring = Topology::declare(&connection, config);
+    let (topology, channel) = within(limit.saturating_sub(began.elapsed()), declaring).await?;
     let subscription = Subscription { connection: &connection, topology: &topology, config };
     let (channel, consumer, initial_queue_depth) = if topology.is_durable {
         subscription.wait_and_consume(channel, on_standby).await?

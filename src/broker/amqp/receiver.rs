@@ -60,6 +60,7 @@ impl EventReceiver {
             named_queue: topology.is_durable.then(|| NamedQueue {
                 name: format!("{} {}", url.vhost, topology.queue).into(),
                 existed: topology.existed,
+                heartbeat: config.broker.amqp.heartbeat,
             }),
             error: None,
         }

@@ -51,6 +51,7 @@ pub(super) async fn connect(
         Role::Replica if !accept_replica || history.has_seen_master() => return Err(BrokerError::Replica),
         Role::Replica | Role::Unknown => {}
     }
+    check_database(&mut connection, url.db).await?;
     let master = sentinels.is_some().then(|| address.clone());
     let peer = connection.peer;
     let disconnects = output_limit_disconnects(&mut connection).await?;
@@ -65,6 +66,20 @@ pub(super) async fn connect(
     let failover = Failover { role: ServerRole::new(role, history), others, sentinels };
     let handle = BrokerHandle::new(config, url, client_config, failover);
     Ok((receiver, handle))
+}
+
+/// Fails if the server does not have the database: then no worker can use it. A user who may not ask is no error.
+async fn check_database(connection: &mut Connection, db: u32) -> Result<(), BrokerError> {
+    if db == 0 {
+        return Ok(());
+    }
+    match connection.request(&["SELECT", &db.to_string()]).await {
+        Err(BrokerError::Refused(reason)) if reason.contains("out of range") => Err(BrokerError::Refused(format!(
+            "the server has no database {db}: use the number in Celery's broker URL ({reason})"
+        ))),
+        Ok(_) | Err(BrokerError::Refused(_)) => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// How many clients the server has disconnected because they lagged, if it reports this and the user may ask.

@@ -67,7 +67,7 @@ impl ConnectOptions {
                     Some(tls) => Box::new(tls.handshake(host, stream, self.timeout).await?),
                     None => Box::new(stream),
                 };
-                Ok(Connection { peer: Some(peer), ..Connection::new(stream) })
+                Ok(Connection { peer: Some(peer), unanswered_tls: self.tls.clone(), ..Connection::new(stream) })
             }
             Address::Unix(path) => {
                 Ok(Connection::new(Box::new(CoalescingSocket::new(UnixStream::connect(path).await?))))
@@ -82,11 +82,13 @@ pub(super) struct Connection {
     pub(super) buffer: BytesMut,
     /// The TCP address of the server: a name may have several.
     pub(super) peer: Option<SocketAddr>,
+    /// TLS, until the server has sent something.
+    unanswered_tls: Option<TlsConfig>,
 }
 
 impl Connection {
     pub(super) fn new(stream: Box<dyn Stream>) -> Self {
-        Self { stream, buffer: BytesMut::with_capacity(READ_SIZE), peer: None }
+        Self { stream, buffer: BytesMut::with_capacity(READ_SIZE), peer: None, unanswered_tls: None }
     }
 
     /// Sends a command and waits for its reply. Returns the first four strings of it.
@@ -115,7 +117,7 @@ impl Connection {
             self.stream.write_all(&encode(command)).await?;
             self.stream.flush().await
         };
-        sending.await.map_err(|error| BrokerError::from(&error))
+        sending.await.map_err(|error| self.explain(BrokerError::from(&error)))
     }
 
     /// Waits for bytes. Cancelling loses nothing.
@@ -123,9 +125,20 @@ impl Connection {
         // Doubling keeps the cost of copying the start of a large message linear.
         self.buffer.reserve(READ_SIZE.max(self.buffer.len()));
         match self.stream.read_buf(&mut self.buffer).await {
-            Ok(0) => Err(BrokerError::Disconnected("the server closed the connection".to_owned())),
-            Ok(_) => Ok(()),
-            Err(error) => Err(BrokerError::from(&error)),
+            Ok(0) => Err(self.explain(BrokerError::Disconnected("the server closed the connection".to_owned()))),
+            Ok(_) => {
+                self.unanswered_tls = None;
+                Ok(())
+            }
+            Err(error) => Err(self.explain(BrokerError::from(&error))),
+        }
+    }
+
+    /// Adds that the server asked for a client certificate, if it has sent nothing else.
+    fn explain(&self, error: BrokerError) -> BrokerError {
+        match (error, self.unanswered_tls.as_ref().and_then(TlsConfig::hint)) {
+            (BrokerError::Disconnected(reason), Some(hint)) => BrokerError::Tls(format!("{reason}: {hint}")),
+            (error, _) => error,
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
@@ -47,7 +48,28 @@ impl fmt::Display for BrokerUrl {
             Transport::Amqp => write!(f, "/{}", utf8_percent_encode(&self.vhost, PATH))?,
             Transport::Redis | Transport::Sentinel => write!(f, "/{}", self.db)?,
         }
-        self.ssl.fmt(f)
+        let seconds = |duration: Option<Duration>| duration.map(|duration| duration.as_secs_f64().to_string());
+        let [reqs, ca_certs, ca_path, ca_data, certfile, keyfile, check_hostname] = self.ssl.parameters();
+        let parameters = [
+            ("heartbeat", seconds(self.heartbeat)),
+            ("connect_timeout", seconds(self.connect_timeout)),
+            ("login_method", self.login_method.map(|method| method.to_string())),
+            reqs,
+            ca_certs,
+            ca_path,
+            ca_data,
+            certfile,
+            keyfile,
+            check_hostname,
+        ];
+        let mut separator = '?';
+        for (name, value) in parameters {
+            if let Some(value) = value {
+                write!(f, "{separator}{name}={}", utf8_percent_encode(&value, PATH))?;
+                separator = '&';
+            }
+        }
+        Ok(())
     }
 }
 
@@ -57,25 +79,19 @@ impl fmt::Debug for BrokerUrl {
     }
 }
 
-impl fmt::Display for SslParams {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl SslParams {
+    /// The parameters with their values.
+    fn parameters(&self) -> [(&'static str, Option<String>); 7] {
         let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.to_string_lossy().into_owned());
-        let reqs = self.cert_reqs.map(|reqs| format!("{reqs:?}").to_lowercase());
-        let parameters = [
-            ("cert_reqs", reqs),
-            ("ca_certs", path(&self.ca_certs)),
-            ("certfile", path(&self.certfile)),
-            ("keyfile", path(&self.keyfile)),
-            ("check_hostname", self.check_hostname.map(|check| check.to_string())),
-        ];
-        let mut separator = '?';
-        for (name, value) in parameters {
-            if let Some(value) = value {
-                write!(f, "{separator}ssl_{name}={}", utf8_percent_encode(&value, PATH))?;
-                separator = '&';
-            }
-        }
-        Ok(())
+        [
+            ("ssl_cert_reqs", self.cert_reqs.map(|reqs| format!("{reqs:?}").to_lowercase())),
+            ("ssl_ca_certs", path(&self.ca_certs)),
+            ("ssl_ca_path", path(&self.ca_path)),
+            ("ssl_ca_data", self.ca_data.clone()),
+            ("ssl_certfile", path(&self.certfile)),
+            ("ssl_keyfile", path(&self.keyfile)),
+            ("ssl_check_hostname", self.check_hostname.map(|check| check.to_string())),
+        ]
     }
 }
 

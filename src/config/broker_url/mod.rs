@@ -6,11 +6,14 @@
 //! information, `;` separates brokers, and user name, password, path and parameters are percent-encoded.
 
 mod display;
+mod parameters;
 mod parse;
 
 use std::ops::Deref;
 use std::path::PathBuf;
+use std::time::Duration;
 
+use super::choice::LoginMethod;
 use super::secret::Secret;
 
 /// The protocol of the broker, and how its server is found.
@@ -60,6 +63,10 @@ pub struct SslParams {
     pub cert_reqs: Option<CertReqs>,
     /// `ssl_ca_certs`: a PEM file.
     pub ca_certs: Option<PathBuf>,
+    /// `ssl_ca_path`: a directory of PEM files, named by hashes as for OpenSSL.
+    pub ca_path: Option<PathBuf>,
+    /// `ssl_ca_data`: certificates in PEM.
+    pub ca_data: Option<String>,
     /// `ssl_certfile`: a PEM file.
     pub certfile: Option<PathBuf>,
     /// `ssl_keyfile`: a PEM file.
@@ -73,7 +80,7 @@ pub struct SslParams {
 pub struct BrokerUrl {
     /// Determined by the scheme.
     pub transport: Transport,
-    /// Whether the scheme or an `ssl_*` parameter requires TLS, as in kombu.
+    /// Whether the scheme or a parameter (`ssl`, `ssl_*`) requires TLS, as in kombu.
     pub tls: bool,
     /// An empty host is `localhost`. The default port is 5672 or 5671 for AMQP, 6379 for Redis, 26379 for Sentinel.
     pub address: Address,
@@ -87,6 +94,14 @@ pub struct BrokerUrl {
     pub db: u32,
     /// Options of TLS.
     pub ssl: SslParams,
+    /// `heartbeat` in whole seconds, AMQP only. It takes precedence over `broker.amqp.heartbeat`.
+    pub heartbeat: Option<Duration>,
+    /// `connect_timeout`. It takes precedence over `broker.connect_timeout`.
+    pub connect_timeout: Option<Duration>,
+    /// `login_method`, AMQP only. It takes precedence over `broker.amqp.login_method`.
+    pub login_method: Option<LoginMethod>,
+    /// The names of the parameters that Celery accepts and that have no effect here.
+    pub parameters_without_effect: Vec<String>,
 }
 
 /// One broker, several brokers that are tried in turn, or the members of one Sentinel set. Never empty.
@@ -127,6 +142,15 @@ pub enum UrlErrorKind {
     /// The URL has no scheme, as in `localhost:6379`. An unescaped `;` in a password has the same effect.
     #[error("no scheme: expected {SCHEMES} (in a password, percent-encode `;` as %3B)")]
     NoScheme,
+    /// The URL is only a host, maybe with a port.
+    #[error("no scheme before {0}: expected {SCHEMES}")]
+    OnlyHost(String),
+    /// The URL is in quotes, which some programs pass on.
+    #[error("the URL is in quotes: remove them")]
+    Quoted,
+    /// The text is an assignment, as in a shell script.
+    #[error("the URL begins with the name of a variable and `=`: remove them")]
+    Assignment,
     /// The scheme is a transport of Celery's that the exporter does not support, or is unknown.
     #[error("{0}:// is not supported: expected {SCHEMES}")]
     Scheme(String),
@@ -138,7 +162,7 @@ pub enum UrlErrorKind {
     UnescapedDelimiter,
     /// The port is invalid. An unescaped delimiter in a password has the same effect.
     #[error(
-        "the port is not a number from 1 to 65535 (in a user name or password, percent-encode \
+        "the port is not a number up to 65535 (in a user name or password, percent-encode \
          `/` as %2F, `?` as %3F and `#` as %23; write an IPv6 address in brackets)"
     )]
     Port,
@@ -155,15 +179,23 @@ pub enum UrlErrorKind {
     #[error("not valid UTF-8 once percent-decoded")]
     Utf8,
     /// The scheme has no such parameter.
-    #[error("unknown parameter {name}: expected {accepted}; other options are separate settings")]
+    #[error("unknown parameter {name}: expected {accepted}")]
     Parameter {
-        /// As written.
+        /// As written, if that cannot be a part of a secret.
         name: String,
         /// The parameters of the scheme.
         accepted: &'static str,
     },
+    /// The parameter is not supported, and something else replaces it.
+    #[error("parameter {name} is not supported: {remedy}")]
+    Unsupported {
+        /// The parameter.
+        name: String,
+        /// What to do instead.
+        remedy: &'static str,
+    },
     /// The value of a parameter is invalid.
-    #[error("{name}: expected {accepted}")]
+    #[error("parameter {name}: expected {accepted}")]
     Value {
         /// The parameter.
         name: String,
@@ -186,6 +218,10 @@ impl Default for BrokerUrl {
             vhost: "/".to_owned(),
             db: 0,
             ssl: SslParams::default(),
+            heartbeat: None,
+            connect_timeout: None,
+            login_method: None,
+            parameters_without_effect: Vec::new(),
         }
     }
 }

@@ -1,15 +1,16 @@
 //! Parses broker URLs as kombu does (`kombu.utils.url.url_to_parts`).
 
-use std::net::Ipv6Addr;
-use std::path::PathBuf;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 use percent_encoding::percent_decode_str;
 
-use super::{Address, BrokerUrl, BrokerUrls, CertReqs, SslParams, Transport, UrlError, UrlErrorKind};
+use super::parameters::Parameters;
+use super::{Address, BrokerUrl, BrokerUrls, Transport, UrlError, UrlErrorKind};
 use crate::config::secret::Secret;
 
-const SSL_PARAMETERS: &str = "ssl_cert_reqs, ssl_ca_certs, ssl_certfile, ssl_keyfile or ssl_check_hostname";
+const AMQP_PORT: u16 = 5672;
+const AMQPS_PORT: u16 = 5671;
 
 impl FromStr for BrokerUrls {
     type Err = UrlError;
@@ -23,8 +24,12 @@ impl FromStr for BrokerUrls {
         };
         // All schemes are checked first. An unescaped `;` in a password splits the URL, and its first half could
         // otherwise be reported as an unknown parameter, which would print a part of the password.
+        if let Some(kind) = text_error(text.trim()) {
+            return Err(UrlError::Single(kind));
+        }
         if let Some(index) = texts.iter().position(|url| !url.contains("://")) {
-            return Err(url_error(index, UrlErrorKind::NoScheme));
+            let kind = only_host(texts[index]).filter(|_| count == 1).unwrap_or(UrlErrorKind::NoScheme);
+            return Err(url_error(index, kind));
         }
         let mut urls = Vec::with_capacity(count);
         for (index, text) in texts.into_iter().enumerate() {
@@ -39,6 +44,24 @@ impl FromStr for BrokerUrls {
     }
 }
 
+/// Mistakes that the environment and files of variables invite.
+fn text_error(text: &str) -> Option<UrlErrorKind> {
+    let is_name = |name: &str| name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+    match text.split_once('=') {
+        _ if text.starts_with(['"', '\'']) => Some(UrlErrorKind::Quoted),
+        Some((name, value)) if is_name(name) && value.contains("://") => Some(UrlErrorKind::Assignment),
+        _ => None,
+    }
+}
+
+/// The error for a host without a scheme, if the text cannot be a secret: `localhost` or an IP address, maybe with a
+/// port.
+fn only_host(text: &str) -> Option<UrlErrorKind> {
+    let (host, port) = text.split_once(':').unwrap_or((text, "0"));
+    let is_host = host == "localhost" || host.parse::<Ipv4Addr>().is_ok();
+    (is_host && unsigned::<u16>(port).is_some()).then(|| UrlErrorKind::OnlyHost(text.to_owned()))
+}
+
 fn one_sentinel_set(urls: Vec<BrokerUrl>) -> Vec<BrokerUrl> {
     let first = urls[0].clone();
     let member = |url: BrokerUrl| BrokerUrl { address: url.address, ..first.clone() };
@@ -51,8 +74,8 @@ impl FromStr for BrokerUrl {
     fn from_str(text: &str) -> Result<Self, UrlErrorKind> {
         let (scheme, rest) = text.split_once("://").ok_or(UrlErrorKind::NoScheme)?;
         let (transport, tls, port) = match scheme.to_ascii_lowercase().as_str() {
-            "amqp" | "pyamqp" | "librabbitmq" => (Transport::Amqp, false, Some(5672)),
-            "amqps" => (Transport::Amqp, true, Some(5671)),
+            "amqp" | "pyamqp" | "librabbitmq" => (Transport::Amqp, false, Some(AMQP_PORT)),
+            "amqps" => (Transport::Amqp, true, Some(AMQPS_PORT)),
             "redis" => (Transport::Redis, false, Some(6379)),
             "rediss" => (Transport::Redis, true, Some(6379)),
             "redis+socket" => (Transport::Redis, false, None),
@@ -60,13 +83,15 @@ impl FromStr for BrokerUrl {
             other => return Err(unknown_scheme(other)),
         };
         let raw = RawUrl::split(rest)?;
-        let ssl = if port.is_some() { raw.ssl()? } else { SslParams::default() };
+        let parameters = Parameters::parse(raw.query, transport, port.is_none())?;
+        let tls = tls || parameters.tls;
+        let port = if tls && port == Some(AMQP_PORT) { Some(AMQPS_PORT) } else { port };
         let is_amqp = transport == Transport::Amqp;
         let guest = || is_amqp.then(|| "guest".to_owned());
         let (user, password) = raw.credentials()?;
         Ok(Self {
             transport,
-            tls: tls || ssl != SslParams::default(),
+            tls,
             address: match port {
                 Some(port) => raw.tcp(port)?,
                 None => raw.unix()?,
@@ -77,9 +102,13 @@ impl FromStr for BrokerUrl {
             db: match (is_amqp, port) {
                 (true, _) => 0,
                 (false, Some(_)) => database(raw.path)?,
-                (false, None) => raw.virtual_host()?,
+                (false, None) => database(parameters.virtual_host.as_deref().unwrap_or_default())?,
             },
-            ssl,
+            ssl: parameters.ssl,
+            heartbeat: parameters.heartbeat,
+            connect_timeout: parameters.connect_timeout,
+            login_method: parameters.login_method,
+            parameters_without_effect: parameters.without_effect,
         })
     }
 }
@@ -127,7 +156,10 @@ impl<'a> RawUrl<'a> {
         };
         let port = match (port.is_empty(), port.strip_prefix(':')) {
             (true, _) | (_, Some("")) => default_port,
-            (_, Some(port)) => unsigned(port).filter(|port| *port > 0).ok_or(UrlErrorKind::Port)?,
+            (_, Some(port)) => match unsigned(port).ok_or(UrlErrorKind::Port)? {
+                0 => default_port,
+                port => port,
+            },
             (_, None) => return Err(UrlErrorKind::Host),
         };
         Ok(Address::Tcp { host, port })
@@ -143,64 +175,6 @@ impl<'a> RawUrl<'a> {
     fn vhost(&self) -> Result<String, UrlErrorKind> {
         let name = decode(self.path.strip_prefix('/').unwrap_or(self.path))?;
         Ok(if name.is_empty() { "/".to_owned() } else { name })
-    }
-
-    /// The `name=value` pairs, decoded as Python's `parse_qsl` does: `+` is a space.
-    fn parameters(&self) -> impl Iterator<Item = Result<(&'a str, String), UrlErrorKind>> {
-        let pairs = self.query.split('&').filter(|pair| !pair.is_empty());
-        pairs.map(|pair| {
-            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-            Ok((name, decode(&value.replace('+', " "))?))
-        })
-    }
-
-    fn virtual_host(&self) -> Result<u32, UrlErrorKind> {
-        let mut db = 0;
-        for parameter in self.parameters() {
-            match parameter? {
-                ("virtual_host", value) => db = database(&value)?,
-                (name, _) => return Err(unknown_parameter(name, "virtual_host")),
-            }
-        }
-        Ok(db)
-    }
-
-    fn ssl(&self) -> Result<SslParams, UrlErrorKind> {
-        let mut ssl = SslParams::default();
-        for parameter in self.parameters() {
-            let (name, value) = parameter?;
-            let invalid = |accepted| UrlErrorKind::Value { name: name.to_owned(), accepted };
-            let path = || Some(PathBuf::from(&value)).filter(|path| !path.as_os_str().is_empty());
-            match name {
-                "ssl_ca_certs" => ssl.ca_certs = path(),
-                "ssl_certfile" => ssl.certfile = path(),
-                "ssl_keyfile" => ssl.keyfile = path(),
-                "ssl_check_hostname" => {
-                    let value = value.to_ascii_lowercase().parse();
-                    ssl.check_hostname = Some(value.map_err(|_| invalid("true or false"))?);
-                }
-                "ssl_cert_reqs" => {
-                    let value = cert_reqs(&value);
-                    ssl.cert_reqs = Some(value.ok_or_else(|| invalid("required, optional or none"))?);
-                }
-                _ => return Err(unknown_parameter(name, SSL_PARAMETERS)),
-            }
-        }
-        Ok(ssl)
-    }
-}
-
-fn unknown_parameter(name: &str, accepted: &'static str) -> UrlErrorKind {
-    UrlErrorKind::Parameter { name: name.escape_debug().to_string(), accepted }
-}
-
-/// Accepts the names of Python's `ssl` constants, too, such as `CERT_NONE`.
-fn cert_reqs(text: &str) -> Option<CertReqs> {
-    match text.to_ascii_lowercase().trim_start_matches("cert_") {
-        "required" => Some(CertReqs::Required),
-        "optional" => Some(CertReqs::Optional),
-        "none" => Some(CertReqs::None),
-        _ => None,
     }
 }
 

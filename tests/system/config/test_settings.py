@@ -445,6 +445,71 @@ def test_environment_without_file(services, redis):
     exporter.ready()
 
 
+def test_celery_broker_url_is_used_without_a_setting(services, redis):
+    """The variable of Flower's image and of many applications."""
+    exporter = services.exporter(None, env={"CELERY_BROKER_URL": redis.url}).ready()
+    services.publisher(redis).send(ev.received())
+    exporter.wait_for(lambda metrics: metrics.events("received") == 1)
+    assert "WARN" not in exporter.log()
+
+
+def test_celery_broker_url_comes_after_every_setting(file):
+    """--check-config shows the source. A copied example file sets no URL."""
+    env = {"CELERY_BROKER_URL": "redis://celery:6379/0"}
+    example = ROOT / "flower-exporter.toml.example"
+    for args in ([], ["-c", example]):
+        line = 'url = "redis://celery:6379/0"  # environment CELERY_BROKER_URL\n'
+        assert line in Run("--check-config", *args, env=env).out
+    in_file = file({"broker": {"url": "redis://file:6379/0"}})
+    url_file = file("redis://url-file:6379/0", "url")
+    for args, more in [
+        (["-b", "redis://option:6379/0"], {}),
+        (["-c", in_file], {}),
+        ([], {"FLOWER_EXPORTER_BROKER__URL": "redis://variable:6379/0"}),
+        ([], {"FLOWER_EXPORTER_BROKER__URL_FILE": str(url_file)}),
+    ]:
+        out = Run("--check-config", *args, env={**env, **more}).out
+        assert "celery:6379" not in out and "# environment CELERY" not in out and "is ignored" not in out, out
+    line = Run(env={"CELERY_BROKER_URL": "sqs://"}).error_line()
+    assert line.startswith("flower-exporter: environment CELERY_BROKER_URL = ***: sqs:// is not supported"), line
+
+
+@pytest.mark.parametrize("name", ["BROKER_URL", "FLOWER_BROKER"])
+def test_other_broker_variables_cause_a_hint(name):
+    env = {name: "redis://:hunter2@h"}
+    out = Run("--check-config", env=env).out
+    assert f"# environment variable {name} is ignored; did you mean FLOWER_EXPORTER_BROKER__URL?\n" in out
+    assert "is ignored" not in Run("-b", "redis://h", "--check-config", env=env).out
+
+
+@pytest.mark.parametrize("value", ["redis://h", '"redis://:hunter2-planted@h"', "FLOWER_EXPORTER_BROKER__URL=redis://:hunter2-planted@h"])
+def test_quotes_and_names_around_a_value_are_reported(file, value):
+    """The value is masked, so the message says it."""
+    url_file = file(value, "url")
+    for env in ({"FLOWER_EXPORTER_BROKER__URL": value}, {"FLOWER_EXPORTER_BROKER__URL_FILE": str(url_file)}):
+        if value == "redis://h":
+            assert Run("--check-config", env=env).code == 0
+        else:
+            line = Run("--check-config", env=env).error_line()
+            assert line.endswith("in quotes: remove them" if value[0] == '"' else "a variable and `=`: remove them"), line
+
+
+@pytest.mark.parametrize(("text", "value"), [(text, True) for text in ("true", "True", "1", "yes", "ON")] + [
+    (text, False) for text in ("false", "FALSE", "0", "no", "Off")])
+def test_booleans_in_the_environment(text, value):
+    """As Python and shell users write them."""
+    names = ["METRICS__SELF_METRICS", "BROKER__TLS__ENABLED", "BROKER__REDIS__FANOUT_PATTERNS"]
+    out = Run("--check-config", "-b", "amqp://h:5672", env={f"FLOWER_EXPORTER_{name}": text for name in names}).out
+    assert out.count(f" = {str(value).lower()}  # environment") == 3, out
+
+
+def test_purge_before_the_timeout_is_reported(services, redis):
+    """At the start, and by --check-config."""
+    state = {"worker_timeout": "60s", "purge_offline_workers": "30s"}
+    exporter = services.exporter(redis, {"state": state})
+    assert "state.purge_offline_workers (30s) is shorter than state.worker_timeout (1m)" in exporter.log()
+
+
 def test_json_log_lines_are_objects(services, redis):
     """Every line on stderr is a JSON object, and stdout is empty."""
     exporter = services.exporter(redis, args=["--log-format", "json"])

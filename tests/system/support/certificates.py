@@ -36,11 +36,11 @@ class Authority:
         self._openssl("req", "-x509", *KEY, "-keyout", "ca.key", "-out", self.file, "-days", 2, "-subj", f"/CN={name}",
                       "-addext", "basicConstraints=critical,CA:TRUE")
 
-    def issue(self, name, alternative="IP:127.0.0.1,DNS:localhost", expired=False):
+    def issue(self, name, alternative="IP:127.0.0.1,DNS:localhost", expired=False, is_ca=False):
         """The files `cert` and `key`; `both` contains the two."""
         files = SimpleNamespace(**{part: self.dir / f"{name}-{part}.pem" for part in ("cert", "key", "both")})
         self._openssl("req", *KEY, "-keyout", files.key, "-out", "request", "-subj", f"/CN={name}")
-        (self.dir / "extensions").write_text(f"basicConstraints = critical,CA:FALSE\nsubjectAltName = {alternative}\n")
+        (self.dir / "extensions").write_text(f"basicConstraints = critical,CA:{str(is_ca).upper()}\nsubjectAltName = {alternative}\n")
         end = ("-enddate", "20200102000000Z") if expired else ("-days", 2)
         self._openssl("ca", "-batch", "-notext", "-in", "request", "-out", files.cert, "-cert", self.file, "-keyfile", "ca.key",
                       "-startdate", "20200101000000Z", *end, "-extfile", "extensions")
@@ -49,9 +49,28 @@ class Authority:
             path.chmod(0o644)
         return files
 
+    def self_signed(self, name, alternative="IP:127.0.0.1", expired=False, version=3, is_ca=True):
+        """A certificate that is its own CA, as `openssl req -x509` makes it. `alternative` None: only the common name."""
+        files = SimpleNamespace(cert=self.dir / f"{name}-own.pem", key=self.dir / f"{name}-own.key")
+        self._openssl("req", *KEY, "-keyout", files.key, "-out", "request", "-subj", f"/CN={name}")
+        names = f"subjectAltName = {alternative}\n" if alternative else ""
+        (self.dir / "extensions").write_text(f"basicConstraints = critical,CA:{str(is_ca).upper()}\n{names}")
+        if version == 1:
+            self._run("x509", "-req", "-in", "request", "-signkey", files.key, "-out", files.cert, "-days", 2)
+        else:
+            end = ("-enddate", "20200102000000Z") if expired else ("-days", 2)
+            self._openssl("ca", "-batch", "-notext", "-selfsign", "-in", "request", "-out", files.cert, "-keyfile", files.key,
+                          "-startdate", "20200101000000Z", *end, "-extfile", "extensions")
+        for path in vars(files).values():
+            path.chmod(0o644)
+        return files
+
     def _openssl(self, command, *args):
-        done = subprocess.run(["openssl", command, "-config", "config", *map(str, args)], cwd=self.dir, capture_output=True,
-                              text=True, stdin=subprocess.DEVNULL, timeout=30)
+        self._run(command, "-config", "config", *args)
+
+    def _run(self, command, *args):
+        done = subprocess.run(["openssl", command, *map(str, args)], cwd=self.dir, capture_output=True, text=True,
+                              stdin=subprocess.DEVNULL, timeout=30)
         assert done.returncode == 0, done.stderr
 
 

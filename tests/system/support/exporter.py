@@ -16,7 +16,8 @@ BINARY = Path(os.environ.get("FLOWER_EXPORTER_BIN") or ROOT / "target/debug/flow
 SELF_METRICS = {"metrics": {"self_metrics": True}}
 
 #: The environment of the tests must not configure the exporter.
-CLEAN = {key: None for key in os.environ if key.startswith("FLOWER_EXPORTER_")}
+BROKER_VARIABLES = ("CELERY_BROKER_URL", "BROKER_URL", "FLOWER_BROKER")
+CLEAN = {key: None for key in os.environ if key.startswith("FLOWER_EXPORTER_") or key in BROKER_VARIABLES}
 
 
 def toml(settings):

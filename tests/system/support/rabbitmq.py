@@ -32,7 +32,7 @@ CLOSE_CONSUMERS = """
 
 
 class RabbitMQ:
-    def __init__(self, release=None, vhosts=1, start=True, conf=()):
+    def __init__(self, release=None, vhosts=1, start=True, conf=(), plugins=(), users=()):
         self.release = release or releases.own("rabbitmq")
         self.port, self.dist, self.epmd = free_port(), free_port(), free_port()
         account = pwd.getpwnam("rabbitmq") if os.getuid() == 0 else pwd.getpwuid(os.getuid())
@@ -40,7 +40,9 @@ class RabbitMQ:
         self.dir = directory("rabbitmq", self.user)
         self.vhosts = [f"v{n}" for n in range(vhosts)]
         self.unused = itertools.chain(self.vhosts)
-        self.processes = []
+        self.processes, self.plugins = [], plugins
+        #: Users that log in without a password, by their certificate.
+        self.passwordless = users
         self.configure(conf)
         if start:
             self.start()
@@ -48,12 +50,17 @@ class RabbitMQ:
     def configure(self, conf):
         rights = {"configure": ".*", "write": ".*", "read": ".*"}
         definitions = {
-            "users": [{"name": USER, "password": PASSWORD, "tags": "administrator"}],
+            "users": [
+                {"name": USER, "password": PASSWORD, "tags": "administrator"},
+                *({"name": user, "password_hash": "", "tags": ""} for user in self.passwordless),
+            ],
             "vhosts": [self.definition(vhost) for vhost in self.vhosts],
-            "permissions": [{"user": USER, "vhost": vhost, **rights} for vhost in self.vhosts],
+            "permissions": [
+                {"user": user, "vhost": vhost, **rights} for user in (USER, *self.passwordless) for vhost in self.vhosts
+            ],
         }
         self.write("definitions.json", json.dumps(definitions))
-        self.write("enabled_plugins", "[].")
+        self.write("enabled_plugins", f"[{','.join(self.plugins)}].")
         self.write(
             "rabbitmq.conf",
             "\n".join(
