@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use crate::broker::{self, BrokerConfigError};
 use crate::celery::Event;
 use crate::config::{self, Config, ReloadReport};
 use crate::http::{self, Endpoints};
-use crate::inbox::{Ack, Inbox, IngestMessage};
+use crate::inbox::{Ack, Inbox, WorkerStarts};
 use crate::ingest::{Ingest, IngestHandle, Observer, redelivery_window};
 use crate::metrics::FlowerCollector;
 #[cfg(feature = "cli")]
@@ -135,18 +135,33 @@ impl Exporter {
         let (inbox, inbox_rx) =
             Inbox::new(config.events.buffer_max_bytes, Arc::clone(&self_metrics), Arc::clone(&health));
         let (acks_tx, acks_rx) = mpsc::unbounded_channel();
+        let (starts_tx, starts_rx) = watch::channel(WorkerStarts::default());
         let persistence = Persistence::open(&config, &observability, &acks_tx, &inbox).await?;
         let (config_tx, config_rx) = watch::channel(Arc::new(config));
         let (stop_tx, stop_rx) = watch::channel(false);
 
-        let ingest =
-            IngestComponent { inbox_rx, inbox: inbox.clone(), acks_tx, config_rx: config_rx.clone(), observers };
-        let (ingest, ingest_done) = ingest.spawn(persistence.restored, persistence.store, &observability)?;
+        let (queries_tx, queries_rx) = channel();
+        let ingest = Ingest {
+            inbox_rx,
+            queries_rx,
+            acks_tx,
+            starts_tx,
+            config: config_rx.clone(),
+            observers,
+            self_metrics: Arc::clone(&self_metrics),
+            health: Arc::clone(&health),
+        };
+        let ingest_done = spawn_component("flower-ingest", &health, move || {
+            ingest.run(persistence.restored, persistence.store);
+            Ok(())
+        })?;
+        let ingest = IngestHandle::new(queries_tx, inbox.clone());
         let stop_on_drop = StopOnDrop(ingest.clone());
         let session = SessionLoop {
             config: config_rx.clone(),
             inbox,
             acks_rx,
+            starts_rx,
             stop_rx: stop_rx.clone(),
             self_metrics: Arc::clone(&self_metrics),
             health: Arc::clone(&health),
@@ -283,33 +298,6 @@ impl Observability {
     fn new() -> Result<Self, StartError> {
         let self_metrics = SelfMetrics::new().map_err(|error| StartError::Metrics(Box::new(error)))?;
         Ok(Self { self_metrics: Arc::new(self_metrics), health: Arc::new(Health::default()) })
-    }
-}
-
-struct IngestComponent {
-    inbox_rx: Receiver<IngestMessage>,
-    inbox: Inbox,
-    acks_tx: mpsc::UnboundedSender<Ack>,
-    config_rx: watch::Receiver<Arc<Config>>,
-    observers: Vec<Observer>,
-}
-
-impl IngestComponent {
-    fn spawn(
-        self,
-        restored: Restored,
-        store: Option<StoreHandle>,
-        observability: &Observability,
-    ) -> io::Result<(IngestHandle, oneshot::Receiver<()>)> {
-        let Self { inbox_rx, inbox, acks_tx, config_rx, observers } = self;
-        let (queries_tx, queries_rx) = channel();
-        let Observability { self_metrics, health } = observability.clone();
-        let ingest = Ingest { inbox_rx, queries_rx, acks_tx, config: config_rx, observers, self_metrics, health };
-        let done = spawn_component("flower-ingest", &observability.health, move || {
-            ingest.run(restored, store);
-            Ok(())
-        })?;
-        Ok((IngestHandle::new(queries_tx, inbox), done))
     }
 }
 

@@ -38,6 +38,13 @@ pub struct Witness {
     pub is_after_gap: bool,
 }
 
+/// What the session must know about workers that start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WorkerStarts {
+    /// When the last worker started. `None` if every worker that started lately has sent a task event.
+    pub last: Option<Instant>,
+}
+
 /// A queue that keeps its messages between two sessions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedQueue {

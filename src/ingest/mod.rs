@@ -29,7 +29,7 @@ pub use redelivery::redelivery_window;
 use crate::celery::envelope::DecodeFailure;
 use crate::celery::{Event, envelope, event};
 use crate::config::Config;
-use crate::inbox::{Ack, Batch, Encoding, IngestMessage, Message, NamedQueue, ReplyFn, Witness};
+use crate::inbox::{Ack, Batch, Encoding, IngestMessage, Message, NamedQueue, ReplyFn, Witness, WorkerStarts};
 use crate::metrics::{Snapshot, SnapshotBuilder};
 use crate::observability::{GapCause, Health, LogThrottle, NOT_SUBSCRIBED, SelfMetrics, WarningSource};
 use crate::state::{Arrival, State, Timeouts};
@@ -61,6 +61,8 @@ pub struct Ingest {
     pub queries_rx: Receiver<Query>,
     /// Acknowledgments to the session.
     pub acks_tx: mpsc::UnboundedSender<Ack>,
+    /// Workers that start, to the session.
+    pub starts_tx: watch::Sender<WorkerStarts>,
     /// The current configuration.
     pub config: watch::Receiver<Arc<Config>>,
     /// The embedding program's observers.
@@ -241,6 +243,9 @@ impl IngestLoop {
             }
             let may_be_late = message.redelivered || is_reordered;
             self.process_message(message, Arrival { at: self.clock.time_at(batch.arrived), may_be_late });
+        }
+        if let Some(any_starting) = self.state.starting_workers().take_change() {
+            self.context.starts_tx.send_replace(WorkerStarts { last: any_starting.then(Instant::now) });
         }
         let ack = batch.ack.map(|tag| Ack { session: self.session, tag });
         self.save_scheduler.record(batch.messages.len(), batch.payload_count() > 0, ack);

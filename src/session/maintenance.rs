@@ -2,17 +2,18 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 
-use super::warn_throttled;
+use super::broadcaster::Broadcaster;
+use super::enable_events::enable_events;
 use super::witness::send_witnesses;
 use crate::broker::{BrokerError, BrokerHandle, QueueStats};
 use crate::celery::Broadcast;
-use crate::config::Config;
-use crate::inbox::{Ack, Inbox};
+use crate::config::{BrokerUrl, Config};
+use crate::inbox::{Ack, Inbox, WorkerStarts};
 use crate::observability::{Health, LogThrottle, WarningSource};
 
 /// The longest time between two checks of the queue and the exchange.
@@ -27,8 +28,10 @@ const NEVER: Duration = Duration::from_secs(365 * 86_400);
 
 pub(super) struct Maintenance<'s> {
     pub(super) broker: &'s BrokerHandle,
+    pub(super) url: &'s BrokerUrl,
     pub(super) config: watch::Receiver<Arc<Config>>,
     pub(super) acks_rx: &'s mut mpsc::UnboundedReceiver<Ack>,
+    pub(super) starts_rx: watch::Receiver<WorkerStarts>,
     pub(super) inbox: &'s Inbox,
     pub(super) health: &'s Health,
     /// The session's number, which its acknowledgments carry.
@@ -38,14 +41,15 @@ pub(super) struct Maintenance<'s> {
 impl Maintenance<'_> {
     /// Ends when the connection fails or another server must be used. Its tasks do not wait for each other.
     pub(super) async fn run(self) -> BrokerError {
-        let Self { broker, config, acks_rx, inbox, health, session } = self;
+        let Self { broker, url, config, acks_rx, starts_rx, inbox, health, session } = self;
+        let broadcaster = || Broadcaster::new(broker, url, health);
         let queue =
             QueueCheck { inbox, health, log: LogThrottle::default(), unchecked_depth: broker.initial_queue_depth() };
         tokio::select! {
             error = acknowledge(broker, acks_rx, session) => error,
             error = check_queue(broker, config.clone(), queue) => error,
-            never = enable_events(broker, config.clone(), health) => match never {},
-            never = broadcast_heartbeats(broker, config.clone(), health) => match never {},
+            never = enable_events(broadcaster(), config.clone(), starts_rx) => match never {},
+            never = broadcast_heartbeats(broadcaster(), config.clone()) => match never {},
             never = send_witnesses(broker, config, health) => match never {},
             error = broker.wait_for_failover() => error,
         }
@@ -92,33 +96,6 @@ async fn check_queue(
     }
 }
 
-/// Broadcasts `enable_events` for new workers every `events.enable_interval`.
-async fn enable_events(
-    broker: &BrokerHandle,
-    mut config_rx: watch::Receiver<Arc<Config>>,
-    health: &Health,
-) -> Infallible {
-    let mut log = LogThrottle::default();
-    let mut enabled_at: Option<Instant> = None;
-    loop {
-        let config = Arc::clone(&config_rx.borrow_and_update());
-        let (enabled, interval) = (config.events.enable_events, config.events.enable_interval);
-        let due_in = |at: Instant| interval.saturating_sub(at.elapsed());
-        if enabled && enabled_at.is_none_or(|at| due_in(at).is_zero()) {
-            broadcast(broker, Broadcast::EnableEvents, config.broker.connect_timeout, health, &mut log).await;
-            enabled_at = Some(Instant::now());
-        }
-        if !enabled {
-            health.set_warnings(WarningSource::Broadcast, Vec::new());
-        }
-        let rest = enabled_at.filter(|_| enabled).map_or(NEVER, due_in);
-        sleep_until_changed(rest, &mut config_rx, |now| {
-            (now.events.enable_events, now.events.enable_interval) != (enabled, interval)
-        })
-        .await;
-    }
-}
-
 /// Warns about queue statistics that need the operator's attention.
 struct QueueCheck<'s> {
     inbox: &'s Inbox,
@@ -157,45 +134,20 @@ fn is_nearly_full(queued: u32, message_size: u64, max_bytes: u64) -> bool {
 /// Broadcasts `heartbeat` on connecting and then every `worker_timeout / 3`. Workers that run without heartbeats
 /// respond, so that they stay online.
 async fn broadcast_heartbeats(
-    broker: &BrokerHandle,
+    mut broadcaster: Broadcaster<'_>,
     mut config_rx: watch::Receiver<Arc<Config>>,
-    health: &Health,
 ) -> Infallible {
-    let mut log = LogThrottle::default();
     let mut first = true;
     loop {
         let config = Arc::clone(&config_rx.borrow_and_update());
         let (enabled, timeout) = (config.events.enable_events, config.state.worker_timeout);
         if enabled && (first || timeout.is_some()) {
-            broadcast(broker, Broadcast::Heartbeat, config.broker.connect_timeout, health, &mut log).await;
+            broadcaster.broadcast(Broadcast::Heartbeat, &config).await;
         }
         first = false;
         let changed = |now: &Config| (now.events.enable_events, now.state.worker_timeout) != (enabled, timeout);
         let interval = timeout.map_or(NEVER, |timeout| (timeout / 3).max(MIN_HEARTBEAT_INTERVAL));
         sleep_until_changed(interval, &mut config_rx, changed).await;
-    }
-}
-
-/// Sends a broadcast. A failure does not end the session, because events still arrive. It is a warning until the next
-/// broadcast succeeds.
-async fn broadcast(
-    broker: &BrokerHandle,
-    command: Broadcast,
-    connect_timeout: Duration,
-    health: &Health,
-    log: &mut LogThrottle,
-) {
-    let sent = timeout(connect_timeout, broker.broadcast(command)).await;
-    match sent.unwrap_or_else(|_| Err(broker.blocked_reason().unwrap_or(BrokerError::Timeout(connect_timeout)))) {
-        Ok(()) => {
-            tracing::trace!(command = command.method(), "broadcast sent");
-            health.set_warnings(WarningSource::Broadcast, Vec::new());
-        }
-        Err(error) => {
-            let message = format!("failed to broadcast {} to workers", command.method());
-            warn_throttled(log, &message, None, &error);
-            health.set_unlogged_warnings(WarningSource::Broadcast, vec![format!("{message}: {error}")]);
-        }
     }
 }
 

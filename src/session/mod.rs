@@ -4,8 +4,10 @@
 //! Runs on one thread, and blocks it only to read the files of the URL and of TLS. Messages go into the inbox, as does a notice of every gap.
 
 mod backoff;
+mod broadcaster;
 mod connector;
 mod drop_reporter;
+mod enable_events;
 mod maintenance;
 mod reader;
 mod witness;
@@ -20,7 +22,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::broker::{BrokerError, BrokerHandle, EventReceiver};
 use crate::config::{BrokerUrl, Config};
-use crate::inbox::{Ack, Inbox, IngestMessage};
+use crate::inbox::{Ack, Inbox, IngestMessage, WorkerStarts};
 use crate::observability::{BrokerStatus, Health, LogThrottle, SelfMetrics};
 
 use backoff::Backoff;
@@ -45,6 +47,8 @@ pub struct SessionLoop {
     pub inbox: Inbox,
     /// Acknowledgments from the ingest loop and the store.
     pub acks_rx: mpsc::UnboundedReceiver<Ack>,
+    /// Workers that start, from the ingest loop.
+    pub starts_rx: watch::Receiver<WorkerStarts>,
     /// True once the exporter is shutting down.
     pub stop_rx: watch::Receiver<bool>,
     /// The exporter's own metrics.
@@ -149,8 +153,10 @@ impl SessionLoop {
         let reader = Reader { receiver, inbox: &self.inbox, received: &mut any_received };
         let maintenance = Maintenance {
             broker: &broker,
+            url,
             config: self.config.clone(),
             acks_rx: &mut self.acks_rx,
+            starts_rx: self.starts_rx.clone(),
             inbox: &self.inbox,
             health: &self.health,
             session: number,
@@ -229,7 +235,8 @@ mod tests {
         let (inbox, inbox_rx) = Inbox::new(1 << 20, Arc::clone(&self_metrics), Arc::clone(&health));
         let (_, config) = watch::channel(Arc::new(config));
         let (_, acks_rx) = mpsc::unbounded_channel();
-        (SessionLoop { config, inbox, acks_rx, stop_rx, self_metrics, health }, stop_tx, inbox_rx)
+        let (_, starts_rx) = watch::channel(WorkerStarts::default());
+        (SessionLoop { config, inbox, acks_rx, starts_rx, stop_rx, self_metrics, health }, stop_tx, inbox_rx)
     }
 
     #[tokio::test]

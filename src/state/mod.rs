@@ -8,17 +8,20 @@
 mod info;
 mod interner;
 mod persist;
+mod starting;
 mod tasks;
 mod transitions;
 mod worker_changes;
+mod worker_events;
 mod workers;
 
 use std::time::Duration;
 
 use interner::{NameId, NameInterner};
+use starting::StartingWorkers;
 use tasks::{Task, TaskId, Tasks};
 use worker_changes::WorkerChanges;
-use workers::{Presence, TaskEventBaseline, Worker, Workers};
+use workers::{Presence, Worker, Workers};
 
 pub use info::{TaskInfo, WorkerInfo};
 pub use persist::{Corrupt, Delta, FORMAT, RecordBatch, Restorer};
@@ -83,7 +86,9 @@ pub struct State {
     /// Worker `(other)`, which has counters and histograms but no gauges.
     other: Option<WorkerKey>,
     warned_full: bool,
+    warned_unfinished: bool,
     worker_changes: WorkerChanges,
+    starting_workers: StartingWorkers,
     /// The next save contains every record, not only the dirty ones.
     require_full_save: bool,
 }
@@ -106,7 +111,9 @@ impl State {
             series: SeriesTable::new(&limits.buckets, limits.max_label_sets),
             other: None,
             warned_full: false,
+            warned_unfinished: false,
             worker_changes: WorkerChanges::default(),
+            starting_workers: StartingWorkers::default(),
             require_full_save: false,
         }
     }
@@ -198,6 +205,9 @@ impl State {
         worker.count(&event.event_type);
         if event.kind.is_task() {
             worker.task_event_baseline = None;
+            if worker.starting_group != 0 {
+                self.starting_workers.record_task_event(worker);
+            }
         }
         Source::Known(slot)
     }
@@ -227,9 +237,18 @@ impl State {
         let (slot, evicted) = self.tasks.add(id, self.tasks.eviction_candidate());
         self.tasks.dirty.mark(slot);
         if let Some(evicted) = evicted {
+            self.warn_unfinished(&evicted);
             self.forget_task(&evicted);
         }
         slot
+    }
+
+    fn warn_unfinished(&mut self, evicted: &Task) {
+        let is_unfinished = evicted.is_counted && !evicted.state.is_finished();
+        if is_unfinished && !std::mem::replace(&mut self.warned_unfinished, true) {
+            let max_tasks = self.tasks.max;
+            tracing::warn!(max_tasks, "state.max_tasks reached; later events of evicted tasks have no task name");
+        }
     }
 
     fn forget_task(&mut self, task: &Task) {
@@ -300,66 +319,6 @@ impl State {
         }
     }
 
-    fn apply_worker(&mut self, event: &Event, arrival: Arrival) {
-        if arrival.may_be_late && self.is_outdated(event) {
-            return;
-        }
-        let was_offline = self.workers.find(&event.hostname).is_some_and(|slot| self.workers[slot].is_offline());
-        let Source::Known(slot) = self.source(event, true, arrival) else { return };
-        let worker = &mut self.workers[slot];
-        let key = worker.key;
-        let decreased = matches!((worker.processed, event.processed), (Some(before), Some(after)) if after < before);
-        let restarted = event.kind == EventKind::WorkerOnline || decreased;
-        worker.update(event);
-        let active = event.active.filter(|active| *active >= 0.0);
-        match event.kind {
-            EventKind::WorkerOnline | EventKind::WorkerHeartbeat => {
-                if was_offline {
-                    self.worker_changes.came_back(&worker.hostname);
-                }
-                worker.presence = Presence::Online;
-                self.series.set_online(key, true);
-                if restarted {
-                    worker.idle_at = worker.idle_at.max(event.timestamp.unwrap_or_default());
-                    self.clear_prefetched(slot);
-                    self.series.reset_prefetch_times(key);
-                }
-            }
-            EventKind::WorkerOffline => {
-                if worker.presence != Presence::Offline {
-                    self.worker_changes.went_offline(&worker.hostname);
-                }
-                self.workers.mark_offline(slot);
-                self.series.set_worker_offline(key, active);
-                self.clear_prefetched(slot);
-            }
-            _ => {}
-        }
-        if let (EventKind::WorkerHeartbeat, Some(active)) = (event.kind, active) {
-            self.series.set_executing(key, active);
-            if active == 0.0
-                && let Some(time) = event.timestamp
-            {
-                self.finish_runs(slot, time);
-            }
-            self.track_missing_task_events(slot, arrival.at);
-        }
-    }
-
-    /// Whether a worker event is older than the last event of its worker, by the worker's clock.
-    fn is_outdated(&mut self, event: &Event) -> bool {
-        let slot = self.workers.find(&event.hostname);
-        slot.zip(event.timestamp).is_some_and(|(slot, time)| time < self.workers[slot].last_timestamp)
-    }
-
-    /// Resets the baseline at a heartbeat, unless `processed` has risen since the baseline without a task event.
-    fn track_missing_task_events(&mut self, slot: usize, now: Duration) {
-        let worker = &mut self.workers[slot];
-        if worker.task_events_missing_since().is_none() {
-            worker.task_event_baseline = worker.processed.map(|processed| TaskEventBaseline { since: now, processed });
-        }
-    }
-
     /// The hostnames of workers that have processed tasks for a minute without sending a task event.
     #[must_use]
     pub fn workers_without_task_events(&self, now: Duration) -> Vec<String> {
@@ -391,6 +350,11 @@ impl State {
     /// The changes of the workers' presence since the last call, for the log.
     pub fn take_worker_changes(&mut self) -> WorkerChanges {
         std::mem::take(&mut self.worker_changes)
+    }
+
+    /// Workers that have started and have not sent a task event since.
+    pub fn starting_workers(&mut self) -> &mut StartingWorkers {
+        &mut self.starting_workers
     }
 
     /// How many workers are online, and how many are not.

@@ -201,7 +201,7 @@ pub(super) struct Tasks {
     evict_last: Ends,
     evict_first: Ends,
     len: usize,
-    max: usize,
+    pub(super) max: usize,
     next_order: u64,
     /// Slots that changed since the last save.
     pub(super) dirty: DirtySet,

@@ -83,6 +83,8 @@ pub struct Worker {
     pub events: Vec<(Box<str>, u64)>,
     /// The baseline since its last task event.
     pub task_event_baseline: Option<TaskEventBaseline>,
+    /// The group of starting workers that it belongs to, until its first task event. 0: none.
+    pub(super) starting_group: u32,
     /// Tasks may hold prefetch entries of the current epoch.
     pub(super) may_hold_prefetched: bool,
     /// The time of its last event, by its own clock.
@@ -113,6 +115,7 @@ impl Worker {
             software: [const { None }; 3],
             events: Vec::new(),
             task_event_baseline: None,
+            starting_group: 0,
             may_hold_prefetched: false,
             last_timestamp: 0.0,
             last_started: 0.0,

@@ -226,3 +226,46 @@ def test_deleted_control_exchange_is_declared_again(services, vhost):
     wait_until(lambda: capture.bodies().count(ENABLE) >= 3, 30, "broadcasts")
     harness.exporter.ready()
     assert harness.publish(ev.received()).events("received") == 1
+
+
+def test_start_of_a_worker_causes_a_burst(services, broker, broadcast_capture):
+    """Eight broadcasts in six seconds, and none after that."""
+    capture = broadcast_capture()
+    harness = services.harness(broker, {"events": {"enable_interval": "1h"}})
+    wait_until(lambda: capture.bodies().count(ENABLE) == 1, 10, "the first broadcast")
+    harness.publish(ev.online("new@tests"))
+    wait_until(lambda: capture.bodies().count(ENABLE) == 9, 10, "the burst")
+    harness.publish(ev.heartbeat("new@tests"))
+    time.sleep(4)
+    assert capture.bodies().count(ENABLE) == 9
+
+
+def test_burst_ends_with_the_first_task_event_of_each_worker(services, broker, broadcast_capture):
+    capture = broadcast_capture()
+    harness = services.harness(broker, {"events": {"enable_interval": "1h"}})
+    wait_until(lambda: capture.bodies().count(ENABLE) == 1, 10, "the first broadcast")
+    harness.publish(ev.online("a@tests"), ev.online("b@tests"), ev.received("1", "a@tests"), ev.received("2", "b@tests"))
+    count = capture.bodies().count(ENABLE)
+    time.sleep(2)
+    assert capture.bodies().count(ENABLE) <= count + 1
+
+
+def test_many_starts_cause_at_most_ten_broadcasts_per_second(services, broker, broadcast_capture):
+    capture = broadcast_capture()
+    harness = services.harness(broker, {"events": {"enable_interval": "1h"}})
+    wait_until(lambda: capture.bodies().count(ENABLE) == 1, 10, "the first broadcast")
+    began = time.monotonic()
+    for number in range(200):
+        harness.publisher.send(ev.online(f"w{number}@tests"))
+        time.sleep(0.01)
+    harness.publish()
+    elapsed = time.monotonic() - began
+    assert 10 <= capture.bodies().count(ENABLE) <= 10 * (elapsed + 1) + 1
+
+
+def test_starts_cause_no_broadcast_if_enable_events_is_off(services, broker, broadcast_capture):
+    capture = broadcast_capture()
+    harness = services.harness(broker, {"events": {"enable_events": False}})
+    harness.publish(ev.online("new@tests"))
+    time.sleep(1)
+    assert capture.bodies() == []

@@ -94,6 +94,17 @@ def test_all_task_outcomes_are_counted(services, broker, pool):
     assert samples.one(f"{RUNTIME}_count", worker=host, task="add") == 7
 
 
+@pytest.mark.parametrize(("pool", "version"), [("gevent", MIDDLE), ("solo", NEWEST)])
+def test_pool_without_heartbeats_during_a_task(services, redis, pool, version):
+    """A task that computes without yielding keeps the worker silent: docs/celery.md says to raise the timeout."""
+    settings = {"state": {"worker_timeout": "3s"}}
+    exporter, worker = exporter_and_worker(services, redis, settings, pool=pool, version=version)
+    with client(redis) as app:
+        app.send_task("compute", (10,))
+    exporter.wait_for(lambda m: m.one(ONLINE, worker=worker.hostname) == 0, 20, "offline during the task")
+    exporter.wait_for(lambda m: m.one(ONLINE, worker=worker.hostname) == 1, 20, "online after the task")
+
+
 @pytest.mark.parametrize(
     "version, pool, task", [(NEWEST, "prefork", "ignore"), (MIDDLE, "gevent", "ignore"), (MIDDLE, "gevent", "overlong")]
 )

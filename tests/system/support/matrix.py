@@ -48,7 +48,7 @@ class Matrix:
         if self.notes:
             lines += ["", "What did not pass:", "", "| test file | result | reason | servers |", "| --- | --- | --- | --- |"]
         for (file, outcome, why), affected in sorted(self.notes.items()):
-            servers = ", ".join(title for title in order if title in affected)
+            servers = "; ".join(title for title in order if title in affected)
             lines.append(f"| {file} | {outcome} | {why} | {servers} |")
         self.path.write_text("\n".join(lines) + "\n")
 

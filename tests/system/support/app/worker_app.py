@@ -29,6 +29,14 @@ def nap(seconds):
     time.sleep(seconds)
 
 
+@app.task(name="compute")
+def compute(seconds):
+    """Keeps the CPU, and yields to nothing."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
 @app.task(name="fail")
 def fail():
     raise ValueError("expected failure")
