@@ -8,7 +8,6 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
 use crate::broker::BrokerError;
-use crate::broker::error::within;
 use crate::broker::net::{UsedAddresses, happy_eyeballs};
 use crate::config::broker_url::Address;
 use crate::config::{BrokerUrl, Config};
@@ -29,19 +28,23 @@ pub(super) struct Login<'l> {
 }
 
 impl Login<'_> {
-    /// The result of `opening`, which must come within `broker.connect_timeout`. If it is an error, or takes more than
-    /// half of this time, a second connection asks the server for the reason.
+    /// The result of `opening`, which must come within `broker.connect_timeout`. A second connection asks the server for
+    /// the reason if `opening` takes more than half of this time, or if the server has asked for a client certificate
+    /// and then closed the connection. Other closed connections get none: a server that is in trouble should not get
+    /// twice as many.
     pub(super) async fn run<T>(&self, opening: impl Future<Output = Result<T, BrokerError>>) -> Result<T, BrokerError> {
         let (limit, began) = (self.config.broker.connect_timeout, Instant::now());
         let mut opening = pin!(opening);
         match timeout(limit / 2, &mut opening).await {
-            Ok(Err(error @ BrokerError::Disconnected(_))) => {
+            Ok(Err(error @ BrokerError::Disconnected(_))) if self.tls.is_some_and(|tls| tls.hint().is_some()) => {
                 let left = limit.saturating_sub(began.elapsed());
                 Err(timeout(left, self.explain(error.clone())).await.unwrap_or(error))
             }
             Ok(opened) => opened,
             Err(_) => tokio::select! {
-                opened = within(limit.saturating_sub(limit / 2), opening) => opened,
+                opened = timeout(limit.saturating_sub(limit / 2), opening) => {
+                    opened.unwrap_or(Err(BrokerError::Timeout(limit)))
+                }
                 error = self.wait_for_mismatch() => Err(error),
             },
         }
