@@ -235,6 +235,12 @@ pub struct MetricsConfig {
     pub max_label_sets: usize,
     /// Whether `/metrics` includes the exporter's own metrics.
     pub self_metrics: bool,
+    /// How long a new counter or histogram shows 0 before it shows its value, up to 1 hour. 0: it shows its value at
+    /// once.
+    #[serde(deserialize_with = "checked::<DurationRange<0, 3_600_000>, _, _>")]
+    pub zero_first: Duration,
+    /// Whether `/metrics` includes the `_created` samples of Python's client.
+    pub created: bool,
 }
 
 /// `[http]`.
@@ -418,6 +424,8 @@ impl Default for MetricsConfig {
             ],
             max_label_sets: 100_000,
             self_metrics: false,
+            zero_first: Duration::ZERO,
+            created: false,
         }
     }
 }

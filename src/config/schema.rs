@@ -120,7 +120,8 @@ keys! {
     Scalar broker.connect_timeout => live();
     /// The longest backoff between two connection attempts.
     Scalar broker.reconnect_backoff_max => live();
-    /// Whether connections use TLS. Unset: `amqps://`, `rediss://` and an `ssl_` parameter of the URL turn it on.
+    /// Whether connections use TLS. Unset: `amqps://`, `rediss://`, `ssl` and an `ssl_` parameter turn it on. It does
+    /// not change the port.
     Scalar broker.tls.enabled => optional("true");
     /// PEM file with the trusted root certificates. Unset: the system's roots are trusted.
     Text broker.tls.ca_file => optional(r#""/etc/ssl/broker-ca.pem""#);
@@ -142,9 +143,10 @@ keys! {
     Text broker.amqp.queue => optional(r#""flower-exporter""#);
     /// The age at which RabbitMQ drops an unread message. Unset: it keeps them.
     Scalar broker.amqp.message_ttl => optional(r#""1h""#);
-    /// RabbitMQ deletes the queue after this long without a consumer. Unset: 60 s, or 1 h for a named queue.
+    /// RabbitMQ deletes a named queue after this long without a consumer. Unset: 1 h. A queue without a name ends
+    /// with its connection.
     Scalar broker.amqp.queue_expires => optional(r#""60s""#), format(|config| config.broker.amqp.effective_expires().format());
-    /// The bound of the queue's memory (x-max-length-bytes). RabbitMQ drops the oldest messages first.
+    /// The limit of the bytes in the queue (x-max-length-bytes). Beyond it, RabbitMQ drops the oldest messages.
     Scalar broker.amqp.queue_max_bytes => size(|config| size(config.broker.amqp.queue_max_bytes));
     /// The maximum number of unacknowledged messages, at least 2. Unset: 1000, or 10000 for a named queue.
     Scalar broker.amqp.prefetch_count => optional("1000"), format(|config| config.broker.amqp.effective_prefetch_count().format());
@@ -172,7 +174,7 @@ keys! {
     Text events.control_exchange;
     /// Globs of the worker hostnames to count. Unset: all workers are counted.
     Strings events.hostnames => optional(r#"["*@my-pod"]"#);
-    /// The bound of the exporter's buffer. Beyond it, messages stay in RabbitMQ's queue, and messages from Redis are
+    /// The limit of the exporter's buffer. Beyond it, messages stay in RabbitMQ's queue, and messages from Redis are
     /// dropped and counted.
     Scalar events.buffer_max_bytes => size(|config| size(config.events.buffer_max_bytes as u64));
     /// Larger messages are skipped and counted.
@@ -185,19 +187,25 @@ keys! {
     Scalar state.worker_timeout => live(), format(|config| zero_if_none(config.state.worker_timeout));
     /// The series of a worker are removed if the exporter receives nothing from it for this long. 0: never.
     Scalar state.purge_offline_workers => live(), format(|config| zero_if_none(config.state.purge_offline_workers));
-    /// Whether workers, tasks and all six metrics survive a restart.
+    /// Whether workers, tasks and metrics survive a restart. Without a named queue, `flower_worker_prefetched_tasks`
+    /// starts again at 0.
     Scalar state.persistent;
     /// The file of the saved state.
     Text state.db;
     /// Time between two saves. 0: only at shutdown and on SIGUSR1. A bare number above 3600 is refused: Flower's
     /// setting is in milliseconds.
     Scalar state.state_save_interval => format(|config| zero_if_none(config.state.state_save_interval));
-    /// The upper bounds of the runtime histogram in seconds, in ascending order, without `+Inf`.
+    /// The upper limits of the runtime histogram's buckets in seconds, in ascending order, without `+Inf`.
     Numbers metrics.task_runtime_metric_buckets;
     /// The maximum number of (worker, task) label sets. Further ones are counted under task `(other)`.
     Scalar metrics.max_label_sets;
     /// Whether `/metrics` also contains the exporter's own metrics.
     Scalar metrics.self_metrics;
+    /// How long a new counter or histogram shows 0 first, so that `increase()` sees its first events. Twice the scrape
+    /// interval is the right value.
+    Scalar metrics.zero_first => format(|config| duration_or_zero(config.metrics.zero_first));
+    /// Whether `/metrics` contains the `_created` samples of Flower's Python client.
+    Scalar metrics.created;
     /// The address of `/metrics` and `/healthz`.
     Text http.listen;
     /// The maximum number of connections. At this limit, the one that has waited longest without a complete request
@@ -293,6 +301,12 @@ pub(super) fn quoted(text: &str) -> String {
 #[expect(clippy::unnecessary_wraps, reason = "the return type of `Key::format`")]
 fn size(bytes: u64) -> Option<String> {
     Some(quoted(&format_size(bytes)))
+}
+
+/// Formats a duration that may be 0.
+#[expect(clippy::unnecessary_wraps, reason = "the return type of `Key::format`")]
+fn duration_or_zero(duration: Duration) -> Option<String> {
+    Some(if duration.is_zero() { "0".to_owned() } else { quoted(&humantime::format_duration(duration).to_string()) })
 }
 
 /// Formats a duration where 0 means never.

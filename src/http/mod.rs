@@ -88,10 +88,15 @@ impl Endpoints {
             let Some(snapshot) = self.snapshot().await else {
                 return text(StatusCode::SERVICE_UNAVAILABLE, "The exporter is stopping.\n");
             };
-            let is_enabled = self.config.borrow().metrics.self_metrics;
+            let (is_enabled, created) = {
+                let metrics = &self.config.borrow().metrics;
+                (metrics.self_metrics, metrics.created)
+            };
             let self_metrics =
                 if is_enabled { self.self_metrics.gather(self.health.since_last_event()) } else { Vec::new() };
-            Response::new(ResponseBody::exposition(Exposition::new(snapshot, format, &self_metrics), gzip, timer))
+            let exposition = Exposition::new(snapshot, format, &self_metrics);
+            let exposition = if created { exposition.with_created() } else { exposition };
+            Response::new(ResponseBody::exposition(exposition, gzip, timer))
         };
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(format.content_type()));

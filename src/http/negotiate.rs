@@ -2,21 +2,26 @@
 
 use crate::metrics::encode::Format;
 
-/// `OpenMetrics` if the client prefers it, otherwise the text format, even if the client accepts neither.
+/// Protobuf or `OpenMetrics` if the client prefers it, otherwise the text format, even if the client accepts none.
 pub(super) fn format(accept: &str) -> Format {
-    let (mut text, mut open_metrics) = (Preference::NONE, Preference::NONE);
+    let (mut text, mut open_metrics, mut protobuf) = (Preference::NONE, Preference::NONE, Preference::NONE);
     for (position, item) in items(accept).enumerate() {
         let preference = |specific| Preference { q: item.q, specific, earliness: usize::MAX - position };
         match item.name.as_str() {
             "application/openmetrics-text" if item.parameter("version").is_none_or(|version| version == "1.0.0") => {
                 open_metrics = open_metrics.max(preference(true));
             }
+            "application/vnd.google.protobuf" if item.is_delimited_metric_family() => {
+                protobuf = protobuf.max(preference(true));
+            }
             "text/plain" => text = text.max(preference(true)),
             "text/*" | "*/*" => text = text.max(preference(false)),
             _ => {}
         }
     }
-    if open_metrics.q > 0 && open_metrics > text { Format::OpenMetrics } else { Format::Text }
+    let preferred = [(protobuf, Format::Protobuf), (open_metrics, Format::OpenMetrics)];
+    let best = preferred.into_iter().filter(|(preference, _)| preference.q > 0 && *preference > text);
+    best.max_by_key(|(preference, _)| *preference).map_or(Format::Text, |(_, format)| format)
 }
 
 /// Whether the client accepts gzip.
@@ -45,6 +50,12 @@ struct Item {
 }
 
 impl Item {
+    /// Whether the parameters are those of Prometheus's protobuf format.
+    fn is_delimited_metric_family(&self) -> bool {
+        let is = |name, value| self.parameter(name).is_some_and(|found| found.eq_ignore_ascii_case(value));
+        is("proto", "io.prometheus.client.MetricFamily") && is("encoding", "delimited")
+    }
+
     fn parameter(&self, name: &str) -> Option<&str> {
         self.parameters.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
     }
@@ -82,6 +93,22 @@ mod tests {
             ("application/openmetrics-text;q=0", Format::Text),
             ("application/openmetrics-text;q=0.3, text/plain;version=0.0.4;q=0.5", Format::Text),
             ("text/plain, application/openmetrics-text", Format::Text),
+            ("application/vnd.google.protobuf", Format::Text),
+            ("application/vnd.google.protobuf;proto=other;encoding=delimited", Format::Text),
+            (
+                "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=text, */*;q=0.1",
+                Format::Text,
+            ),
+            (
+                "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;q=0.6,\
+                 application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+                Format::Protobuf,
+            ),
+            (
+                "application/openmetrics-text;version=1.0.0;q=0.5,\
+                 application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;q=0.4",
+                Format::OpenMetrics,
+            ),
             (
                 "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,\
                  application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=1.0.0;q=0.4,\

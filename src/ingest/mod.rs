@@ -7,8 +7,10 @@ mod clock;
 mod continuity;
 mod gap;
 mod handle;
+mod queries;
 mod redelivery;
 mod save_scheduler;
+mod wall_clock;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -22,8 +24,10 @@ use continuity::Continuity;
 use gap::{EventRate, Gap};
 use redelivery::RedeliveryFilter;
 use save_scheduler::SaveScheduler;
+use wall_clock::WallClock;
 
 pub use handle::{IngestHandle, Query};
+pub use queries::COPY_BUDGET;
 pub use redelivery::redelivery_window;
 
 use crate::celery::envelope::DecodeFailure;
@@ -39,8 +43,6 @@ use crate::store::{Restored, StoreHandle};
 /// waits for it. A panic is logged and counted, and the observer is called again for the next event.
 pub type Observer = Box<dyn FnMut(&Event<'_>) + Send>;
 
-/// The longest time that one step of a snapshot delays events.
-pub const COPY_BUDGET: Duration = Duration::from_millis(1);
 /// Bytes of the base64 buffer that are kept from message to message.
 const MAX_RETAINED_BUFFER: usize = 1 << 20;
 /// A warning is logged if no message arrives for this long after connecting.
@@ -93,6 +95,7 @@ struct IngestLoop {
     is_restored: bool,
     config: Arc<Config>,
     clock: WorkerClock,
+    wall_clock: WallClock,
     last_tick: Instant,
     session: u64,
     connected_at: Option<Duration>,
@@ -111,7 +114,8 @@ struct IngestLoop {
 
 impl IngestLoop {
     fn new(context: Ingest, config: &Arc<Config>, restored: Restored, store: Option<StoreHandle>) -> Self {
-        let Restored { state, message_hashes, position, is_new, saved_at } = restored;
+        let Restored { mut state, message_hashes, position, is_new, saved_at } = restored;
+        state.set_zero_first(config.metrics.zero_first);
         let mut redelivery_filter = RedeliveryFilter::new(config);
         if store.is_some() {
             redelivery_filter.restore(message_hashes);
@@ -124,6 +128,7 @@ impl IngestLoop {
             continuity: Continuity::new(position),
             is_restored: !is_new,
             clock: WorkerClock::new(Instant::now()),
+            wall_clock: WallClock::new(),
             last_tick: Instant::now(),
             session: 0,
             connected_at: None,
@@ -228,6 +233,7 @@ impl IngestLoop {
     }
 
     fn process_batch(&mut self, batch: &Batch) {
+        self.state.set_time(self.wall_clock.millis(batch.arrived));
         let is_reordered = self.reordered_until.is_some_and(|until| batch.arrived < until);
         for message in &batch.messages {
             if let Encoding::Witness(witness) = message.encoding {
@@ -333,38 +339,6 @@ impl IngestLoop {
             let payload_prefix = bytes[..bytes.len().min(PAYLOAD_PREFIX_LEN)].escape_ascii();
             let (reason, value) = (failure.reason.as_str(), failure.value.as_deref());
             tracing::warn!(reason, value, %payload_prefix, suppressed, "skipped invalid message");
-        }
-    }
-
-    /// Answers queries, and copies for at most [`COPY_BUDGET`].
-    fn answer_queries(&mut self) {
-        while let Ok(query) = self.context.queries_rx.try_recv() {
-            match query {
-                Query::Snapshot(reply) => {
-                    self.update_gauges();
-                    let (_, replies) =
-                        self.snapshot.get_or_insert_with(|| (SnapshotBuilder::new(self.state.series()), Vec::new()));
-                    replies.push(reply);
-                }
-                Query::Workers(reply) => reply(self.state.workers(self.clock.time_at(Instant::now()))),
-                Query::Task(uuid, reply) => reply(self.state.find_task(&uuid)),
-                Query::Tasks { start, count, reply } => reply(self.state.tasks(start, count)),
-                Query::Save(reply) => self.save_scheduler.request(reply),
-            }
-        }
-        self.copy_snapshot();
-    }
-
-    fn copy_snapshot(&mut self) {
-        let Some((mut builder, replies)) = self.snapshot.take() else { return };
-        let series = self.state.series();
-        if !builder.step_for(series, COPY_BUDGET) {
-            self.snapshot = Some((builder, replies));
-            return;
-        }
-        let snapshot = Arc::new(builder.finish(series));
-        for reply in replies {
-            reply(Arc::clone(&snapshot));
         }
     }
 

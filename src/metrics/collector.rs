@@ -67,11 +67,11 @@ impl Snapshot {
         let mut metrics = Vec::with_capacity(self.events.len());
         for (index, values) in self.task_series.iter().enumerate() {
             let (task, worker) = values.labels.split_at(values.split as usize);
-            for (id, count) in self.task_events(index) {
+            for event in self.task_events(index) {
                 let mut counter = proto::Counter::default();
-                counter.set_value(*count as f64);
+                counter.set_value(event.count as f64);
                 let mut metric = proto::Metric::default();
-                metric.set_label(labels(&format!("{task},{}{worker}", self.event_types[usize::from(*id)])));
+                metric.set_label(labels(&format!("{task},{}{worker}", self.event_types[usize::from(event.id())])));
                 metric.set_counter(counter);
                 metrics.push(metric);
             }
@@ -98,7 +98,7 @@ impl Snapshot {
     }
 
     fn runtime_metric(&self, index: u32) -> proto::Metric {
-        let (counts, sum) = self.histogram(index);
+        let (counts, sum, _) = self.histogram(index);
         let mut total = 0;
         let mut buckets = Vec::with_capacity(self.bounds.len());
         for (count, bound) in counts.iter().zip(self.bounds.iter()) {

@@ -1,5 +1,7 @@
 //! Names, help texts and types of the six families, identical to those of Flower 2.2.0 (`flower/events.py`).
 
+use prometheus::proto;
+
 /// A Prometheus metric type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "Prometheus's names")]
@@ -10,6 +12,15 @@ pub enum MetricType {
 }
 
 impl MetricType {
+    /// The type of a family of a `prometheus::Registry`, which has counters, gauges and histograms.
+    pub(super) fn of(family: &proto::MetricFamily) -> Self {
+        match family.get_field_type() {
+            proto::MetricType::COUNTER => Self::Counter,
+            proto::MetricType::HISTOGRAM => Self::Histogram,
+            _ => Self::Gauge,
+        }
+    }
+
     /// The text after `# TYPE name`.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
@@ -53,6 +64,16 @@ impl Family {
             Self::Prefetched => "flower_worker_prefetched_tasks",
             Self::Online => "flower_worker_online",
             Self::Executing => "flower_worker_number_of_currently_executing_tasks",
+        }
+    }
+
+    /// The name of the samples with start timestamps, for counters and histograms.
+    #[must_use]
+    pub const fn created_name(self) -> Option<&'static str> {
+        match self {
+            Self::Events => Some("flower_events_created"),
+            Self::Runtime => Some("flower_task_runtime_seconds_created"),
+            _ => None,
         }
     }
 

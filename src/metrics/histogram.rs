@@ -4,12 +4,14 @@
 pub(super) struct Histogram {
     pub(super) counts: Box<[u64]>,
     pub(super) sum: f64,
+    /// The start timestamp, in milliseconds since the epoch.
+    pub(super) created: u64,
 }
 
 impl Histogram {
     /// Creates an empty histogram. `bounds` are the upper bounds, ascending, without `+Inf`.
-    pub(super) fn new(bounds: &[f64]) -> Self {
-        Self { counts: vec![0; bounds.len() + 1].into(), sum: 0.0 }
+    pub(super) fn new(bounds: &[f64], created: u64) -> Self {
+        Self { counts: vec![0; bounds.len() + 1].into(), sum: 0.0, created }
     }
 
     pub(super) fn observe(&mut self, bounds: &[f64], value: f64) {

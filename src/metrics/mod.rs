@@ -8,11 +8,13 @@
 mod collector;
 mod dirty;
 pub mod encode;
+mod event_count;
 mod family;
 mod histogram;
 mod label_escaping;
 mod persist;
 mod series;
+mod series_clock;
 mod snapshot;
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use serde::{Deserialize, Serialize};
 
+use super::event_count::EventCount;
 use super::histogram::Histogram;
 use super::label_escaping::OTHER;
 use super::series::{MAX_EVENT_TYPES, SeriesKey, SeriesTable, WorkerKey, to_u32};
@@ -17,10 +18,9 @@ pub struct SavedTaskSeries<'a> {
     /// The task name; `None` for task `(other)`.
     #[serde(borrow)]
     pub task: Option<Cow<'a, str>>,
-    /// Event type id, count.
-    events: Cow<'a, [(u8, u64)]>,
-    /// Non-cumulative bucket counts, and the sum in seconds.
-    runtime: Option<(Cow<'a, [u64]>, f64)>,
+    events: Cow<'a, [EventCount]>,
+    /// Non-cumulative bucket counts, the sum in seconds, and the start timestamp in milliseconds since the epoch.
+    runtime: Option<(Cow<'a, [u64]>, f64, u64)>,
     prefetch_time: Option<f64>,
     prefetched: Option<u32>,
 }
@@ -70,7 +70,10 @@ impl SeriesTable {
             worker: series.worker.0,
             task: series.task.map(|id| Cow::Borrowed(name(id))),
             events: Cow::Borrowed(&series.events),
-            runtime: series.runtime.as_deref().map(|histogram| (Cow::Borrowed(&*histogram.counts), histogram.sum)),
+            runtime: series
+                .runtime
+                .as_deref()
+                .map(|histogram| (Cow::Borrowed(&*histogram.counts), histogram.sum, histogram.created)),
             prefetch_time: series.prefetch_time,
             prefetched: series.prefetched,
         })
@@ -136,9 +139,12 @@ impl SeriesTable {
         let are_values_valid = saved
             .events
             .iter()
-            .all(|(id, _)| usize::from(*id) < types && !std::mem::replace(&mut seen[usize::from(*id)], true))
+            .map(|event| usize::from(event.id()))
+            .all(|id| id < types && !std::mem::replace(&mut seen[id], true))
             && saved.prefetch_time.is_none_or(is_valid)
-            && histogram.as_ref().is_none_or(|(counts, sum)| counts.len() == self.bounds.len() + 1 && is_valid(*sum));
+            && histogram
+                .as_ref()
+                .is_none_or(|(counts, sum, _)| counts.len() == self.bounds.len() + 1 && is_valid(*sum));
         if !are_values_valid {
             return None;
         }
@@ -155,7 +161,8 @@ impl SeriesTable {
         };
         let series = &mut self.label_sets[key.index()];
         series.events = saved.events.into_owned();
-        series.runtime = histogram.map(|(counts, sum)| Box::new(Histogram { counts: counts.into(), sum }));
+        series.runtime =
+            histogram.map(|(counts, sum, created)| Box::new(Histogram { counts: counts.into(), sum, created }));
         series.prefetch_time = saved.prefetch_time;
         series.prefetched = saved.prefetched;
         Some(key)

@@ -12,8 +12,10 @@ use hashbrown::HashMap;
 use slab::Slab;
 
 use super::DirtySet;
+use super::event_count::EventCount;
 use super::histogram::Histogram;
 use super::label_escaping::{OTHER, append_escaped};
+use super::series_clock::SeriesClock;
 use crate::celery::{EventKind, truncate_label};
 
 /// Maximum number of distinct event types. Further ones are counted under type `(other)`.
@@ -68,6 +70,7 @@ pub struct SeriesTable {
     pub(super) generation: u64,
     /// Label sets that changed since the last save.
     pub(super) dirty: DirtySet,
+    pub(super) clock: SeriesClock,
 }
 
 #[derive(Debug)]
@@ -79,6 +82,8 @@ pub(super) struct WorkerSeries {
     pub(super) executing: Option<f64>,
     hostname: Arc<str>,
     task_series: Vec<SeriesKey>,
+    /// When its last counter or histogram was created, in milliseconds since the epoch.
+    last_created: u64,
     /// The series of task `(other)`. They are not in the index, whose keys are interned names.
     pub(super) other: Option<SeriesKey>,
 }
@@ -91,8 +96,7 @@ pub(super) struct TaskSeries {
     /// `task="…",worker="…"`; `split` is the byte index of the comma.
     pub(super) labels: Arc<str>,
     pub(super) split: u32,
-    /// Event type id, count.
-    pub(super) events: Vec<(u8, u64)>,
+    pub(super) events: Vec<EventCount>,
     pub(super) runtime: Option<Box<Histogram>>,
     pub(super) prefetch_time: Option<f64>,
     pub(super) prefetched: Option<u32>,
@@ -115,7 +119,33 @@ impl SeriesTable {
             limit_warned: false,
             generation: 0,
             dirty: DirtySet::default(),
+            clock: SeriesClock::default(),
         }
+    }
+
+    /// Sets the time, in milliseconds since the epoch. It does not go back. The first call makes all series that were
+    /// restored older than this.
+    pub fn set_time(&mut self, now: u64) {
+        if self.clock.set(now) {
+            let newest = self.clock.started().saturating_sub(2);
+            for (_, series) in &mut self.label_sets {
+                series.events.iter_mut().for_each(|event| event.set_created(event.created().min(newest)));
+                if let Some(histogram) = &mut series.runtime {
+                    histogram.created = histogram.created.min(newest);
+                }
+            }
+        }
+    }
+
+    /// Sets how long a counter or histogram that an event creates shows zero, in milliseconds.
+    pub fn set_zero_first(&mut self, milliseconds: u64) {
+        self.clock.set_zero_first(milliseconds);
+    }
+
+    /// Whether a series of the worker still shows zero.
+    #[must_use]
+    pub fn shows_zero(&self, worker: WorkerKey) -> bool {
+        self.clock.is_zero(self.workers[worker.0 as usize].last_created)
     }
 
     /// Number of (worker, task) label sets.
@@ -136,6 +166,7 @@ impl SeriesTable {
             online: None,
             executing: None,
             task_series: Vec::new(),
+            last_created: 0,
             other: None,
         };
         WorkerKey(to_u32(self.workers.insert(worker)))
@@ -220,18 +251,31 @@ impl SeriesTable {
     #[inline]
     pub fn count_event(&mut self, key: SeriesKey, kind: EventKind, event_type: &str) {
         let id = self.event_types.id(kind, event_type);
-        let events = &mut self.task_series_mut(key).events;
-        match events.iter_mut().find(|(known, _)| *known == id) {
-            Some((_, count)) => *count += 1,
-            None => events.push((id, 1)),
+        let series = self.task_series_mut(key);
+        match series.events.iter_mut().find(|event| event.id() == id) {
+            Some(event) => event.count += 1,
+            None => self.create_event_count(key, id),
         }
+    }
+
+    #[cold]
+    fn create_event_count(&mut self, key: SeriesKey, id: u8) {
+        let created = self.clock.created();
+        let series = &mut self.label_sets[key.index()];
+        series.events.push(EventCount::new(id, created, 1));
+        self.workers[series.worker.0 as usize].last_created = created;
     }
 
     /// Observes a task's runtime in seconds.
     pub fn observe_runtime(&mut self, key: SeriesKey, seconds: f64) {
         self.dirty.mark(key.to_u32());
-        let histogram = &mut self.label_sets[key.index()].runtime;
-        histogram.get_or_insert_with(|| Box::new(Histogram::new(&self.bounds))).observe(&self.bounds, seconds);
+        let series = &mut self.label_sets[key.index()];
+        let histogram = series.runtime.get_or_insert_with(|| {
+            let created = self.clock.created();
+            self.workers[series.worker.0 as usize].last_created = created;
+            Box::new(Histogram::new(&self.bounds, created))
+        });
+        histogram.observe(&self.bounds, seconds);
     }
 
     /// Sets the prefetch time in seconds.

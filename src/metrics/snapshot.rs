@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::event_count::EventCount;
 use super::series::{SeriesTable, TaskSeries, WorkerSeries, to_u32};
+use super::series_clock::SeriesClock;
 
 /// Series copied between two checks of the clock.
 const STEP: usize = 256;
@@ -16,12 +18,14 @@ pub struct Snapshot {
     pub(super) event_types: Vec<Arc<str>>,
     pub(super) workers: Vec<WorkerValues>,
     pub(super) task_series: Vec<TaskValues>,
-    /// The event counts of all label sets, concatenated: event type id, count.
-    pub(super) events: Vec<(u8, u64)>,
+    /// The event counts of all label sets, concatenated.
+    pub(super) events: Vec<EventCount>,
     /// The histograms of all label sets, concatenated: `bounds.len() + 1` non-cumulative counts each.
     pub(super) buckets: Vec<u64>,
-    /// The sums of these histograms in seconds.
-    pub(super) sums: Vec<f64>,
+    /// The sums of these histograms in seconds, and their start timestamps in milliseconds since the epoch.
+    pub(super) sums: Vec<(f64, u64)>,
+    /// When the exporter started, in milliseconds since the epoch.
+    pub(super) started: u64,
 }
 
 #[derive(Debug)]
@@ -44,23 +48,32 @@ pub(super) struct TaskValues {
 }
 
 impl Snapshot {
-    /// The event counts of the label set at `index`: event type id, count.
-    pub(super) fn task_events(&self, index: usize) -> &[(u8, u64)] {
+    /// The event counts of the label set at `index`.
+    pub(super) fn task_events(&self, index: usize) -> &[EventCount] {
         let start = if index == 0 { 0 } else { self.task_series[index - 1].events_end as usize };
         &self.events[start..self.task_series[index].events_end as usize]
     }
 
-    /// The bucket counts and the sum of the histogram at `index`.
-    pub(super) fn histogram(&self, index: u32) -> (&[u64], f64) {
+    /// The bucket counts, the sum and the start timestamp of the histogram at `index`.
+    pub(super) fn histogram(&self, index: u32) -> (&[u64], f64, u64) {
         let (index, width) = (index as usize, self.bounds.len() + 1);
-        (&self.buckets[index * width..(index + 1) * width], self.sums[index])
+        let (sum, created) = self.sums[index];
+        (&self.buckets[index * width..(index + 1) * width], sum, created)
     }
 
-    fn push(&mut self, series: &TaskSeries) {
-        self.events.extend_from_slice(&series.events);
+    fn push(&mut self, series: &TaskSeries, clock: &SeriesClock) {
+        let shown = |event: &EventCount| {
+            if clock.is_zero(event.created()) { EventCount::new(event.id(), event.created(), 0) } else { *event }
+        };
+        self.events.extend(series.events.iter().map(shown));
         let runtime = series.runtime.as_ref().map(|histogram| {
-            self.buckets.extend_from_slice(&histogram.counts);
-            self.sums.push(histogram.sum);
+            if clock.is_zero(histogram.created) {
+                self.buckets.extend(histogram.counts.iter().map(|_| 0));
+                self.sums.push((0.0, histogram.created));
+            } else {
+                self.buckets.extend_from_slice(&histogram.counts);
+                self.sums.push((histogram.sum, histogram.created));
+            }
             to_u32(self.sums.len() - 1)
         });
         self.task_series.push(TaskValues {
@@ -104,6 +117,7 @@ impl SnapshotBuilder {
             events: Vec::with_capacity(series.label_sets.len() * 4),
             buckets: Vec::new(),
             sums: Vec::new(),
+            started: series.clock.started(),
         };
         Self { snapshot, next_worker: 0, next_task_series: 0, generation: series.generation }
     }
@@ -121,7 +135,7 @@ impl SnapshotBuilder {
         let end = (self.next_task_series + rest).min(series.label_sets.capacity());
         for slot in self.next_task_series..end {
             if let Some(row) = series.label_sets.get(slot).filter(|row| row.generation <= self.generation) {
-                self.snapshot.push(row);
+                self.snapshot.push(row, &series.clock);
             }
         }
         self.next_task_series = end;

@@ -140,3 +140,80 @@ fn a_worker_added_and_removed_during_a_snapshot_is_not_exported() {
     let text = write(&Arc::new(builder.finish(&series)), Format::Text, 1);
     assert!(!text.contains("removed") && text.contains("kept"));
 }
+
+#[test]
+fn a_new_series_shows_zero_first_in_every_format() {
+    let mut series = SeriesTable::new(&[1.0], 100);
+    series.set_zero_first(1000);
+    series.set_time(50_000);
+    let worker = series.add_worker("w");
+    series.set_online(worker, true);
+    let (key, _) = series.add_task_series(worker, TaskName { id: 1, text: "t" });
+    series.count_event(key, EventKind::TaskReceived, "task-received");
+    series.observe_runtime(key, 0.5);
+    series.set_prefetch_time(key, 2.0);
+    assert!(series.shows_zero(worker));
+    let values = |series: &SeriesTable| samples(&write(&snapshot(series), Format::Text, 1)).values().sum::<f64>();
+    assert!((values(&series) - 3.0).abs() < 1e-9, "only the gauges");
+    series.set_time(50_998);
+    series.count_event(key, EventKind::TaskReceived, "task-received");
+    assert!((values(&series) - 3.0).abs() < 1e-9);
+    series.set_time(50_999);
+    assert!(!series.shows_zero(worker));
+    assert!((values(&series) - (3.0 + 2.0 + 3.5)).abs() < 1e-9, "2 events, and a histogram of one value");
+}
+
+#[test]
+fn created_samples_follow_their_family() {
+    let mut series = SeriesTable::new(&[1.0], 100);
+    series.set_time(1_700_000_000_124);
+    let worker = series.add_worker("w");
+    let (key, _) = series.add_task_series(worker, TaskName { id: 1, text: "t" });
+    series.count_event(key, EventKind::TaskReceived, "task-received");
+    series.observe_runtime(key, 0.5);
+    let snapshot = snapshot(&series);
+    let write = |format| {
+        let mut exposition = Exposition::new(Arc::clone(&snapshot), format, &[]).with_created();
+        let mut out = Vec::new();
+        while exposition.write(&mut out, 1) {}
+        String::from_utf8(out).unwrap()
+    };
+    let text = write(Format::Text);
+    let expected = "flower_events_total{task=\"t\",type=\"task-received\",worker=\"w\"} 1\n\
+                    # HELP flower_events_created Number of events\n# TYPE flower_events_created gauge\n\
+                    flower_events_created{task=\"t\",type=\"task-received\",worker=\"w\"} 1700000000.123\n\
+                    # HELP flower_task_runtime_seconds Task runtime\n";
+    assert!(text.contains(expected), "{text}");
+    assert!(text.contains("# TYPE flower_task_runtime_seconds_created gauge\n"));
+    let open_metrics = write(Format::OpenMetrics);
+    assert!(
+        !open_metrics.contains("_created gauge")
+            && open_metrics.contains("_sum{task=\"t\",worker=\"w\"} 0.5\nflower_task_runtime_seconds_created{")
+    );
+}
+
+#[test]
+fn protobuf_families_have_the_length_that_they_begin_with() {
+    let snapshot = snapshot(&series());
+    let mut exposition = Exposition::new(Arc::clone(&snapshot), Format::Protobuf, &[]);
+    let mut bytes = Vec::new();
+    while exposition.write(&mut bytes, 1) {}
+    let (mut at, mut families) = (0, 0);
+    while at < bytes.len() {
+        let (mut length, mut shift) = (0, 0);
+        loop {
+            let byte = bytes[at];
+            length |= usize::from(byte & 0x7f) << shift;
+            (at, shift) = (at + 1, shift + 7);
+            if byte < 0x80 {
+                break;
+            }
+        }
+        assert_eq!(bytes[at], 0x0a, "the name comes first");
+        (at, families) = (at + length, families + 1);
+    }
+    assert_eq!((at, families), (bytes.len(), 6));
+    let mut whole = Vec::new();
+    Exposition::new(snapshot, Format::Protobuf, &[]).write(&mut whole, usize::MAX / 2);
+    assert_eq!(whole, bytes);
+}

@@ -118,6 +118,16 @@ impl State {
         }
     }
 
+    /// Sets the time of start timestamps, in milliseconds since the epoch.
+    pub fn set_time(&mut self, now: u64) {
+        self.series.set_time(now);
+    }
+
+    /// Sets how long a counter or histogram that an event creates shows zero.
+    pub fn set_zero_first(&mut self, duration: Duration) {
+        self.series.set_zero_first(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX >> 8));
+    }
+
     /// The series of the six families.
     #[must_use]
     pub fn series(&self) -> &SeriesTable {
@@ -342,6 +352,9 @@ impl State {
         }
         let purgeable = |age| self.workers.purgeable(age, timeouts.worker_timeout, now);
         for slot in timeouts.purge_offline_workers.map_or_else(Vec::new, purgeable) {
+            if self.series.shows_zero(self.workers[slot].key) {
+                continue;
+            }
             tracing::debug!(worker = &*self.workers[slot].hostname, "worker purged");
             self.remove_worker(slot);
         }

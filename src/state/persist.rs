@@ -18,7 +18,7 @@ use crate::metrics::{OTHER, SavedGauges, SavedTaskSeries, SeriesKey, WorkerKey};
 
 /// The version of these records and of the message hashes stored with them. A file of another version is
 /// moved aside. From the first release on, the previous version must also be readable.
-pub const FORMAT: u32 = 4;
+pub const FORMAT: u32 = 5;
 
 /// Encoded records by key. A key without a record was removed.
 #[derive(Debug, Default)]

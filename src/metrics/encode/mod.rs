@@ -1,7 +1,8 @@
-//! Encodes a snapshot in Prometheus' text format 0.0.4 or in `OpenMetrics` 1.0, one piece at a time.
+//! Encodes a snapshot in Prometheus' text format 0.0.4, in `OpenMetrics` 1.0 or in protobuf, one piece at a time.
 //! It only appends to buffers of the caller, and never holds the whole exposition in memory.
 
 mod bucket_bound;
+mod protobuf;
 mod registry;
 
 use std::sync::Arc;
@@ -20,6 +21,8 @@ pub enum Format {
     Text,
     /// `OpenMetrics` 1.0.0.
     OpenMetrics,
+    /// Length-delimited messages of `io.prometheus.client.MetricFamily`. It has start timestamps.
+    Protobuf,
 }
 
 impl Format {
@@ -29,8 +32,19 @@ impl Format {
         match self {
             Self::Text => "text/plain; version=0.0.4; charset=utf-8",
             Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+            Self::Protobuf => {
+                "application/vnd.google.protobuf; proto=io.prometheus.client.MetricFamily; encoding=delimited"
+            }
         }
     }
+}
+
+/// A part of an exposition: one value of each worker or label set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    Samples(Family),
+    /// The `_created` samples of a counter or histogram, which are a gauge family in the text format.
+    Created(Family),
 }
 
 /// The exposition of a snapshot, encoded in pieces to bound the memory of a scrape.
@@ -38,11 +52,15 @@ impl Format {
 pub struct Exposition {
     snapshot: Arc<Snapshot>,
     format: Format,
+    /// Whether there are `_created` samples. Protobuf always has start timestamps instead.
+    created: bool,
+    parts: Vec<Part>,
     bounds: Vec<String>,
-    /// The encoded text after the six families.
-    tail: String,
-    /// Index of the current family, and of its next worker or label set.
-    family: usize,
+    /// The encoded families after the six.
+    tail: Vec<u8>,
+    message: protobuf::Message,
+    /// Index of the current part, and of its next worker or label set.
+    part: usize,
     next: usize,
 }
 
@@ -55,41 +73,86 @@ impl Exposition {
         bounds.push(format_le(f64::INFINITY));
         let mut tail = Vec::new();
         for family in additional {
-            registry::write_family(&mut tail, format, family);
+            match format {
+                Format::Protobuf => protobuf::write_registered(&mut tail, family, snapshot.started),
+                _ => registry::write_family(&mut tail, format, family),
+            }
         }
         if format == Format::OpenMetrics {
             tail.extend_from_slice(b"# EOF\n");
         }
-        let tail = String::from_utf8_lossy(&tail).into_owned();
-        Self { snapshot, format, bounds, tail, family: 0, next: 0 }
+        let parts = Family::ALL.into_iter().map(Part::Samples).collect();
+        let message = protobuf::Message::default();
+        Self { snapshot, format, created: false, parts, bounds, tail, message, part: 0, next: 0 }
+    }
+
+    /// Adds the `_created` samples that Python's client writes.
+    #[must_use]
+    pub fn with_created(mut self) -> Self {
+        self.created = true;
+        if self.format == Format::Text {
+            let with_created = |family| match Family::created_name(family) {
+                Some(_) => vec![Part::Samples(family), Part::Created(family)],
+                None => vec![Part::Samples(family)],
+            };
+            self.parts = Family::ALL.into_iter().flat_map(with_created).collect();
+        }
+        self
     }
 
     /// Appends at least `min_bytes` to `out`, unless the exposition ends first. Returns whether there is more.
     pub fn write(&mut self, out: &mut Vec<u8>, min_bytes: usize) -> bool {
         let full = out.len() + min_bytes;
-        while let Some(&family) = Family::ALL.get(self.family) {
+        while let Some(&part) = self.parts.get(self.part) {
+            let count = self.count(part);
             if self.next == 0 {
-                write_head(out, self.format, family.name(), family.help(), family.metric_type());
+                self.write_part_head(out, part, count);
             }
-            let count = match family {
-                Family::Online | Family::Executing => self.snapshot.workers.len(),
-                _ => self.snapshot.task_series.len(),
-            };
             while self.next < count {
-                self.write_next(out, family);
+                self.write_next(out, part);
                 self.next += 1;
                 if out.len() >= full {
                     return true;
                 }
             }
-            self.family += 1;
+            self.part += 1;
             self.next = 0;
         }
-        out.extend_from_slice(std::mem::take(&mut self.tail).as_bytes());
+        out.append(&mut self.tail);
         false
     }
 
-    fn write_next(&self, out: &mut Vec<u8>, family: Family) {
+    fn count(&self, part: Part) -> usize {
+        match part {
+            Part::Samples(Family::Online | Family::Executing) => self.snapshot.workers.len(),
+            _ => self.snapshot.task_series.len(),
+        }
+    }
+
+    fn write_part_head(&self, out: &mut Vec<u8>, part: Part, count: usize) {
+        match (self.format, part) {
+            (Format::Protobuf, Part::Samples(family)) => protobuf::write_head(out, &self.snapshot, family, count),
+            (_, Part::Samples(family)) => {
+                write_head(out, self.format, family.name(), family.help(), family.metric_type());
+            }
+            (_, Part::Created(family)) => {
+                let name = Family::created_name(family).unwrap_or_default();
+                write_head(out, self.format, name, family.help(), MetricType::Gauge);
+            }
+        }
+    }
+
+    fn write_next(&mut self, out: &mut Vec<u8>, part: Part) {
+        match (self.format, part) {
+            (Format::Protobuf, Part::Samples(family)) => {
+                protobuf::write_metrics(out, &mut self.message, &self.snapshot, family, self.next);
+            }
+            (_, Part::Samples(family)) => self.write_samples(out, family),
+            (_, Part::Created(family)) => self.write_created(out, family),
+        }
+    }
+
+    fn write_samples(&self, out: &mut Vec<u8>, family: Family) {
         let (tasks, workers) = (&self.snapshot.task_series, &self.snapshot.workers);
         match family {
             Family::Events => self.write_events(out),
@@ -104,16 +167,20 @@ impl Exposition {
     fn write_events(&self, out: &mut Vec<u8>) {
         let series = &self.snapshot.task_series[self.next];
         let (task, worker) = series.labels.split_at(series.split as usize);
-        for (id, count) in self.snapshot.task_events(self.next) {
-            let event_type = &self.snapshot.event_types[usize::from(*id)];
-            sample(out, Family::Events.name(), "", &[task, ",", event_type, worker], *count as f64);
+        for event in self.snapshot.task_events(self.next) {
+            let event_type = &self.snapshot.event_types[usize::from(event.id())];
+            let labels = [task, ",", event_type, worker];
+            sample(out, Family::Events.name(), "", &labels, event.count as f64);
+            if self.has_created_in_family() {
+                created(out, Family::Events, &labels, event.created());
+            }
         }
     }
 
     fn write_runtime(&self, out: &mut Vec<u8>) {
         let series = &self.snapshot.task_series[self.next];
         let Some(index) = series.runtime else { return };
-        let (counts, sum) = self.snapshot.histogram(index);
+        let (counts, sum, start) = self.snapshot.histogram(index);
         let name = Family::Runtime.name();
         let mut total = 0;
         for (count, le) in counts.iter().zip(&self.bounds) {
@@ -122,7 +189,34 @@ impl Exposition {
         }
         sample(out, name, "_count", &[&series.labels], total as f64);
         sample(out, name, "_sum", &[&series.labels], sum);
+        if self.has_created_in_family() {
+            created(out, Family::Runtime, &[&series.labels], start);
+        }
     }
+
+    /// In `OpenMetrics`, the `_created` samples belong to the family of their counter or histogram.
+    fn has_created_in_family(&self) -> bool {
+        self.created && self.format == Format::OpenMetrics
+    }
+
+    fn write_created(&self, out: &mut Vec<u8>, family: Family) {
+        let series = &self.snapshot.task_series[self.next];
+        if family == Family::Events {
+            let (task, worker) = series.labels.split_at(series.split as usize);
+            for event in self.snapshot.task_events(self.next) {
+                let event_type = &self.snapshot.event_types[usize::from(event.id())];
+                created(out, family, &[task, ",", event_type, worker], event.created());
+            }
+        } else if let Some(index) = series.runtime {
+            created(out, family, &[&series.labels], self.snapshot.histogram(index).2);
+        }
+    }
+}
+
+/// Appends a `_created` sample: the start timestamp in seconds.
+fn created(out: &mut Vec<u8>, family: Family, labels: &[&str], milliseconds: u64) {
+    let name = Family::created_name(family).unwrap_or_default();
+    sample(out, name, "", labels, milliseconds as f64 / 1000.0);
 }
 
 fn gauge(out: &mut Vec<u8>, family: Family, label: &str, value: Option<impl Into<f64>>) {

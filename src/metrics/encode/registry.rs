@@ -9,11 +9,7 @@ use crate::metrics::label_escaping::append_escaped;
 
 /// Appends a counter, gauge or histogram family.
 pub(super) fn write_family(out: &mut Vec<u8>, format: Format, family: &proto::MetricFamily) {
-    let metric_type = match family.get_field_type() {
-        proto::MetricType::COUNTER => MetricType::Counter,
-        proto::MetricType::HISTOGRAM => MetricType::Histogram,
-        _ => MetricType::Gauge,
-    };
+    let metric_type = MetricType::of(family);
     let name = family.name();
     write_head(out, format, name, family.help(), metric_type);
     for metric in family.get_metric() {

@@ -139,7 +139,7 @@ def test_named_settings_exist():
 
 def test_named_metrics_exist(services, shared_redis):
     """The exporter serves every one of its metrics that a document names."""
-    text = services.harness(shared_redis, {"metrics": {"self_metrics": True}}).exporter.text()
+    text = services.harness(shared_redis, {"metrics": {"self_metrics": True, "created": True}}).exporter.text()
     families = set(re.findall(r"^# TYPE (\S+)", text, re.M))
     for name, text in DOCUMENTS.items():
         for series in set(re.findall(r"(?<![\w:/.-])flower_[a-z_]+[a-z](?![\w:*.])", text)) - {"flower_exporter"}:

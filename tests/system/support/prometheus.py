@@ -24,7 +24,7 @@ def promtool(release, *arguments, **options):
 class Prometheus(Process):
     """Scrapes these local ports and evaluates the shipped rules, both every second."""
 
-    def __init__(self, ports=(), rules=FILES, job="flower-exporter", release=None):
+    def __init__(self, ports=(), rules=FILES, job="flower-exporter", release=None, features=()):
         release = release or releases.own("prometheus")
         self.port = free_port()
         home = directory("prometheus")
@@ -46,6 +46,7 @@ class Prometheus(Process):
                 f"--config.file={config}",
                 f"--storage.tsdb.path={home / 'tsdb'}",
                 f"--web.listen-address=127.0.0.1:{self.port}",
+                *([f"--enable-feature={','.join(features)}"] if features else []),
             ),
             cwd=home,
         )

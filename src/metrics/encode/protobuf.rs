@@ -1,0 +1,338 @@
+//! Encodes families as length-delimited messages of `io.prometheus.client.MetricFamily` (`metrics.proto` of
+//! `prometheus/client_model`), the only format with start timestamps that Prometheus asks for by itself.
+//!
+//! A family begins with its length, so a first pass over the series only measures.
+
+use prometheus::proto;
+
+use crate::metrics::Snapshot;
+use crate::metrics::family::{Family, MetricType};
+
+/// Numbers of fields.
+mod field {
+    pub(super) mod family {
+        pub(in super::super) const NAME: u32 = 1;
+        pub(in super::super) const HELP: u32 = 2;
+        pub(in super::super) const TYPE: u32 = 3;
+        pub(in super::super) const METRIC: u32 = 4;
+    }
+    pub(super) mod metric {
+        pub(in super::super) const LABEL: u32 = 1;
+        pub(in super::super) const GAUGE: u32 = 2;
+        pub(in super::super) const COUNTER: u32 = 3;
+        pub(in super::super) const HISTOGRAM: u32 = 7;
+    }
+    pub(super) mod counter {
+        pub(in super::super) const CREATED: u32 = 3;
+    }
+    pub(super) mod histogram {
+        pub(in super::super) const COUNT: u32 = 1;
+        pub(in super::super) const SUM: u32 = 2;
+        pub(in super::super) const BUCKET: u32 = 3;
+        pub(in super::super) const CREATED: u32 = 15;
+    }
+}
+
+/// The only field, or the first of two.
+const VALUE: u32 = 1;
+/// The second of two fields.
+const SECOND: u32 = 2;
+
+/// A message under construction.
+#[derive(Debug, Default)]
+pub(super) struct Message(Vec<u8>);
+
+impl Message {
+    pub(super) fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    fn key(&mut self, field: u32, wire_type: u32) {
+        self.varint(u64::from(field << 3 | wire_type));
+    }
+
+    fn varint(&mut self, mut value: u64) {
+        loop {
+            let [low, ..] = value.to_le_bytes();
+            value >>= 7;
+            if value == 0 {
+                return self.0.push(low);
+            }
+            self.0.push(low | 0x80);
+        }
+    }
+
+    fn number(&mut self, field: u32, value: u64) {
+        self.key(field, 0);
+        self.varint(value);
+    }
+
+    fn double(&mut self, field: u32, value: f64) {
+        self.key(field, 1);
+        self.0.extend_from_slice(&value.to_le_bytes());
+    }
+
+    fn bytes(&mut self, field: u32, bytes: &[u8]) {
+        self.key(field, 2);
+        self.varint(bytes.len() as u64);
+        self.0.extend_from_slice(bytes);
+    }
+
+    /// A message within this one, shorter than 128 bytes.
+    fn short(&mut self, field: u32, write: impl FnOnce(&mut Self)) {
+        self.key(field, 2);
+        let start = self.0.len();
+        self.0.push(0);
+        write(self);
+        let length = self.0.len() - start - 1;
+        debug_assert!(length < 0x80, "{length}");
+        self.0[start] = u8::try_from(length).unwrap_or_default();
+    }
+
+    fn timestamp(&mut self, field: u32, milliseconds: u64) {
+        self.short(field, |message| {
+            message.number(VALUE, milliseconds / 1000);
+            message.number(SECOND, milliseconds % 1000 * 1_000_000);
+        });
+    }
+
+    fn label(&mut self, name: &str, value: &[u8]) {
+        self.key(field::metric::LABEL, 2);
+        self.varint((2 + name.len() + 1 + varint_len(value.len() as u64) + value.len()) as u64);
+        self.bytes(VALUE, name.as_bytes());
+        self.bytes(SECOND, value);
+    }
+
+    /// The labels of a text such as `task="…",worker="…"`.
+    fn labels(&mut self, text: &str) {
+        let mut rest = text;
+        while let Some((name, after)) = rest.split_once("=\"") {
+            let (value, end) = unescape(after);
+            self.label(name, &value);
+            rest = after[end..].trim_start_matches(',');
+        }
+    }
+
+    fn gauge(&mut self, value: f64) {
+        self.short(field::metric::GAUGE, |gauge| gauge.double(VALUE, value));
+    }
+
+    fn counter(&mut self, value: f64, created: u64) {
+        self.short(field::metric::COUNTER, |counter| {
+            counter.double(VALUE, value);
+            counter.timestamp(field::counter::CREATED, created);
+        });
+    }
+
+    /// A histogram; `buckets` are upper bounds with cumulative counts, without `+Inf`.
+    fn histogram(&mut self, count: u64, sum: f64, buckets: impl Iterator<Item = (f64, u64)>, created: u64) {
+        let mut histogram = Self::default();
+        histogram.number(field::histogram::COUNT, count);
+        histogram.double(field::histogram::SUM, sum);
+        for (bound, cumulative) in buckets {
+            histogram.short(field::histogram::BUCKET, |bucket| {
+                bucket.number(VALUE, cumulative);
+                bucket.double(SECOND, bound);
+            });
+        }
+        histogram.timestamp(field::histogram::CREATED, created);
+        self.bytes(field::metric::HISTOGRAM, &histogram.0);
+    }
+}
+
+fn varint_len(value: u64) -> usize {
+    (64 - (value | 1).leading_zeros() as usize).div_ceil(7)
+}
+
+/// The value of a label at the start of `text`, up to the closing quote, and where the rest begins.
+fn unescape(text: &str) -> (std::borrow::Cow<'_, [u8]>, usize) {
+    let bytes = text.as_bytes();
+    let end = bytes.iter().position(|byte| matches!(byte, b'"' | b'\\')).unwrap_or(bytes.len());
+    if bytes.get(end) != Some(&b'\\') {
+        return (bytes[..end].into(), bytes.len().min(end + 1));
+    }
+    let mut value = bytes[..end].to_vec();
+    let mut at = end;
+    while at < bytes.len() {
+        match bytes[at] {
+            b'"' => return (value.into(), at + 1),
+            b'\\' if at + 1 < bytes.len() => {
+                value.push(if bytes[at + 1] == b'n' { b'\n' } else { bytes[at + 1] });
+                at += 2;
+            }
+            byte => {
+                value.push(byte);
+                at += 1;
+            }
+        }
+    }
+    (value.into(), at)
+}
+
+/// The head of a family, without its metrics.
+fn head(name: &str, help: &str, metric_type: MetricType) -> Message {
+    let mut head = Message::default();
+    head.bytes(field::family::NAME, name.as_bytes());
+    head.bytes(field::family::HELP, help.as_bytes());
+    head.number(
+        field::family::TYPE,
+        match metric_type {
+            MetricType::Counter => 0,
+            MetricType::Gauge => 1,
+            MetricType::Histogram => 4,
+        },
+    );
+    head
+}
+
+/// Appends the length of a family with all its metrics, and its head.
+pub(super) fn write_head(out: &mut Vec<u8>, snapshot: &Snapshot, family: Family, count: usize) {
+    let head = head(family.name(), family.help(), family.metric_type());
+    let mut message = Message::default();
+    let mut length = head.0.len();
+    for index in 0..count {
+        for_each_metric(&mut message, snapshot, family, index, |metric| length += delimited_len(metric));
+    }
+    let mut prefix = Message::default();
+    prefix.varint(length as u64);
+    out.extend_from_slice(&prefix.0);
+    out.extend_from_slice(&head.0);
+}
+
+/// Appends the metrics of a worker or label set.
+pub(super) fn write_metrics(
+    out: &mut Vec<u8>,
+    message: &mut Message,
+    snapshot: &Snapshot,
+    family: Family,
+    index: usize,
+) {
+    for_each_metric(message, snapshot, family, index, |metric| write_metric(out, metric));
+}
+
+fn delimited_len(metric: &[u8]) -> usize {
+    1 + varint_len(metric.len() as u64) + metric.len()
+}
+
+fn write_metric(out: &mut Vec<u8>, metric: &[u8]) {
+    let mut prefix = Message::default();
+    prefix.key(field::family::METRIC, 2);
+    prefix.varint(metric.len() as u64);
+    out.extend_from_slice(&prefix.0);
+    out.extend_from_slice(metric);
+}
+
+fn for_each_metric(
+    message: &mut Message,
+    snapshot: &Snapshot,
+    family: Family,
+    index: usize,
+    mut each: impl FnMut(&[u8]),
+) {
+    let mut gauge = |labels: &str, value: Option<f64>| {
+        if let Some(value) = value {
+            message.clear();
+            message.labels(labels);
+            message.gauge(value);
+            each(&message.0);
+        }
+    };
+    match family {
+        Family::Online => {
+            let worker = &snapshot.workers[index];
+            gauge(&worker.labels, worker.online.map(u8::from).map(f64::from));
+        }
+        Family::Executing => {
+            let worker = &snapshot.workers[index];
+            gauge(&worker.labels, worker.executing);
+        }
+        Family::PrefetchTime => {
+            let series = &snapshot.task_series[index];
+            gauge(&series.labels, series.prefetch_time);
+        }
+        Family::Prefetched => {
+            let series = &snapshot.task_series[index];
+            gauge(&series.labels, series.prefetched.map(f64::from));
+        }
+        Family::Events => {
+            let series = &snapshot.task_series[index];
+            let (task, worker) = series.labels.split_at(series.split as usize);
+            for event in snapshot.task_events(index) {
+                message.clear();
+                message.labels(task);
+                message.labels(&snapshot.event_types[usize::from(event.id())]);
+                message.labels(worker.trim_start_matches(','));
+                message.counter(event.count as f64, event.created());
+                each(&message.0);
+            }
+        }
+        Family::Runtime => {
+            let series = &snapshot.task_series[index];
+            let Some(histogram) = series.runtime else { return };
+            let (counts, sum, created) = snapshot.histogram(histogram);
+            let cumulative = counts.iter().scan(0, |total, count| {
+                *total += count;
+                Some(*total)
+            });
+            message.clear();
+            message.labels(&series.labels);
+            message.histogram(counts.iter().sum(), sum, snapshot.bounds.iter().copied().zip(cumulative), created);
+            each(&message.0);
+        }
+    }
+}
+
+/// Appends a family of a `prometheus::Registry`. Its counters and histograms start with the exporter, at `started`.
+pub(super) fn write_registered(out: &mut Vec<u8>, family: &proto::MetricFamily, started: u64) {
+    let metric_type = MetricType::of(family);
+    let mut body = head(family.name(), family.help(), metric_type).0;
+    for metric in family.get_metric() {
+        let mut message = Message::default();
+        for label in metric.get_label() {
+            message.label(label.name(), label.value().as_bytes());
+        }
+        match metric_type {
+            MetricType::Counter => message.counter(metric.get_counter().get_value(), started),
+            MetricType::Gauge => message.gauge(metric.get_gauge().get_value()),
+            MetricType::Histogram => {
+                let histogram = metric.get_histogram();
+                let finite = histogram.get_bucket().iter().filter(|bucket| bucket.upper_bound().is_finite());
+                let buckets = finite.map(|bucket| (bucket.upper_bound(), bucket.cumulative_count()));
+                message.histogram(histogram.get_sample_count(), histogram.get_sample_sum(), buckets, started);
+            }
+        }
+        write_metric(&mut body, &message.0);
+    }
+    let mut prefix = Message::default();
+    prefix.varint(body.len() as u64);
+    out.extend_from_slice(&prefix.0);
+    out.extend_from_slice(&body);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths_are_those_of_the_encoding() {
+        for value in [0, 1, 127, 128, 300, 16_383, 16_384, u64::from(u32::MAX), u64::MAX] {
+            let mut message = Message::default();
+            message.varint(value);
+            assert_eq!(message.0.len(), varint_len(value), "{value}");
+        }
+        let mut message = Message::default();
+        message.label("task", "a".repeat(200).as_bytes());
+        assert_eq!(message.0[..4], [0x0a, 0xd1, 0x01, 0x0a]);
+        assert_eq!(message.0.len(), 3 + 0xd1);
+    }
+
+    #[test]
+    fn labels_are_unescaped() {
+        for (text, value, rest) in
+            [(r#"a",x"#, "a", ",x"), (r#"","#, "", ","), (r#"a\"b\\c\nd","#, "a\"b\\c\nd", ","), ("ö", "ö", "")]
+        {
+            let (unescaped, end) = unescape(text);
+            assert_eq!((std::str::from_utf8(&unescaped).unwrap(), &text[end..]), (value, rest));
+        }
+    }
+}
