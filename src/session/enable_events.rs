@@ -102,13 +102,13 @@ impl Schedule {
             burst.next = now + burst.delay;
             burst.delay *= 2;
         }
+        self.burst.take_if(|burst| burst.next >= burst.ends);
     }
 
     /// `None` if a broadcast is due because there was none.
     fn due(&self, interval: Duration) -> Option<Instant> {
         let last = *self.sent.front()?;
-        let burst = self.burst.as_ref().filter(|burst| burst.next < burst.ends);
-        let due = burst.map_or(last + interval, |burst| burst.next.min(last + interval));
+        let due = self.burst.as_ref().map_or(last + interval, |burst| burst.next.min(last + interval));
         let allowed = self.sent.get(MAX_PER_SECOND - 1).map(|tenth| *tenth + Duration::from_secs(1));
         Some(allowed.map_or(due, |allowed| due.max(allowed)))
     }
@@ -151,6 +151,17 @@ mod tests {
     #[test]
     fn the_burst_ends_when_all_workers_send_task_events() {
         assert_eq!(broadcasts(&[1000], Some(1250)), [0, 1000, 1025, 1075, 1175, 6175]);
+    }
+
+    #[test]
+    fn a_burst_ends_although_the_worker_stays_idle() {
+        let began = Instant::now();
+        let mut schedule = Schedule::default();
+        for second in 0..10_000 {
+            schedule.record_starts(WorkerStarts { last: Some(began) });
+            schedule.record_broadcast(began + Duration::from_secs(second));
+        }
+        assert!(schedule.burst.is_none());
     }
 
     #[test]
