@@ -28,7 +28,6 @@ use publisher::Publisher;
 use topology::Topology;
 use witness::Witnesses;
 
-use super::error::within;
 use super::{BrokerError, ConnectionHistory, QueueStats, RESPONSE_TIMEOUT};
 use crate::config::{BrokerUrl, Config};
 use crate::tls::TlsConfig;
@@ -55,7 +54,8 @@ pub(super) async fn connect(
     let opening = connection::open(url, config, tls, Target::Host(&history.addresses));
     let (connection, shutdown_on_drop) = login.run(opening).await?;
     let declaring = Topology::declare(&connection, config);
-    let (topology, channel) = within(limit.saturating_sub(began.elapsed()), declaring).await?;
+    let declared = timeout(limit.saturating_sub(began.elapsed()), declaring).await;
+    let (topology, channel) = declared.unwrap_or(Err(BrokerError::Timeout(limit)))?;
     let subscription = Subscription { connection: &connection, topology: &topology, config };
     let (channel, consumer, initial_queue_depth) = if topology.is_durable {
         subscription.wait_and_consume(channel, on_standby).await?
