@@ -320,6 +320,7 @@ impl Persistence {
             max_tasks: config.state.max_tasks,
             max_label_sets: config.metrics.max_label_sets,
             buckets: config.metrics.task_runtime_metric_buckets.clone(),
+            worker_groups: config.metrics.worker_groups.clone(),
         };
         if !config.state.persistent {
             return Ok(Self { restored: Restored::without_store(&limits), store: None, store_done: None });

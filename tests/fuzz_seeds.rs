@@ -65,3 +65,17 @@ fn valid_configuration_seeds_load() {
 fn saved_state() {
     run_seeds("saved_state", targets::saved_state::run);
 }
+
+/// Otherwise the fuzzer would begin with records of another format, which are rejected at once.
+#[test]
+fn saved_state_seeds_have_the_current_format() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/saved_state");
+    for (name, example) in targets::saved_state::examples() {
+        let path = directory.join(name);
+        if std::env::var_os("WRITE_SEEDS").is_some() {
+            fs::write(&path, &example).expect("a writable seed");
+        }
+        let is_current = fs::read(&path).is_ok_and(|seed| seed == example);
+        assert!(is_current, "{} is outdated: run WRITE_SEEDS=1 cargo test --test fuzz_seeds", path.display());
+    }
+}

@@ -107,7 +107,13 @@ pub fn enveloped(body: &[u8]) -> Vec<u8> {
 /// A state with the default limits.
 pub fn state() -> State {
     let buckets = vec![0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
-    State::new(&Limits { max_workers: 5_000, max_tasks: 100_000, max_label_sets: 100_000, buckets })
+    State::new(&Limits {
+        max_workers: 5_000,
+        max_tasks: 100_000,
+        max_label_sets: 100_000,
+        buckets,
+        worker_groups: None,
+    })
 }
 
 /// Decodes enveloped messages and counts their events.

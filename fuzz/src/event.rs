@@ -62,8 +62,13 @@ struct Fixture {
 
 impl Fixture {
     fn new() -> Self {
-        let limits =
-            Limits { max_workers: WORKERS, max_tasks: TASKS, max_label_sets: LABEL_SETS, buckets: vec![0.5, 1.0] };
+        let limits = Limits {
+            max_workers: WORKERS,
+            max_tasks: TASKS,
+            max_label_sets: LABEL_SETS,
+            buckets: vec![0.5, 1.0],
+            worker_groups: None,
+        };
         Self { state: State::new(&limits), now: Duration::ZERO, task_events: 0.0 }
     }
 

@@ -114,7 +114,13 @@ fn snapshot() -> Snapshot {
     const BODY: &[u8] = br#"[{"type": "worker-heartbeat", "hostname": "w", "active": 1},
         {"type": "task-received", "hostname": "w", "timestamp": 1, "uuid": "a", "name": "add", "eta": null},
         {"type": "task-succeeded", "hostname": "w", "timestamp": 2, "uuid": "a", "runtime": 0.5}]"#;
-    let mut state = State::new(&Limits { max_workers: 9, max_tasks: 9, max_label_sets: 9, buckets: vec![1.0] });
+    let mut state = State::new(&Limits {
+        max_workers: 9,
+        max_tasks: 9,
+        max_label_sets: 9,
+        buckets: vec![1.0],
+        worker_groups: None,
+    });
     event::decode(BODY, false, |event| {
         state.apply(&event.expect("an event"), Arrival::in_order(Duration::ZERO));
     });

@@ -25,6 +25,7 @@ mod secret;
 mod tests;
 mod types;
 mod validate;
+mod worker_groups;
 
 pub use broker_url::{BrokerUrl, BrokerUrls};
 pub use choice::{Level, LogFormat, LoginMethod};
@@ -39,12 +40,14 @@ pub use reload::{ReloadReport, plan_reload};
 pub use schema::{Setting, settings};
 pub use secret::Secret;
 pub use types::{FanoutPrefix, Hostnames};
+pub use worker_groups::WorkerGroups;
 
 use limits::TEN_YEARS;
 use types::{
     Buckets, Count, DurationRange, DurationSecs, Fanout, Globs, Listen, Name, OneOf, SaveInterval, Size, Urls,
     ZeroIsNever, checked, optional,
 };
+use worker_groups::Groups;
 
 /// The validated configuration. `Default` has the built-in defaults.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -241,6 +244,9 @@ pub struct MetricsConfig {
     pub zero_first: Duration,
     /// Whether `/metrics` includes the `_created` samples of Python's client.
     pub created: bool,
+    /// Groups of workers whose tasks are counted under the group's name. Unset: each worker's are counted under its own.
+    #[serde(deserialize_with = "optional::<Groups, _, _>")]
+    pub worker_groups: Option<WorkerGroups>,
 }
 
 /// `[http]`.
@@ -426,6 +432,7 @@ impl Default for MetricsConfig {
             self_metrics: false,
             zero_first: Duration::ZERO,
             created: false,
+            worker_groups: None,
         }
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::choice::{Level, LogFormat, LoginMethod};
 use super::secret::{Secret, printable};
 use super::types::{FanoutPrefix, Hostnames, format_size};
+use super::worker_groups::WorkerGroups;
 use super::{BrokerUrls, Config};
 
 /// The prefix of the environment variables.
@@ -206,6 +207,9 @@ keys! {
     Scalar metrics.zero_first => format(|config| duration_or_zero(config.metrics.zero_first));
     /// Whether `/metrics` contains the `_created` samples of Flower's Python client.
     Scalar metrics.created;
+    /// Groups of workers, `NAME=GLOB|GLOB`. Tasks are counted under the first group that the hostname matches, so that
+    /// fewer series exist. Unset: under the hostname.
+    Strings metrics.worker_groups => optional(r#"["web=celery@web-*|celery@api-*", "clients=gen*@*"]"#);
     /// The address of `/metrics` and `/healthz`.
     Text http.listen;
     /// The maximum number of connections. At this limit, the one that has waited longest without a complete request
@@ -298,6 +302,11 @@ pub(super) fn quoted(text: &str) -> String {
     quoted + "\""
 }
 
+fn quoted_list(texts: &[String]) -> String {
+    let texts: Vec<_> = texts.iter().map(|text| quoted(printable(text))).collect();
+    format!("[{}]", texts.join(", "))
+}
+
 #[expect(clippy::unnecessary_wraps, reason = "the return type of `Key::format`")]
 fn size(bytes: u64) -> Option<String> {
     Some(quoted(&format_size(bytes)))
@@ -362,10 +371,8 @@ format_toml! {
     Level, "string": |level| quoted(&level.to_string());
     LogFormat, "string": |format| quoted(&format.to_string());
     LoginMethod, "string": |method| quoted(&method.to_string());
-    Hostnames, "list of strings": |globs| {
-        let globs: Vec<_> = globs.patterns().iter().map(|glob| quoted(printable(glob))).collect();
-        format!("[{}]", globs.join(", "))
-    };
+    Hostnames, "list of strings": |globs| quoted_list(globs.patterns());
+    WorkerGroups, "list of strings": |groups| quoted_list(groups.entries());
     FanoutPrefix, "boolean or string": |prefix| match prefix {
         FanoutPrefix::On => "true".to_owned(),
         FanoutPrefix::Off => "false".to_owned(),

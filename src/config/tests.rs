@@ -261,6 +261,14 @@ const INVALID_VALUES: &[(&str, &[&str])] = &[
         &["events.hostnames = []", r#"events.hostnames = "*""#],
     ),
     (
+        r#"expected groups of workers, such as ["web=celery@web-*|celery@api-*", "all=*"]"#,
+        &["metrics.worker_groups = []", r#"metrics.worker_groups = "all=*""#],
+    ),
+    (
+        r#"expected groups of workers, such as ["web=celery@web-*|celery@api-*", "all=*"]; "x" has no ="#,
+        &[r#"metrics.worker_groups = ["all=*", "x"]"#],
+    ),
+    (
         r#"expected globs of worker hostnames, such as ["*@my-pod"]; "[x" is not a valid glob: unclosed character class; missing ']'"#,
         &[r#"events.hostnames = ["*@a", "[x"]"#],
     ),

@@ -223,7 +223,13 @@ mod tests {
             config.broker.amqp.queue = queue.map(str::to_owned);
             let ((saves_tx, saves_rx), (acks_tx, acks_rx)) = (channel(), mpsc::unbounded_channel());
             let status = Arc::new(StoreStatus::default());
-            let mut state = State::new(&Limits { max_workers: 9, max_tasks: 9, max_label_sets: 9, buckets: vec![1.0] });
+            let mut state = State::new(&Limits {
+                max_workers: 9,
+                max_tasks: 9,
+                max_label_sets: 9,
+                buckets: vec![1.0],
+                worker_groups: None,
+            });
             state.track_changes();
             let store = StoreHandle::new(saves_tx, Arc::clone(&status));
             let scheduler = SaveScheduler::new(Some(store), acks_tx, &config);

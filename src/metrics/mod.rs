@@ -11,11 +11,13 @@ pub mod encode;
 mod event_count;
 mod family;
 mod histogram;
+mod keys;
 mod label_escaping;
 mod persist;
 mod series;
 mod series_clock;
 mod snapshot;
+mod worker_groups;
 
 #[cfg(test)]
 mod tests;
@@ -23,7 +25,8 @@ mod tests;
 pub use collector::FlowerCollector;
 pub(crate) use dirty::DirtySet;
 pub use family::{Family, MetricType};
+pub use keys::{SeriesKey, TaskName, WorkerKey};
 pub use label_escaping::OTHER;
 pub use persist::{SavedGauges, SavedTaskSeries};
-pub use series::{MAX_EVENT_TYPES, SeriesKey, SeriesTable, TaskName, WorkerKey};
+pub use series::{MAX_EVENT_TYPES, SeriesTable};
 pub use snapshot::{Snapshot, SnapshotBuilder};

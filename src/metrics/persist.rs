@@ -6,8 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use super::event_count::EventCount;
 use super::histogram::Histogram;
+use super::keys::{SeriesKey, WorkerKey, to_u32};
 use super::label_escaping::OTHER;
-use super::series::{MAX_EVENT_TYPES, SeriesKey, SeriesTable, WorkerKey, to_u32};
+use super::series::{MAX_EVENT_TYPES, SeriesTable};
 use crate::celery::truncate_label;
 
 /// The saved series of a label set.
@@ -23,6 +24,8 @@ pub struct SavedTaskSeries<'a> {
     runtime: Option<(Cow<'a, [u64]>, f64, u64)>,
     prefetch_time: Option<f64>,
     prefetched: Option<u32>,
+    /// The saved key of the member of a group that set the prefetch time last.
+    pub prefetch_time_writer: Option<u32>,
 }
 
 /// The saved gauges of a worker.
@@ -30,14 +33,6 @@ pub struct SavedTaskSeries<'a> {
 pub struct SavedGauges {
     online: Option<bool>,
     executing: Option<f64>,
-}
-
-impl WorkerKey {
-    /// The key in saved records.
-    #[must_use]
-    pub fn to_u32(self) -> u32 {
-        self.0
-    }
 }
 
 impl SeriesTable {
@@ -76,6 +71,7 @@ impl SeriesTable {
                 .map(|histogram| (Cow::Borrowed(&*histogram.counts), histogram.sum, histogram.created)),
             prefetch_time: series.prefetch_time,
             prefetched: series.prefetched,
+            prefetch_time_writer: self.groups.writer(SeriesKey::from_index(key as usize)).map(WorkerKey::to_u32),
         })
     }
 
@@ -98,6 +94,29 @@ impl SeriesTable {
         let mut types: Vec<_> = self.event_types.ids.iter().collect();
         types.sort_unstable_by_key(|(_, id)| **id);
         types.into_iter().map(|(name, _)| &**name).collect()
+    }
+
+    /// The entries of `metrics.worker_groups`.
+    #[must_use]
+    pub fn worker_groups(&self) -> &[String] {
+        self.groups.entries()
+    }
+
+    /// The keys of the groups.
+    pub fn group_keys(&self) -> impl Iterator<Item = WorkerKey> {
+        self.groups.keys().iter().copied()
+    }
+
+    /// Restores that `worker` set the prefetch time of its group last.
+    pub fn restore_prefetch_time_writer(&mut self, key: SeriesKey, worker: WorkerKey) {
+        self.groups.set_writer(worker, key);
+    }
+
+    /// Restores that `worker` has prefetched one of the tasks that a label set of its group contains.
+    pub fn restore_prefetched(&mut self, key: SeriesKey, worker: WorkerKey) {
+        if self.label_sets[key.index()].worker != worker {
+            self.groups.add_prefetched(worker, key);
+        }
     }
 
     /// Restores the event types into an empty table. Returns `None` if they are too many or not distinct.

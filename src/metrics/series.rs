@@ -4,7 +4,6 @@
 //! worker alone share one [`WorkerSeries`]. A label set is found by the ids of its interned names, so that no two label
 //! sets collide, and its text is escaped once, when it is created.
 
-use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use foldhash::fast::RandomState;
@@ -14,47 +13,15 @@ use slab::Slab;
 use super::DirtySet;
 use super::event_count::EventCount;
 use super::histogram::Histogram;
+use super::keys::{SeriesKey, TaskName, WorkerKey, to_u32};
 use super::label_escaping::{OTHER, append_escaped};
 use super::series_clock::SeriesClock;
+use super::worker_groups::GroupMembers;
 use crate::celery::{EventKind, truncate_label};
+use crate::config::WorkerGroups;
 
 /// Maximum number of distinct event types. Further ones are counted under type `(other)`.
 pub const MAX_EVENT_TYPES: usize = 64;
-
-/// Identifies a worker's series. Valid until the worker is removed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct WorkerKey(pub(super) u32);
-
-/// Identifies the series of a (worker, task) label set. Valid until the worker is removed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SeriesKey(NonZeroU32);
-
-impl SeriesKey {
-    /// The key of a slab index. It stores the index plus one, so that an `Option` of a key, of which every task has
-    /// two, takes no more space.
-    fn from_index(index: usize) -> Self {
-        Self(NonZeroU32::MIN.saturating_add(to_u32(index)))
-    }
-
-    pub(super) fn index(self) -> usize {
-        self.to_u32() as usize
-    }
-
-    /// The key of its saved record.
-    #[must_use]
-    pub fn to_u32(self) -> u32 {
-        self.0.get() - 1
-    }
-}
-
-/// An interned task name with its text.
-#[derive(Clone, Copy, Debug)]
-pub struct TaskName<'a> {
-    /// Identifies the text while at least one label set retains the name.
-    pub id: u32,
-    /// The text, not escaped.
-    pub text: &'a str,
-}
 
 /// The table of all series of the six families.
 #[derive(Debug)]
@@ -71,6 +38,7 @@ pub struct SeriesTable {
     /// Label sets that changed since the last save.
     pub(super) dirty: DirtySet,
     pub(super) clock: SeriesClock,
+    pub(super) groups: GroupMembers,
 }
 
 #[derive(Debug)]
@@ -120,7 +88,20 @@ impl SeriesTable {
             generation: 0,
             dirty: DirtySet::default(),
             clock: SeriesClock::default(),
+            groups: GroupMembers::default(),
         }
+    }
+
+    /// Adds the worker groups to an empty table.
+    pub fn set_worker_groups(&mut self, groups: &WorkerGroups) {
+        let keys = groups.names().iter().map(|name| self.add_worker(name)).collect();
+        self.groups = GroupMembers::new(groups.clone(), keys);
+    }
+
+    /// The worker or group whose label sets count the tasks of a hostname.
+    #[must_use]
+    pub fn group_of(&self, hostname: &str) -> Option<WorkerKey> {
+        self.groups.find(hostname)
     }
 
     /// Sets the time, in milliseconds since the epoch. It does not go back. The first call makes all series that were
@@ -173,7 +154,11 @@ impl SeriesTable {
     }
 
     /// Removes the worker's series from all six families. `release` is called with each task name that they retained.
+    /// The label sets of its group stay, without what the worker contributed to their gauges.
     pub fn remove_worker(&mut self, worker: WorkerKey, mut release: impl FnMut(u32)) {
+        self.reset_prefetched(worker);
+        self.reset_prefetch_times(worker);
+        self.groups.remove(worker);
         for key in self.workers.remove(worker.0 as usize).task_series {
             self.dirty.mark(key.to_u32());
             if let Some(task) = self.label_sets.remove(key.index()).task {
@@ -278,9 +263,20 @@ impl SeriesTable {
         histogram.observe(&self.bounds, seconds);
     }
 
-    /// Sets the prefetch time in seconds.
-    pub fn set_prefetch_time(&mut self, key: SeriesKey, seconds: f64) {
-        self.task_series_mut(key).prefetch_time = Some(seconds);
+    /// Sets the prefetch time in seconds. `worker` started the task.
+    pub fn set_prefetch_time(&mut self, key: SeriesKey, worker: WorkerKey, seconds: f64) {
+        let series = self.task_series_mut(key);
+        series.prefetch_time = Some(seconds);
+        if series.worker != worker {
+            self.groups.set_writer(worker, key);
+        }
+    }
+
+    /// Sets the prefetch time to 0 at the end of a run, unless another member of the worker's group has set it since.
+    pub fn end_prefetch_time(&mut self, key: SeriesKey, worker: WorkerKey) {
+        if self.label_sets[key.index()].worker == worker || self.groups.take_writer(worker, key) {
+            self.task_series_mut(key).prefetch_time = Some(0.0);
+        }
     }
 
     /// Creates the prefetch-time series at 0, unless it exists.
@@ -293,19 +289,30 @@ impl SeriesTable {
         self.task_series_mut(key).prefetched.get_or_insert(0);
     }
 
-    /// Adds one prefetched task.
-    pub fn add_prefetched(&mut self, key: SeriesKey) {
-        *self.task_series_mut(key).prefetched.get_or_insert(0) += 1;
-    }
-
-    /// Subtracts one prefetched task. Call it only for a task that was added and not reset since.
-    pub fn remove_prefetched(&mut self, key: SeriesKey) {
-        if let Some(count) = &mut self.task_series_mut(key).prefetched {
-            *count = count.saturating_sub(1);
+    /// Adds one prefetched task of a worker.
+    pub fn add_prefetched(&mut self, key: SeriesKey, worker: WorkerKey) {
+        let series = self.task_series_mut(key);
+        *series.prefetched.get_or_insert(0) += 1;
+        if series.worker != worker {
+            self.groups.add_prefetched(worker, key);
         }
     }
 
-    /// Sets the existing prefetched-tasks gauges of the worker to 0.
+    /// Subtracts one prefetched task. Call it only for a task that was added and not reset since.
+    pub fn remove_prefetched(&mut self, key: SeriesKey, worker: WorkerKey) {
+        self.subtract_prefetched(key, 1);
+        if self.label_sets[key.index()].worker != worker {
+            self.groups.remove_prefetched(worker, key);
+        }
+    }
+
+    fn subtract_prefetched(&mut self, key: SeriesKey, tasks: u32) {
+        if let Some(count) = &mut self.task_series_mut(key).prefetched {
+            *count = count.saturating_sub(tasks);
+        }
+    }
+
+    /// Subtracts all prefetched tasks of the worker.
     pub fn reset_prefetched(&mut self, worker: WorkerKey) {
         for key in &self.workers[worker.0 as usize].task_series {
             if let Some(count @ 1..) = &mut self.label_sets[key.index()].prefetched {
@@ -313,9 +320,12 @@ impl SeriesTable {
                 self.dirty.mark(key.to_u32());
             }
         }
+        for (key, tasks) in self.groups.take_prefetched(worker) {
+            self.subtract_prefetched(key, tasks);
+        }
     }
 
-    /// Sets the existing prefetch-time gauges of the worker to 0.
+    /// Sets the prefetch times that the worker set to 0, unless another member of its group has set them since.
     pub fn reset_prefetch_times(&mut self, worker: WorkerKey) {
         for key in &self.workers[worker.0 as usize].task_series {
             let prefetch_time = &mut self.label_sets[key.index()].prefetch_time;
@@ -323,6 +333,9 @@ impl SeriesTable {
                 *prefetch_time = Some(0.0);
                 self.dirty.mark(key.to_u32());
             }
+        }
+        for key in self.groups.take_written(worker) {
+            self.task_series_mut(key).prefetch_time = Some(0.0);
         }
     }
 
@@ -403,9 +416,4 @@ impl EventTypes {
         self.ids.insert(name.into(), id);
         id
     }
-}
-
-#[allow(clippy::cast_possible_truncation, reason = "series, events and label texts are bounded far below 2^32")]
-pub(super) fn to_u32(index: usize) -> u32 {
-    index as u32
 }

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::event_count::EventCount;
-use super::series::{SeriesTable, TaskSeries, WorkerSeries, to_u32};
+use super::keys::to_u32;
+use super::series::{SeriesTable, TaskSeries, WorkerSeries};
 use super::series_clock::SeriesClock;
 
 /// Series copied between two checks of the clock.

@@ -19,8 +19,8 @@ fn series() -> SeriesTable {
         for seconds in [0.075, 0.5, 1e-7, 3e6] {
             series.observe_runtime(key, seconds);
         }
-        series.set_prefetch_time(key, 1.25);
-        series.add_prefetched(key);
+        series.set_prefetch_time(key, worker, 1.25);
+        series.add_prefetched(key, worker);
     }
     series
 }
@@ -119,7 +119,7 @@ fn label_sets_with_equal_concatenation_are_distinct() {
     for (id, (worker, task)) in [("ab", "c"), ("a", "bc")].into_iter().enumerate() {
         let worker = series.add_worker(worker);
         let (key, _) = series.add_task_series(worker, TaskName { id: u32::try_from(id).unwrap(), text: task });
-        series.add_prefetched(key);
+        series.add_prefetched(key, worker);
     }
     assert_eq!(samples(&write(&snapshot(&series), Format::Text, 1)).len(), 2);
 }
@@ -151,7 +151,7 @@ fn a_new_series_shows_zero_first_in_every_format() {
     let (key, _) = series.add_task_series(worker, TaskName { id: 1, text: "t" });
     series.count_event(key, EventKind::TaskReceived, "task-received");
     series.observe_runtime(key, 0.5);
-    series.set_prefetch_time(key, 2.0);
+    series.set_prefetch_time(key, worker, 2.0);
     assert!(series.shows_zero(worker));
     let values = |series: &SeriesTable| samples(&write(&snapshot(series), Format::Text, 1)).values().sum::<f64>();
     assert!((values(&series) - 3.0).abs() < 1e-9, "only the gauges");

@@ -30,6 +30,7 @@ pub use workers::WorkerId;
 
 use crate::celery::event::Eta;
 use crate::celery::{Event, EventKind, truncate_label};
+use crate::config::WorkerGroups;
 use crate::metrics::{OTHER, SeriesKey, SeriesTable, TaskName, WorkerKey};
 use crate::observability::WorkerCounts;
 
@@ -44,6 +45,8 @@ pub struct Limits {
     pub max_label_sets: usize,
     /// Upper bounds of the runtime histogram in seconds, ascending, without `+Inf`.
     pub buckets: Vec<f64>,
+    /// The workers that share the label sets of their tasks.
+    pub worker_groups: Option<WorkerGroups>,
 }
 
 /// Timeouts counted from a worker's last event. `None` disables one.
@@ -104,11 +107,15 @@ impl State {
     /// Creates an empty state.
     #[must_use]
     pub fn new(limits: &Limits) -> Self {
+        let mut series = SeriesTable::new(&limits.buckets, limits.max_label_sets);
+        if let Some(groups) = &limits.worker_groups {
+            series.set_worker_groups(groups);
+        }
         Self {
             names: NameInterner::default(),
             workers: Workers::new(limits.max_workers),
             tasks: Tasks::new(limits.max_tasks),
-            series: SeriesTable::new(&limits.buckets, limits.max_label_sets),
+            series,
             other: None,
             warned_full: false,
             warned_unfinished: false,
@@ -227,8 +234,10 @@ impl State {
             let candidate = self.workers.eviction_candidate()?;
             self.remove_worker(candidate);
         }
-        let key = self.series.add_worker(&truncate_label(hostname));
-        Some(self.workers.add(hostname, key, now))
+        let label = truncate_label(hostname);
+        let key = self.series.add_worker(&label);
+        let counted_as = self.series.group_of(&label).unwrap_or(key);
+        Some(self.workers.add(hostname, key, counted_as, now))
     }
 
     fn remove_worker(&mut self, slot: usize) {
@@ -288,8 +297,11 @@ impl State {
     /// The label set that an event is counted under. The task is the name in the event, or else the known name.
     fn series_key(&mut self, source: Source, slot: u32, event: &Event) -> SeriesKey {
         let worker = match source {
-            Source::Known(worker) => self.workers[worker].key,
-            Source::Other => self.other_worker(),
+            Source::Known(worker) => self.workers[worker].counted_as,
+            Source::Other => {
+                let group = self.series.group_of(&truncate_label(&event.hostname));
+                group.unwrap_or_else(|| self.other_worker())
+            }
         };
         let known = self.tasks.get(slot).name;
         // `update_task` has already stored the name of every event that is not user-defined.

@@ -18,7 +18,7 @@ use crate::metrics::{OTHER, SavedGauges, SavedTaskSeries, SeriesKey, WorkerKey};
 
 /// The version of these records and of the message hashes stored with them. A file of another version is
 /// moved aside. From the first release on, the previous version must also be readable.
-pub const FORMAT: u32 = 5;
+pub const FORMAT: u32 = 6;
 
 /// Encoded records by key. A key without a record was removed.
 #[derive(Debug, Default)]
@@ -86,6 +86,9 @@ struct Header<'a> {
     next_worker_id: u32,
     /// The key of worker `(other)`.
     other: Option<u32>,
+    /// The entries of `metrics.worker_groups`. Their groups have the first keys.
+    #[serde(borrow)]
+    worker_groups: Vec<Cow<'a, str>>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -194,6 +197,7 @@ impl State {
             event_types: self.series.event_types().into_iter().map(Cow::Borrowed).collect(),
             next_worker_id: self.workers.next_id,
             other: self.other.map(WorkerKey::to_u32),
+            worker_groups: self.series.worker_groups().iter().map(|entry| Cow::Borrowed(&**entry)).collect(),
         };
         let mut batch = RecordBatch::default();
         batch.put(0, Some(&header));
@@ -255,8 +259,9 @@ pub struct Corrupt(&'static str);
 pub struct Restorer {
     state: State,
     same_bounds: bool,
+    same_groups: bool,
     /// The next save contains every record, because a restored record has a key other than its saved
-    /// one, or because the buckets have changed.
+    /// one, or because the buckets or the worker groups have changed.
     needs_full_save: bool,
     /// The restored keys by the saved ones.
     worker_keys: HashMap<u32, WorkerKey, RandomState>,
@@ -273,9 +278,20 @@ impl Restorer {
         let mut state = State::new(limits);
         state.series.restore_event_types(&header.event_types).ok_or(Corrupt("invalid event types"))?;
         state.workers.next_id = header.next_worker_id.max(1);
+        let same_groups = header.worker_groups == state.series.worker_groups();
+        if !same_groups {
+            tracing::warn!("metrics.worker_groups differ from the saved state; all series of tasks start empty");
+        }
         let mut worker_keys = HashMap::default();
+        if same_groups {
+            worker_keys.extend(state.series.group_keys().map(|key| (key.to_u32(), key)));
+        }
+        // The groups and worker (other) are the first ones restored, so they have the first keys.
+        let mut needs_full_save = !same_groups;
         if let Some(other) = header.other {
-            worker_keys.insert(other, state.other_worker());
+            let key = state.other_worker();
+            needs_full_save |= key.to_u32() != other;
+            worker_keys.insert(other, key);
         }
         let same_bounds = *header.bounds == *limits.buckets;
         if !same_bounds {
@@ -283,9 +299,7 @@ impl Restorer {
                 "metrics.task_runtime_metric_buckets differ from the saved state; runtime histograms start empty"
             );
         }
-        // Worker (other) is the first one restored, so its key is 0 now.
-        let needs_full_save = header.other.is_some_and(|key| key != 0);
-        Ok(Self { state, same_bounds, needs_full_save, worker_keys, series_keys: HashMap::default() })
+        Ok(Self { state, same_bounds, same_groups, needs_full_save, worker_keys, series_keys: HashMap::default() })
     }
 
     /// Restores a worker or client. Its timeout starts again.
@@ -304,7 +318,8 @@ impl Restorer {
         let hostname = truncate_label(&saved.hostname);
         let key = series.add_worker(&hostname);
         series.restore_gauges(key, saved.gauges).ok_or(Corrupt("invalid gauge value"))?;
-        let mut worker = Worker::new(saved.id, &hostname, key, Duration::ZERO);
+        let counted_as = series.group_of(&hostname).unwrap_or(key);
+        let mut worker = Worker::new(saved.id, &hostname, key, counted_as, Duration::ZERO);
         worker.presence = saved.presence;
         worker.timed_out = saved.timed_out;
         worker.epoch = saved.epoch;
@@ -327,11 +342,20 @@ impl Restorer {
     /// Returns an error if the record is invalid, the worker is unknown, or the label set was restored before.
     pub fn task_series(&mut self, saved_key: u32, record: &[u8]) -> Result<(), Corrupt> {
         let saved: SavedTaskSeries = decode(record)?;
-        let worker = self.worker_keys.get(&saved.worker).ok_or(Corrupt("label set references unknown worker"))?;
+        if !self.same_groups {
+            return Ok(());
+        }
+        let worker_key =
+            |key| self.worker_keys.get(&key).copied().ok_or(Corrupt("label set references unknown worker"));
+        let worker = worker_key(saved.worker)?;
+        let writer = saved.prefetch_time_writer.map(worker_key).transpose()?;
         let State { series, names, .. } = &mut self.state;
         let name = saved.task.as_deref().map(|text| names.intern(text).0);
-        let key = series.restore_task_series(*worker, name, saved, self.same_bounds);
+        let key = series.restore_task_series(worker, name, saved, self.same_bounds);
         let key = key.ok_or(Corrupt("invalid or duplicate label set"))?;
+        if let Some(writer) = writer {
+            series.restore_prefetch_time_writer(key, writer);
+        }
         self.needs_full_save |= key.to_u32() != saved_key || !self.same_bounds;
         if self.series_keys.insert(saved_key, key).is_some() {
             return Err(Corrupt("duplicate label set"));
@@ -365,10 +389,14 @@ impl Restorer {
         Ok(())
     }
 
-    fn entry(&self, saved: Option<(WorkerId, u32, u32)>) -> Result<Option<PrefetchEntry>, Corrupt> {
+    fn entry(&mut self, saved: Option<(WorkerId, u32, u32)>) -> Result<Option<PrefetchEntry>, Corrupt> {
         let Some((worker, epoch, key)) = saved else { return Ok(None) };
-        let key = self.series_key(worker, key)?;
-        Ok(key.map(|key| PrefetchEntry { worker, epoch, key }))
+        let Some(key) = self.series_key(worker, key)? else { return Ok(None) };
+        let State { workers, series, .. } = &mut self.state;
+        if let Some(worker) = workers.by_id(worker).filter(|worker| worker.epoch == epoch) {
+            series.restore_prefetched(key, worker.key);
+        }
+        Ok(Some(PrefetchEntry { worker, epoch, key }))
     }
 
     fn run(&self, worker: WorkerId, saved: Option<SavedRun>) -> Result<Option<Run>, Corrupt> {
@@ -377,9 +405,10 @@ impl Restorer {
         Ok(Some(Run { key }))
     }
 
-    /// The restored key of a label set that a task refers to, or `None` if the worker and its series have been removed.
+    /// The restored key of a label set that a task refers to, or `None` if the worker has been removed, or all
+    /// label sets have been left out.
     fn series_key(&self, worker: WorkerId, saved_key: u32) -> Result<Option<SeriesKey>, Corrupt> {
-        if self.state.workers.by_id(worker).is_none() {
+        if !self.same_groups || self.state.workers.by_id(worker).is_none() {
             return Ok(None);
         }
         self.series_keys.get(&saved_key).copied().map(Some).ok_or(Corrupt("task references unknown label set"))

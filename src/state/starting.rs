@@ -61,7 +61,7 @@ mod tests {
 
     fn worker() -> Worker {
         let key = SeriesTable::new(&[1.0], 1).add_worker("w");
-        Worker::new(WorkerId::NONE, "w", key, Duration::ZERO)
+        Worker::new(WorkerId::NONE, "w", key, key, Duration::ZERO)
     }
 
     #[test]

@@ -26,7 +26,7 @@ impl Fixture {
     }
 
     fn with_limits(change: impl FnOnce(&mut Limits)) -> Self {
-        let mut limits = Limits { max_workers: 100, max_tasks: 100, max_label_sets: 100, buckets: vec![0.5, 1.0] };
+        let mut limits = limits(100, 100, 100);
         change(&mut limits);
         Self::of(State::new(&limits))
     }
@@ -571,7 +571,7 @@ impl Saved {
 }
 
 fn limits(max_workers: usize, max_tasks: usize, max_label_sets: usize) -> Limits {
-    Limits { max_workers, max_tasks, max_label_sets, buckets: vec![0.5, 1.0] }
+    Limits { max_workers, max_tasks, max_label_sets, buckets: vec![0.5, 1.0], worker_groups: None }
 }
 
 #[test]
@@ -634,18 +634,164 @@ fn inconsistent_records_are_rejected() {
     assert_rejected(|saved| saved.tables[2].get_mut(&0).unwrap().truncate(5));
 }
 
+fn groups(entries: &[&str]) -> WorkerGroups {
+    WorkerGroups::new(entries.iter().map(|entry| (*entry).to_owned()).collect()).unwrap()
+}
+
+fn any_groups() -> impl Strategy<Value = Option<WorkerGroups>> {
+    let choices: [&[&str]; 3] = [&["g=w[0-2]"], &["(x)=w0", "g=w*"], &["w1=w3|w4"]];
+    proptest::option::of(proptest::sample::select(choices.to_vec()).prop_map(groups))
+}
+
+#[test]
+fn the_members_of_a_group_share_the_series_of_tasks_only() {
+    let mut fixture = Fixture::with_limits(|limits| limits.worker_groups = Some(groups(&["g=w?"])));
+    fixture.worker("heartbeat", "w1", json!({"active": 1})).worker("heartbeat", "w2", json!({"active": 2}));
+    for (worker, id) in [("w1", "a"), ("w2", "b"), ("w1", "c"), ("g", "d"), ("x", "e")] {
+        fixture.task("received", worker, id, 1.0);
+    }
+    assert_eq!((fixture.prefetched("g"), fixture.prefetched("x")), (Some(4.0), Some(1.0)));
+    assert_eq!(
+        (fixture.executing("w1"), fixture.executing("w2"), fixture.executing("g")),
+        (Some(1.0), Some(2.0), None)
+    );
+    fixture.worker("online", "w1", json!({}));
+    assert_eq!(fixture.prefetched("g"), Some(2.0), "only the tasks of the worker that has restarted are gone");
+    let received = r#"flower_events_total{task="t",type="task-received",worker="g"}"#;
+    assert_eq!(
+        (fixture.sample(received), fixture.samples().keys().any(|name| name.contains("w1\",task"))),
+        (Some(4.0), false)
+    );
+    fixture.advance(60).advance(600);
+    assert_eq!((fixture.state.worker_count(), fixture.online("w1")), (0, None));
+    assert_eq!((fixture.prefetched("g"), fixture.sample(received)), (Some(0.0), Some(4.0)), "counters of a group stay");
+}
+
+#[test]
+fn the_prefetch_time_of_a_group_is_the_last_one_set() {
+    let mut fixture = Fixture::with_limits(|limits| limits.worker_groups = Some(groups(&["g=w?"])));
+    for (worker, id, start) in [("w1", "a", 3.0), ("w2", "b", 8.0)] {
+        fixture.task("received", worker, id, 1.0).task("started", worker, id, start);
+    }
+    assert_eq!(fixture.prefetch_time("g"), Some(7.0));
+    fixture.task("succeeded", "w1", "a", 9.0).worker("online", "w1", json!({}));
+    assert_eq!(fixture.prefetch_time("g"), Some(7.0), "another member has set it since");
+    fixture.task("received", "w1", "c", 9.0).task("started", "w1", "c", 10.0);
+    assert_eq!(fixture.prefetch_time("g"), Some(1.0));
+    fixture.task("succeeded", "w2", "b", 11.0).worker("heartbeat", "w2", json!({"active": 0, "timestamp": 12.0}));
+    assert_eq!(fixture.prefetch_time("g"), Some(1.0));
+    fixture.worker("heartbeat", "w1", json!({"active": 0, "timestamp": 13.0}));
+    assert_eq!(fixture.prefetch_time("g"), Some(0.0));
+}
+
+#[test]
+fn a_hostname_beyond_the_limit_is_counted_in_its_group() {
+    let mut fixture = Fixture::with_limits(|limits| {
+        limits.worker_groups = Some(groups(&["g=w?"]));
+        limits.max_workers = 1;
+    });
+    fixture.worker("heartbeat", "live", json!({})).task("received", "w1", "a", 1.0).task("received", "x", "b", 1.0);
+    let received = |worker: &str| {
+        fixture.sample(&format!(r#"flower_events_total{{task="t",type="task-received",worker="{worker}"}}"#))
+    };
+    assert_eq!((received("g"), received(OTHER)), (Some(1.0), Some(1.0)));
+}
+
+#[test]
+fn changed_groups_discard_the_saved_series_of_tasks() {
+    let limits = |entries| Limits { worker_groups: entries, ..limits(100, 100, 100) };
+    let some = |entry| Some(groups(&[entry]));
+    for (before, after) in [(some("g=w"), some("h=w")), (None, some("g=w")), (some("g=w"), None)] {
+        let mut fixture = Fixture::of(State::new(&limits(before)));
+        fixture.state.track_changes();
+        fixture.worker("heartbeat", "w", json!({"active": 1}));
+        fixture.task("received", "w", "a", 1.0).task("received", "w", "b", 1.0).task("started", "w", "b", 2.0);
+        let mut saved = Saved::default();
+        saved.save(&mut fixture.state);
+        let mut fixture = Fixture::of(saved.restore(&limits(after.clone())).unwrap());
+        assert_eq!(fixture.samples().len(), 2, "the gauges of the worker");
+        assert_eq!((fixture.online("w"), fixture.state.task_count()), (Some(1.0), 2));
+        saved.save(&mut fixture.state);
+        assert!(saved.tables[1].is_empty(), "the file does not contain the old series");
+        fixture.task("started", "w", "a", 3.0).task("succeeded", "w", "b", 4.0);
+        assert!(fixture.samples().values().all(|value| *value >= 0.0));
+        assert!(saved.restore(&limits(after)).is_ok());
+    }
+}
+
+/// The samples of the families with the labels worker and task, without the label worker: their sums.
+fn sums(fixture: &Fixture) -> BTreeMap<String, f64> {
+    let mut sums = BTreeMap::new();
+    for (series, value) in fixture.samples() {
+        if series.contains("task=") && !series.starts_with("flower_task_prefetch_time_seconds") {
+            let (start, rest) = series.split_once(r#"worker=""#).unwrap();
+            let (_, end) = rest.split_once('"').unwrap();
+            *sums.entry(format!("{start}{end}")).or_default() += value;
+        }
+    }
+    sums
+}
+
+#[test]
+fn renamed_workers_of_a_group_add_no_series() {
+    let limits = |groups| Limits { worker_groups: groups, ..limits(10_000, 10_000, 1_000_000) };
+    let mut ungrouped = Fixture::of(State::new(&limits(None)));
+    let mut grouped = Fixture::of(State::new(&limits(Some(groups(&["all=*"])))));
+    let mut label_sets = Vec::new();
+    for deployment in 0..6 {
+        for worker in 0..1000 {
+            let hostname = format!("celery@pod-{deployment}-{worker}");
+            for task in 0..50 {
+                let (id, name) = (format!("{deployment}-{worker}-{task}"), json!({"name": format!("t{task}")}));
+                for fixture in [&mut ungrouped, &mut grouped] {
+                    let runtime = json!({"runtime": f64::from((worker + task) % 64) / 32.0});
+                    fixture.task_with("received", &hostname, &id, 1.0, name.clone());
+                    fixture.task("started", &hostname, &id, 2.0).task_with("succeeded", &hostname, &id, 3.0, runtime);
+                }
+            }
+        }
+        label_sets.push((grouped.state.series().label_set_count(), ungrouped.state.series().label_set_count()));
+    }
+    assert_eq!(label_sets, [1, 2, 3, 4, 5, 6].map(|deployments| (50, deployments * 50_000)));
+    assert_eq!(sums(&grouped), sums(&ungrouped));
+    assert_eq!(sums(&grouped).len(), 50 * (3 + 5 + 1));
+}
+
+proptest! {
+    /// For any events: the series of groups are the sums of those of the workers.
+    #[test]
+    fn groups_are_sums(
+        events in prop::collection::vec((any_event(), 0..80_u32, 0..40_u8), 1..200),
+        groups in any_groups(),
+    ) {
+        let mut ungrouped = Fixture::of(State::new(&limits(100, 100, 100)));
+        let mut grouped = Fixture::of(State::new(&Limits { worker_groups: groups, ..limits(100, 100, 100) }));
+        let timeouts = Timeouts { worker_timeout: Some(SECOND * 60), purge_offline_workers: None };
+        for (event, seconds, gap) in &events {
+            for fixture in [&mut ungrouped, &mut grouped] {
+                fixture.event(event);
+                fixture.now += SECOND * if *seconds > 75 { *seconds } else { 0 };
+                fixture.state.expire(&timeouts, fixture.now);
+                if *gap == 0 {
+                    fixture.state.record_gap();
+                }
+            }
+            prop_assert_eq!(sums(&grouped), sums(&ungrouped));
+        }
+    }
+}
+
 proptest! {
     /// For any events: gauges are never negative, prefetched tasks do not exceed tracked tasks, all tables are bounded,
     /// and a purge removes all series.
     #[test]
     fn arbitrary_events_keep_the_state_valid_and_bounded(
         events in prop::collection::vec((any_event(), 0..80_u32, 0..40_u8), 1..200),
+        groups in any_groups(),
     ) {
-        let mut fixture = Fixture::with_limits(|limits| {
-            limits.max_workers = 3;
-            limits.max_tasks = 4;
-            limits.max_label_sets = 6;
-        });
+        let mut kept = vec![Box::from(OTHER)];
+        kept.extend(groups.iter().flat_map(WorkerGroups::names).cloned());
+        let mut fixture = Fixture::of(State::new(&Limits { worker_groups: groups, ..limits(3, 4, 6) }));
         let mut task_events = 0.0;
         for (event, seconds, gap) in &events {
             fixture.event(event);
@@ -669,7 +815,10 @@ proptest! {
         fixture.state.other = None;
         fixture.advance(600);
         let remaining = fixture.samples();
-        prop_assert!(remaining.keys().all(|name| name.contains(r#"worker="(other)""#)), "{remaining:?}");
+        let is_kept = |name: &str| kept.iter().any(|kept| name.contains(&format!(r#"worker="{kept}""#)));
+        prop_assert!(remaining.keys().all(|name| is_kept(name)), "{remaining:?}");
+        let is_zero = |name: &str, value: f64| value == 0.0 || !name.contains("prefetch");
+        prop_assert!(remaining.iter().all(|(name, value)| is_zero(name, *value)), "{remaining:?}");
         prop_assert_eq!(fixture.state.worker_count(), 0);
     }
 
@@ -677,8 +826,9 @@ proptest! {
     #[test]
     fn a_restored_state_equals_the_saved_one(
         events in prop::collection::vec((any_event(), 0..90_u32, 0..10_u8), 1..200),
+        groups in any_groups(),
     ) {
-        let limits = limits(3, 4, 6);
+        let limits = Limits { worker_groups: groups, ..limits(3, 4, 6) };
         let mut fixture = Fixture::of(State::new(&limits));
         fixture.state.track_changes();
         let mut saved = Saved::default();
@@ -715,8 +865,9 @@ proptest! {
     #[test]
     fn a_restored_state_behaves_like_an_uninterrupted_one(
         events in prop::collection::vec((any_event(), 0..20_u8), 1..200),
+        groups in any_groups(),
     ) {
-        let limits = limits(100, 100, 100);
+        let limits = Limits { worker_groups: groups, ..limits(100, 100, 100) };
         let mut fixture = Fixture::of(State::new(&limits));
         let mut restored = Fixture::of(State::new(&limits));
         restored.state.track_changes();

@@ -50,8 +50,9 @@ impl State {
         let replaced = std::mem::replace(&mut task.entry, entry);
         self.release_entry(replaced);
         if entry.is_some() {
-            self.workers[sender].may_hold_prefetched = true;
-            self.series.add_prefetched(key);
+            let worker = &mut self.workers[sender];
+            worker.may_hold_prefetched = true;
+            self.series.add_prefetched(key, worker.key);
         }
     }
 
@@ -75,8 +76,9 @@ impl State {
         self.release_entry(entry);
         self.finish_run(replaced);
         if is_measured {
-            self.workers[sender].record_start(time);
-            self.series.set_prefetch_time(key, waited);
+            let worker = &mut self.workers[sender];
+            worker.record_start(time);
+            self.series.set_prefetch_time(key, worker.key, waited);
         }
     }
 
@@ -124,18 +126,20 @@ impl State {
     /// since.
     pub(super) fn release_entry(&mut self, entry: Option<PrefetchEntry>) {
         if let Some(entry) = entry
-            && self.workers.by_id(entry.worker).is_some_and(|worker| worker.epoch == entry.epoch)
+            && let Some(worker) = self.workers.by_id(entry.worker)
+            && worker.epoch == entry.epoch
         {
-            self.series.remove_prefetched(entry.key);
+            self.series.remove_prefetched(entry.key, worker.key);
         }
     }
 
     /// Zeroes the prefetch time that a run set, unless the worker has been idle since.
     pub(super) fn finish_run(&mut self, run: Option<OpenRun>) {
         if let Some(OpenRun { worker, started, key: Some(key) }) = run
-            && self.workers.by_id(worker).is_some_and(|worker| !worker.was_idle_after(started))
+            && let Some(worker) = self.workers.by_id(worker)
+            && !worker.was_idle_after(started)
         {
-            self.series.set_prefetch_time(key, 0.0);
+            self.series.end_prefetch_time(key, worker.key);
         }
     }
 

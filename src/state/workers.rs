@@ -61,6 +61,8 @@ pub struct Worker {
     pub hostname: Box<str>,
     /// Its key in the series.
     pub key: WorkerKey,
+    /// The key that its tasks are counted under: that of its group, or its own.
+    pub counted_as: WorkerKey,
     /// When its last event of any type arrived, by the clock that runs only while the exporter is subscribed.
     pub last_seen: Duration,
     /// What its events show about it.
@@ -99,11 +101,12 @@ pub struct Worker {
 }
 
 impl Worker {
-    pub(super) fn new(id: WorkerId, hostname: &str, key: WorkerKey, now: Duration) -> Self {
+    pub(super) fn new(id: WorkerId, hostname: &str, key: WorkerKey, counted_as: WorkerKey, now: Duration) -> Self {
         Self {
             id,
             hostname: hostname.into(),
             key,
+            counted_as,
             last_seen: now,
             presence: Presence::Client,
             timed_out: false,
@@ -270,12 +273,12 @@ impl Workers {
     }
 
     /// Adds a hostname that [`Workers::find`] does not find. The table must not be full.
-    pub(super) fn add(&mut self, hostname: &str, key: WorkerKey, now: Duration) -> usize {
+    pub(super) fn add(&mut self, hostname: &str, key: WorkerKey, counted_as: WorkerKey, now: Duration) -> usize {
         let id = WorkerId(self.next_id);
         self.next_id = self.next_id.checked_add(1).unwrap_or(1);
         // The new entry is a client at first, and clients are evicted before all others.
         self.eviction_candidates.retain(|(.., class)| *class == 0);
-        self.insert(Worker::new(id, &truncate_label(hostname), key, now))
+        self.insert(Worker::new(id, &truncate_label(hostname), key, counted_as, now))
     }
 
     /// Inserts a worker whose hostname and id are not in the table.

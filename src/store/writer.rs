@@ -194,7 +194,7 @@ mod tests {
     use crate::store::{QueuePosition, Restored, StoreStatus};
 
     fn limits() -> Limits {
-        Limits { max_workers: 9, max_tasks: 9, max_label_sets: 9, buckets: vec![1.0] }
+        Limits { max_workers: 9, max_tasks: 9, max_label_sets: 9, buckets: vec![1.0], worker_groups: None }
     }
 
     struct Fixture {

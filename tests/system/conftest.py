@@ -8,6 +8,8 @@ import pytest
 
 from support import matrix, processes, releases
 from support.exporter import BINARY
+from support.processes import wait_until
+from support.prometheus import Prometheus
 from support.services import Services, SharedServers
 from support.tls import certificates
 
@@ -213,6 +215,21 @@ def redis(services, redis_release):
 def harness(services, shared_redis):
     """A new exporter on a separate event exchange, for tests that do not depend on the broker."""
     return services.harness(shared_redis)
+
+
+@pytest.fixture
+def scraped(services, redis):
+    """An exporter with a Prometheus server that scrapes it every second."""
+
+    def start(release, settings=None, features=()):
+        harness = services.harness(redis, settings)
+        prometheus = Prometheus([harness.exporter.port], rules=[], release=release, features=features)
+        services.callback(prometheus.kill)
+        prometheus.ready()
+        wait_until(lambda: prometheus.instant("up == 1"), 20, "a scrape")
+        return harness, prometheus
+
+    return start
 
 
 @pytest.fixture(scope="session")

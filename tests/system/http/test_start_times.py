@@ -10,7 +10,6 @@ from support import events as ev
 from support.exposition import EVENTS, RUNTIME, parse_openmetrics, parse_text
 from support.flower_reference import Flower
 from support.processes import wait_until
-from support.prometheus import Prometheus
 from support.protobuf import families
 
 PROTOBUF = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited"
@@ -88,25 +87,6 @@ def test_start_timestamps_survive_a_restart(services, shared_redis, tmp_path):
     assert starts[:2] == starts[2:] and all(starts)
 
 
-@pytest.fixture
-def scraped(services, redis):
-    """An exporter with a Prometheus server that scrapes it every second."""
-
-    def start(release, settings=None, features=()):
-        harness = services.harness(redis, settings)
-        prometheus = Prometheus([harness.exporter.port], rules=[], release=release, features=features)
-        services.callback(prometheus.kill)
-        prometheus.ready()
-        wait_until(lambda: prometheus.instant("up == 1"), 20, "a scrape")
-        return harness, prometheus
-
-    return start
-
-
-def seen(prometheus, query, value, deadline=20):
-    wait_until(lambda: prometheus.instant(query) and prometheus.instant(query)[0][1] == value, deadline, lambda: query)
-
-
 @pytest.mark.every_release
 def test_prometheus_counts_the_first_events(scraped, prometheus_release):
     """Without a start timestamp, the first sample of 7 is an increase of 0."""
@@ -114,7 +94,7 @@ def test_prometheus_counts_the_first_events(scraped, prometheus_release):
         pytest.skip("Prometheus 2.42 has no start timestamps")
     harness, prometheus = scraped(prometheus_release, features=["created-timestamp-zero-ingestion"])
     harness.publish(*failures(7))
-    seen(prometheus, FAILED, 7)
+    prometheus.wait_for_value(FAILED, 7)
     wait_until(lambda: prometheus.instant(f"increase({FAILED}[1m])")[0][1] >= 7, 20, "an increase of 7")
     assert prometheus.instant(f"max_over_time({FAILED}[1m]) - min_over_time({FAILED}[1m])")[0][1] == 7
 
@@ -124,7 +104,7 @@ def test_zero_first_shows_every_event_to_any_scraper(scraped, prometheus_release
     """No flag: the last sample minus the first one is exactly the number of events."""
     harness, prometheus = scraped(prometheus_release, {"metrics": {"zero_first": "2s"}})
     harness.publish(*failures(5), ev.succeeded("s", name="rare", runtime=0.5))
-    seen(prometheus, FAILED, 5)
+    prometheus.wait_for_value(FAILED, 5)
     difference = f"max_over_time({FAILED}[1m]) - min_over_time({FAILED}[1m])"
     assert prometheus.instant(difference)[0][1] == 5
     assert 5 <= prometheus.instant(f"increase({FAILED}[1m])")[0][1] < 60
@@ -137,14 +117,14 @@ def test_zero_first_counts_across_a_restart_without_saved_state(services, scrape
     """5 before, 2 after: `increase()` is 7, within its own extrapolation."""
     harness, prometheus = scraped(prometheus_release, {"metrics": {"zero_first": "2s"}})
     harness.publish(*failures(5))
-    seen(prometheus, FAILED, 5)
+    prometheus.wait_for_value(FAILED, 5)
     settings, port = harness.exporter.settings, harness.exporter.port
     harness.exporter.kill()
     harness.exporter = services.exporter(None, settings, ready=False)
     harness.exporter.port = port
     harness.exporter.ready()
     harness.publish(*failures(2, 5))
-    seen(prometheus, FAILED, 2)
+    prometheus.wait_for_value(FAILED, 2)
     samples = prometheus.api("query", query=f"{FAILED}[2m]")["result"][0]["values"]
     values = [float(value) for _, value in samples]
     resets = sum(earlier for earlier, later in zip(values, values[1:], strict=False) if later < earlier)

@@ -80,6 +80,10 @@ class Prometheus(Process):
             (series["metric"], value) for series in found if not math.isnan(value := float(series["value"][1]))
         ]
 
+    def wait_for_value(self, query, value, deadline=20):
+        """Waits until the first series of the query has this value."""
+        wait_until(lambda: [found for _, found in self.instant(query)[:1]] == [value], deadline, f"{query} is {value}")
+
     def range(self, query, start, end, step=1):
         """[(labels, [values])], without NaN and without series that contain only NaN."""
         found = self.api("query_range", query=query, start=start, end=end, step=step)["result"]
