@@ -2,6 +2,7 @@
 
 import gzip
 import re
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,16 @@ from support.prometheus import Prometheus, promtool
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
+#: What Prometheus sends by default.
+PROMETHEUS_2 = "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+PROMETHEUS_3 = (
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,application/openmetrics-text;version=0.0.1;q=0.4,"
+    "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.3,text/plain;version=0.0.4;q=0.2,*/*;q=0.1"
+)
+
+#: The expositions of `events_for_all_families`.
+RECORDED = Path(__file__).with_name("recorded")
 
 UNUSUAL = 'quo"te back\\slash new\nline räkna.算 {x="y"}'
 
@@ -55,6 +66,31 @@ def test_text_equals_flower_exactly(full, flower):
     assert [numbers.sub("", line) for line in actual] == [numbers.sub("", line) for line in expected]
     assert parse_text(full.text()) == flower.metrics()
     assert full.text().endswith("\n") and "\r" not in full.text() and "\n\n" not in full.text()
+
+
+@pytest.mark.parametrize(
+    "accept, kind",
+    [
+        (None, "text"),
+        ("", "text"),
+        ("*/*", "text"),
+        ("text/plain", "text"),
+        ("text/plain;version=0.0.4;q=0.5,*/*;q=0.1", "text"),
+        ("application/json, text/html;q=0.9", "text"),
+        ("application/openmetrics-text;q=0.1, text/plain", "text"),
+        ("application/openmetrics-text; version=2.0.0", "text"),
+        (";;q=,,\xff", "text"),
+        ("application/openmetrics-text", "openmetrics"),
+        (PROMETHEUS_2, "openmetrics"),
+        (PROMETHEUS_3, "openmetrics"),
+    ],
+)
+def test_default_exposition_is_the_recorded_one(full, accept, kind):
+    """Byte for byte, if the scraper does not ask for protobuf: dashboards and other scrapers depend on it."""
+    headers = {} if accept is None else {"Accept": accept}
+    status, found, body = full.request(headers=headers)
+    assert status == 200 and found["Content-Type"] == {"text": TEXT, "openmetrics": OPENMETRICS}[kind]
+    assert body == (RECORDED / f"{kind}.txt").read_bytes()
 
 
 def test_bucket_bounds_are_written_as_by_python(full):
