@@ -14,6 +14,9 @@ use bucket_bound::format_le;
 use super::Snapshot;
 use crate::metrics::family::{Family, MetricType};
 
+/// Every integer below this is exact as a float.
+const MAX_EXACT: u64 = 1 << 53;
+
 /// An exposition format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
@@ -55,7 +58,8 @@ pub struct Exposition {
     /// Whether there are `_created` samples. Protobuf always has start timestamps instead.
     created: bool,
     parts: Vec<Part>,
-    bounds: Vec<String>,
+    /// The text before the labels of each bucket's line.
+    bucket_heads: Vec<String>,
     /// The encoded families after the six.
     tail: Vec<u8>,
     message: protobuf::Message,
@@ -69,8 +73,9 @@ impl Exposition {
     /// families.
     #[must_use]
     pub fn new(snapshot: Arc<Snapshot>, format: Format, additional: &[proto::MetricFamily]) -> Self {
-        let mut bounds: Vec<String> = snapshot.bounds.iter().map(|bound| format_le(*bound)).collect();
-        bounds.push(format_le(f64::INFINITY));
+        let bounds = snapshot.bounds.iter().copied().chain([f64::INFINITY]);
+        let bucket_head = |bound| format!("{}_bucket{{le=\"{}\",", Family::Runtime.name(), format_le(bound));
+        let bucket_heads = bounds.map(bucket_head).collect();
         let mut tail = Vec::new();
         for family in additional {
             match format {
@@ -83,7 +88,7 @@ impl Exposition {
         }
         let parts = Family::ALL.into_iter().map(Part::Samples).collect();
         let message = protobuf::Message::default();
-        Self { snapshot, format, created: false, parts, bounds, tail, message, part: 0, next: 0 }
+        Self { snapshot, format, created: false, parts, bucket_heads, tail, message, part: 0, next: 0 }
     }
 
     /// Adds the `_created` samples that Python's client writes.
@@ -169,10 +174,9 @@ impl Exposition {
         let (task, worker) = series.labels.split_at(series.split as usize);
         for event in self.snapshot.task_events(self.next) {
             let event_type = &self.snapshot.event_types[usize::from(event.id())];
-            let labels = [task, ",", event_type, worker];
-            sample(out, Family::Events.name(), "", &labels, event.count as f64);
+            line(out, [Family::Events.name(), "{", task, ",", event_type, worker], event.count);
             if self.has_created_in_family() {
-                created(out, Family::Events, &labels, event.created());
+                created(out, Family::Events, &[task, ",", event_type, worker], event.created());
             }
         }
     }
@@ -183,11 +187,11 @@ impl Exposition {
         let (counts, sum, start) = self.snapshot.histogram(index);
         let name = Family::Runtime.name();
         let mut total = 0;
-        for (count, le) in counts.iter().zip(&self.bounds) {
+        for (count, head) in counts.iter().zip(&self.bucket_heads) {
             total += count;
-            sample(out, name, "_bucket", &["le=\"", le, "\",", &series.labels], total as f64);
+            line(out, [head, &series.labels], total);
         }
-        sample(out, name, "_count", &[&series.labels], total as f64);
+        line(out, [name, "_count{", &series.labels], total);
         sample(out, name, "_sum", &[&series.labels], sum);
         if self.has_created_in_family() {
             created(out, Family::Runtime, &[&series.labels], start);
@@ -235,6 +239,20 @@ fn write_head(out: &mut Vec<u8>, format: Format, name: &str, help: &str, metric_
     }
 }
 
+/// Appends one line with labels and a count. `pieces` is the text up to the closing brace.
+fn line<const N: usize>(out: &mut Vec<u8>, pieces: [&str; N], count: u64) {
+    for piece in pieces {
+        out.extend_from_slice(piece.as_bytes());
+    }
+    out.extend_from_slice(b"} ");
+    if count < MAX_EXACT {
+        out.extend_from_slice(itoa::Buffer::new().format(count).as_bytes());
+    } else {
+        write_value(out, count as f64);
+    }
+    out.push(b'\n');
+}
+
 /// Appends one line: `name` and `suffix`, the label set in pieces, the value.
 fn sample(out: &mut Vec<u8>, name: &str, suffix: &str, labels: &[&str], value: f64) {
     out.extend_from_slice(name.as_bytes());
@@ -255,7 +273,7 @@ fn sample(out: &mut Vec<u8>, name: &str, suffix: &str, labels: &[&str], value: f
 fn write_value(out: &mut Vec<u8>, value: f64) {
     #[allow(clippy::cast_possible_truncation, reason = "checked by the comparison")]
     let whole = value as i64;
-    if (whole as f64).total_cmp(&value).is_eq() && whole.unsigned_abs() < 1 << 53 {
+    if (whole as f64).total_cmp(&value).is_eq() && whole.unsigned_abs() < MAX_EXACT {
         out.extend_from_slice(itoa::Buffer::new().format(whole).as_bytes());
     } else if value.is_infinite() {
         out.extend_from_slice(if value > 0.0 { b"+Inf" } else { b"-Inf" });
