@@ -15,13 +15,13 @@ use tokio::task::JoinHandle;
 use crate::broker::{self, BrokerConfigError};
 use crate::celery::Event;
 use crate::config::{self, Config, ReloadReport};
-use crate::http::{self, Endpoints};
+use crate::http::{self, Endpoints, WebConfig, WebConfigError};
 use crate::inbox::{Ack, Inbox, WorkerStarts};
 use crate::ingest::{Ingest, IngestHandle, Observer, redelivery_window};
 use crate::metrics::FlowerCollector;
 #[cfg(feature = "cli")]
 use crate::observability::WarningSource;
-use crate::observability::{Health, SelfMetrics};
+use crate::observability::{ConfigPart, Health, SelfMetrics};
 use crate::session::SessionLoop;
 use crate::state::{Limits, TaskInfo, WorkerInfo};
 use crate::store::{OpenError, Restored, SaveError, Store, StoreHandle, StoreStatus};
@@ -46,6 +46,9 @@ pub enum StartError {
         /// The system's error.
         source: io::Error,
     },
+    /// The web configuration file, or a file that it names, cannot be used.
+    #[error(transparent)]
+    WebConfig(#[from] WebConfigError),
     /// The saved state is in use.
     #[error(transparent)]
     Store(#[from] OpenError),
@@ -99,6 +102,7 @@ pub struct Exporter {
     ingest: IngestHandle,
     address: SocketAddr,
     config_tx: watch::Sender<Arc<Config>>,
+    web_config: watch::Receiver<Arc<WebConfig>>,
     self_metrics: Arc<SelfMetrics>,
     health: Arc<Health>,
     stop_tx: watch::Sender<bool>,
@@ -126,6 +130,7 @@ impl Exporter {
 
     async fn start(config: Config, observers: Vec<Observer>) -> Result<Self, StartError> {
         broker::validate(&config)?;
+        let web_config = WebConfig::load(config.http.web_config_file.as_deref())?;
         let address = config.http.listen;
         let bind_error = |source| StartError::Bind { address, source };
         let listener = http::bind(address).map_err(bind_error)?;
@@ -172,12 +177,20 @@ impl Exporter {
             runtime.shutdown_timeout(Duration::from_millis(100));
             Ok(())
         })?;
-        let endpoints = Endpoints::new(ingest.clone(), config_rx, Arc::clone(&self_metrics), Arc::clone(&health));
+        let web_config = http::follow(web_config, &health, &self_metrics);
+        let endpoints = Endpoints::new(
+            ingest.clone(),
+            config_rx,
+            web_config.clone(),
+            Arc::clone(&self_metrics),
+            Arc::clone(&health),
+        );
         let http = tokio::spawn(http::serve(listener, Arc::new(endpoints), stop_rx));
         Ok(Self {
             ingest,
             address,
             config_tx,
+            web_config,
             self_metrics,
             health,
             stop_tx,
@@ -193,6 +206,13 @@ impl Exporter {
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// The scheme and the address of `/metrics`.
+    #[must_use]
+    pub fn url(&self) -> String {
+        let scheme = if self.web_config.borrow().identity().is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", self.address)
     }
 
     /// The state behind `/healthz`.
@@ -245,7 +265,7 @@ impl Exporter {
     /// Returns an error if the configuration is invalid. Nothing changes then.
     pub fn reload(&self, new: &Config) -> Result<ReloadReport, config::ConfigError> {
         let validated = new.validate();
-        self.self_metrics.record_reload(validated.is_ok());
+        self.self_metrics.record_reload(ConfigPart::Settings, validated.is_ok());
         validated?;
         let report = config::plan_reload(&self.config_tx.borrow(), new);
         self.config_tx.send_replace(Arc::new(report.config.clone()));
@@ -254,7 +274,7 @@ impl Exporter {
 
     /// Records that the configuration could not be loaded again, for the exporter's own metrics.
     pub fn record_failed_reload(&self) {
-        self.self_metrics.record_reload(false);
+        self.self_metrics.record_reload(ConfigPart::Settings, false);
     }
 
     /// Records how many log lines were lost since the last call, and whether lines are still lost.

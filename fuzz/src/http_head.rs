@@ -65,7 +65,13 @@ impl Server {
         let ingest = IngestHandle::new(queries_tx, inbox);
         Self {
             runtime: Builder::new_current_thread().enable_time().build().expect("a runtime"),
-            endpoints: Arc::new(Endpoints::new(ingest, config, self_metrics, Health::default().into())),
+            endpoints: Arc::new(Endpoints::new(
+                ingest,
+                config,
+                watch::channel(Arc::default()).1,
+                self_metrics,
+                Health::default().into(),
+            )),
             queries: queries_rx,
             snapshot: Arc::new(snapshot()),
             stop: watch::channel(false).0,

@@ -22,6 +22,9 @@ pub struct Args {
     /// Address of /metrics
     #[arg(short, long, value_name = "ADDR:PORT")]
     pub listen: Option<String>,
+    /// Web configuration file of Prometheus' exporter-toolkit: TLS and passwords
+    #[arg(long = "web.config.file", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub web_config_file: Option<String>,
     /// error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<String>,
@@ -64,6 +67,7 @@ impl Args {
             config_file: self.config.clone(),
             broker: self.broker.clone(),
             listen: self.listen.clone(),
+            web_config_file: self.web_config_file.clone(),
             log_level: self.log_level.clone(),
             log_format: self.log_format.clone(),
         }

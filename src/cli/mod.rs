@@ -19,6 +19,7 @@ use signals::{Signal, Signals};
 use crate::broker;
 use crate::config::{self, LoadedConfig};
 use crate::exporter::{Exporter, StartError};
+use crate::http::WebConfig;
 use crate::store::SaveError;
 
 /// Exit code for errors that the operator must fix: an invalid configuration, an address in use.
@@ -53,6 +54,9 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn check_config(loaded: &LoadedConfig) -> ExitCode {
     if let Err(error) = broker::validate(&loaded.config) {
+        return fail(EXIT_CONFIG_ERROR, &error);
+    }
+    if let Err(error) = WebConfig::load(loaded.config.http.web_config_file.as_deref()) {
         return fail(EXIT_CONFIG_ERROR, &error);
     }
     match std::io::stdout().write_all(loaded.report().as_bytes()) {
@@ -96,7 +100,7 @@ async fn serve(args: &Args, loaded: LoadedConfig) -> ExitCode {
         },
         () = wait_for_stop(&mut signals) => return ExitCode::SUCCESS,
     };
-    tracing::info!(version = crate::VERSION, "serving http://{}/metrics", exporter.address());
+    tracing::info!(version = crate::VERSION, "serving {}/metrics", exporter.url());
     systemd::ready();
     tokio::select! {
         () = handle_signals(&mut signals, args, &exporter, &logging) => {}

@@ -5,8 +5,6 @@ use std::ffi::OsString;
 use std::fmt::{Display, Write};
 use std::fs::File;
 use std::io::{self, Read};
-#[cfg(feature = "cli")]
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use figment::providers::{Format, Toml};
@@ -14,6 +12,8 @@ use figment::value::{Dict, Value};
 use figment::{Figment, Metadata, error::Kind as FigmentErrorKind};
 use humantime::format_duration;
 
+#[cfg(feature = "cli")]
+use super::HttpConfig;
 use super::broker_url::{BrokerUrls, UrlError};
 use super::environment::{Environment, celery_layer};
 use super::layer::{Layer, unknown_key, unset_if_empty};
@@ -22,8 +22,9 @@ use super::secret::{Secret, printable};
 use super::{BrokerConfig, Config, ConfigError};
 
 const DEFAULT_FILE: &str = "/etc/flower-exporter/flower-exporter.toml";
+/// The keys that a probe needs.
 #[cfg(feature = "cli")]
-const LISTEN_KEY: &str = "http.listen";
+const PROBE_KEYS: [&str; 2] = ["http.listen", "http.web_config_file"];
 /// The largest URL file, in bytes.
 const MAX_URL_FILE: u64 = 64 << 10;
 
@@ -38,6 +39,8 @@ pub struct Overrides {
     pub broker: Option<Secret>,
     /// `http.listen`.
     pub listen: Option<String>,
+    /// `http.web_config_file`.
+    pub web_config_file: Option<String>,
     /// `log.level`.
     pub log_level: Option<String>,
     /// `log.format`.
@@ -155,45 +158,50 @@ fn sets_url(figment: &Figment) -> bool {
     has_file || figment.contains("broker.url")
 }
 
-/// The value of `http.listen`, without validating any other key. A file that cannot be used counts as absent.
+/// The values of `http.listen` and `http.web_config_file`, without validating any other key. A file that cannot be used
+/// counts as absent.
 ///
 /// # Errors
-/// Returns an error if the value in the environment or in the overrides is invalid.
+/// Returns an error if a value in the environment or in the overrides is invalid.
 #[cfg(feature = "cli")]
-pub(crate) fn load_listen_address(overrides: &Overrides) -> Result<SocketAddr, ConfigError> {
-    listen_address_from(overrides, std::env::vars_os(), Path::new(DEFAULT_FILE))
+pub(crate) fn load_probe(overrides: &Overrides) -> Result<HttpConfig, ConfigError> {
+    probe_from(overrides, std::env::vars_os(), Path::new(DEFAULT_FILE))
 }
 
 #[cfg(feature = "cli")]
-pub(super) fn listen_address_from(
+pub(super) fn probe_from(
     overrides: &Overrides,
     environment: impl IntoIterator<Item = (OsString, OsString)>,
     default_file: &Path,
-) -> Result<SocketAddr, ConfigError> {
-    let is_relevant = |name: &str| name == "CONFIG" || name.eq_ignore_ascii_case("HTTP__LISTEN");
+) -> Result<HttpConfig, ConfigError> {
+    let variables = PROBE_KEYS.map(|name| name.replace('.', "__").to_uppercase());
+    let is_relevant = |name: &str| name == "CONFIG" || variables.iter().any(|known| name.eq_ignore_ascii_case(known));
     let relevant = environment
         .into_iter()
         .filter(|(name, _)| name.to_str().and_then(|name| name.strip_prefix(PREFIX)).is_some_and(is_relevant));
     let environment = Environment::read(relevant)?;
     let file = overrides.config_file.as_ref().or(environment.config_file.as_ref());
-    let overrides = Overrides { listen: overrides.listen.clone(), ..Overrides::default() };
+    let file = file.map_or(default_file, PathBuf::as_path);
+    let overrides = Overrides {
+        listen: overrides.listen.clone(),
+        web_config_file: overrides.web_config_file.clone(),
+        ..Overrides::default()
+    };
     let layers = environment.layers.into_iter().chain(override_layers(&overrides));
-    let figment = layers.fold(Figment::new(), Figment::merge);
+    let in_file = PROBE_KEYS.into_iter().filter_map(|name| layer_of_key(file, name));
+    let is_valid = |layer: &Layer| Figment::from(layer).extract::<Config>().is_ok();
+    let figment = in_file.filter(is_valid).chain(layers).fold(Figment::new(), Figment::merge);
     let config: Config = figment.extract().map_err(|error| value_error(&figment, error))?;
-    if figment.contains(LISTEN_KEY) {
-        return Ok(config.http.listen);
-    }
-    let in_file = listen_layer(file.map_or(default_file, PathBuf::as_path)).map(Figment::from);
-    let config: Config = in_file.and_then(|figment| figment.extract().ok()).unwrap_or_default();
-    Ok(config.http.listen)
+    Ok(config.http)
 }
 
-/// The value of `http.listen` in a file, if the file can be read and parsed and contains it.
+/// The value of a key in a file, if the file can be read and parsed and contains it.
 #[cfg(feature = "cli")]
-fn listen_layer(path: &Path) -> Option<Layer> {
+fn layer_of_key(path: &Path, name: &str) -> Option<Layer> {
     let values = Toml::from_str::<Dict>(&std::fs::read_to_string(path).ok()?).ok()?;
-    let value = Value::from(values).find(LISTEN_KEY)?;
-    Some(Layer::from_key(printable_path(path), schema::find(LISTEN_KEY)?, value))
+    let key = schema::find(name)?;
+    let value = Value::from(values).find(name)?;
+    Some(Layer::from_key(printable_path(path), key, unset_if_empty(key, value)))
 }
 
 fn source(figment: &Figment, key: &Key) -> String {
@@ -254,6 +262,7 @@ fn override_layers(overrides: &Overrides) -> impl Iterator<Item = Layer> {
         // A URL on the command line replaces a URL file that an earlier source sets.
         ("broker.url_file", "--broker", overrides.broker.as_ref().map(|_| "")),
         ("http.listen", "--listen", overrides.listen.as_deref()),
+        ("http.web_config_file", "--web.config.file", overrides.web_config_file.as_deref()),
         ("log.level", "--log-level", overrides.log_level.as_deref()),
         ("log.format", "--log-format", overrides.log_format.as_deref()),
     ];

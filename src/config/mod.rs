@@ -5,7 +5,7 @@
 //! [`load()`] merges the sources, [`Config`] is the validated result, and [`LoadedConfig::report`] shows the source of
 //! each value. The first invalid value is returned as a [`ConfigError`], whose text is one line.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use serde::Deserialize;
 
 pub mod broker_url;
 mod choice;
+mod defaults;
 mod environment;
 mod error;
 mod layer;
@@ -33,12 +34,13 @@ pub use error::ConfigError;
 #[doc(hidden)]
 pub use load::load_from;
 #[cfg(feature = "cli")]
-pub(crate) use load::load_listen_address;
+pub(crate) use load::load_probe;
 pub(crate) use load::printable_path;
 pub use load::{LoadedConfig, Overrides, load};
 pub use reload::{ReloadReport, plan_reload};
 pub use schema::{Setting, settings};
 pub use secret::Secret;
+pub(crate) use secret::printable;
 pub use types::{FanoutPrefix, Hostnames};
 pub use worker_groups::WorkerGroups;
 
@@ -254,6 +256,8 @@ pub struct MetricsConfig {
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct HttpConfig {
+    /// A web configuration file of Prometheus' exporter-toolkit, for TLS and passwords. Unset: plain HTTP, open to all.
+    pub web_config_file: Option<PathBuf>,
     /// The address to listen on. With port 0, the operating system chooses the port.
     #[serde(deserialize_with = "checked::<Listen, _, _>")]
     pub listen: SocketAddr,
@@ -294,20 +298,6 @@ impl Config {
     }
 }
 
-impl Default for BrokerConfig {
-    fn default() -> Self {
-        Self {
-            url: BrokerUrls::default(),
-            url_file: None,
-            connect_timeout: Duration::from_secs(5),
-            reconnect_backoff_max: Duration::from_secs(5),
-            tls: BrokerTlsConfig::default(),
-            amqp: AmqpConfig::default(),
-            redis: RedisConfig::default(),
-        }
-    }
-}
-
 impl BrokerConfig {
     /// The URLs in force: the current content of `url_file` (at most 64 KiB) if it is set, otherwise `url`.
     ///
@@ -336,33 +326,6 @@ impl BrokerConfig {
     }
 }
 
-impl Default for BrokerTlsConfig {
-    fn default() -> Self {
-        Self {
-            enabled: None,
-            ca_file: None,
-            cert_file: None,
-            key_file: None,
-            check_hostname: true,
-            insecure_skip_verify: false,
-        }
-    }
-}
-
-impl Default for AmqpConfig {
-    fn default() -> Self {
-        Self {
-            heartbeat: Duration::from_secs(10),
-            login_method: LoginMethod::default(),
-            queue: None,
-            message_ttl: None,
-            queue_expires: None,
-            queue_max_bytes: 256 << 20,
-            prefetch_count: None,
-        }
-    }
-}
-
 impl AmqpConfig {
     /// How long the queue exists without a consumer: `queue_expires` if set, otherwise 60 s, or 1 h for a named queue.
     #[must_use]
@@ -377,73 +340,5 @@ impl AmqpConfig {
     pub fn effective_prefetch_count(&self) -> u16 {
         let default = if self.queue.is_some() { 10_000 } else { 1000 };
         self.prefetch_count.unwrap_or(default)
-    }
-}
-
-impl Default for RedisConfig {
-    fn default() -> Self {
-        Self {
-            global_keyprefix: String::new(),
-            fanout_prefix: FanoutPrefix::On,
-            fanout_patterns: true,
-            master_name: None,
-            sentinel_username: None,
-            sentinel_password: None,
-            sentinel_fanout_compat: false,
-        }
-    }
-}
-
-impl Default for EventsConfig {
-    fn default() -> Self {
-        Self {
-            enable_events: true,
-            enable_interval: Duration::from_secs(5),
-            exchange: "celeryev".to_owned(),
-            control_exchange: "celery".to_owned(),
-            hostnames: None,
-            buffer_max_bytes: 64 << 20,
-            message_max_bytes: 16 << 20,
-        }
-    }
-}
-
-impl Default for StateConfig {
-    fn default() -> Self {
-        Self {
-            max_workers: 5000,
-            max_tasks: 100_000,
-            worker_timeout: Some(Duration::from_secs(60)),
-            purge_offline_workers: Some(Duration::from_secs(2 * 3600)),
-            persistent: false,
-            db: PathBuf::from("/var/lib/flower-exporter/state"),
-            state_save_interval: Some(Duration::from_millis(250)),
-        }
-    }
-}
-
-impl Default for MetricsConfig {
-    fn default() -> Self {
-        Self {
-            task_runtime_metric_buckets: vec![
-                0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
-            ],
-            max_label_sets: 100_000,
-            self_metrics: false,
-            zero_first: Duration::ZERO,
-            created: false,
-            worker_groups: None,
-        }
-    }
-}
-
-impl Default for HttpConfig {
-    fn default() -> Self {
-        Self {
-            listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 9555)),
-            max_connections: 64,
-            request_timeout: Duration::from_secs(10),
-            idle_timeout: Duration::from_secs(120),
-        }
     }
 }

@@ -212,6 +212,9 @@ keys! {
     Strings metrics.worker_groups => optional(r#"["web=celery@web-*|celery@api-*", "clients=gen*@*"]"#);
     /// The address of `/metrics` and `/healthz`.
     Text http.listen;
+    /// A web configuration file in the format of Prometheus' exporter-toolkit, for TLS and passwords. It is read again
+    /// when it changes.
+    Text http.web_config_file => optional(r#""/etc/flower-exporter/web-config.yml""#);
     /// The maximum number of connections. At this limit, the one that has waited longest without a complete request
     /// is closed.
     Scalar http.max_connections;

@@ -40,6 +40,6 @@ impl fmt::Display for Secret {
 
 /// `text` if it is safe to print, otherwise a mask. A URL in the wrong setting may contain a password, and so may the
 /// content of a file in place of its path.
-pub(super) fn printable(text: &str) -> &str {
+pub(crate) fn printable(text: &str) -> &str {
     if text.contains("://") || text.contains("-----BEGIN") || text.contains('\n') { Secret::MASK } else { text }
 }

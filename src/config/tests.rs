@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use super::Overrides;
 use super::broker_url::{Address, BrokerUrl, BrokerUrls, CertReqs, Transport};
-#[cfg(feature = "cli")]
-use super::load::listen_address_from;
 use super::load::load_from;
+#[cfg(feature = "cli")]
+use super::load::probe_from;
 use super::schema::{self, KEYS, ValueKind};
 use super::{Config, FanoutPrefix, Level, LoadedConfig, Secret, plan_reload};
 
@@ -24,6 +24,7 @@ fn overrides(args: &[&str]) -> Overrides {
             "-b" | "--broker" => overrides.broker = value.map(Secret::from),
             "-l" | "--listen" => overrides.listen = value,
             "-c" | "--config" => overrides.config_file = value.map(PathBuf::from),
+            "--web.config.file" => overrides.web_config_file = value,
             "--log-level" => overrides.log_level = value,
             "--log-format" => overrides.log_format = value,
             other => panic!("unknown option {other}"),
@@ -774,7 +775,7 @@ fn the_listen_address_alone_can_be_loaded() {
         fs::write(&path, file).unwrap();
         let variables =
             variables.iter().map(|(name, value)| (format!("FLOWER_EXPORTER_{name}").into(), (*value).into()));
-        listen_address_from(&overrides(args), variables, &path).map(|address| address.port()).map_err(|e| e.to_string())
+        probe_from(&overrides(args), variables, &path).map(|http| http.listen.port()).map_err(|e| e.to_string())
     };
     let file = "[http]\nlisten = \":1\"";
     assert_eq!(load(file, &[], &[]), Ok(1));

@@ -6,13 +6,17 @@ mod body;
 mod healthz;
 mod negotiate;
 mod server;
+mod web_config;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use hyper::header::{ACCEPT, ACCEPT_ENCODING, ALLOW, CONTENT_ENCODING, CONTENT_TYPE, HeaderName, HeaderValue, VARY};
+use hyper::header::{
+    ACCEPT, ACCEPT_ENCODING, ALLOW, CONTENT_ENCODING, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, VARY,
+    WWW_AUTHENTICATE,
+};
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{Mutex, watch};
@@ -24,10 +28,12 @@ use crate::metrics::encode::Exposition;
 use crate::observability::{Health, SelfMetrics};
 
 use body::ResponseBody;
+use web_config::Access;
 
 pub use server::serve;
 #[doc(hidden)]
 pub use server::serve_one;
+pub use web_config::{Identity, WebConfig, WebConfigError};
 
 /// How long other scrapes share a snapshot that is still being sent.
 const SNAPSHOT_SHARE_WINDOW: Duration = Duration::from_secs(1);
@@ -39,6 +45,7 @@ const LISTEN_BACKLOG: u32 = 1024;
 pub struct Endpoints {
     ingest: IngestHandle,
     config: watch::Receiver<Arc<Config>>,
+    web_config: watch::Receiver<Arc<WebConfig>>,
     self_metrics: Arc<SelfMetrics>,
     health: Arc<Health>,
     /// The most recent snapshot and when it was taken.
@@ -51,14 +58,22 @@ impl Endpoints {
     pub fn new(
         ingest: IngestHandle,
         config: watch::Receiver<Arc<Config>>,
+        web_config: watch::Receiver<Arc<WebConfig>>,
         self_metrics: Arc<SelfMetrics>,
         health: Arc<Health>,
     ) -> Self {
-        Self { ingest, config, self_metrics, health, latest: Mutex::new(None) }
+        Self { ingest, config, web_config, self_metrics, health, latest: Mutex::new(None) }
     }
 
     async fn respond<B>(&self, request: Request<B>) -> Result<Response<ResponseBody>, Infallible> {
         let path = request.uri().path();
+        let access = self.access(request.headers()).await;
+        match access {
+            Access::Granted => {}
+            _ if path == "/healthz" => {}
+            Access::Denied => return Ok(unauthorized()),
+            Access::Busy => return Ok(busy()),
+        }
         if !matches!(path, "/metrics" | "/healthz") {
             return Ok(text(StatusCode::NOT_FOUND, "Not found: see /metrics and /healthz.\n"));
         }
@@ -72,9 +87,18 @@ impl Endpoints {
                 .uri()
                 .query()
                 .is_some_and(|query| query.split('&').any(|pair| pair.split('=').next() == Some("ready")));
-            return Ok(self.healthz(check_ready));
+            return Ok(self.healthz(check_ready, access));
         }
         Ok(self.metrics(request.method(), request.headers()).await)
+    }
+
+    /// Whether the request has the name and the password of a user, if there are any.
+    async fn access(&self, headers: &HeaderMap) -> Access {
+        let web_config = Arc::clone(&self.web_config.borrow());
+        match &web_config.users {
+            Some(users) => users.check(headers).await,
+            None => Access::Granted,
+        }
     }
 
     async fn metrics(&self, method: &Method, headers: &HeaderMap) -> Response<ResponseBody> {
@@ -122,12 +146,39 @@ impl Endpoints {
         Some(snapshot)
     }
 
-    fn healthz(&self, check_ready: bool) -> Response<ResponseBody> {
-        let (code, report) = healthz::report(&self.health, self.self_metrics.decoded_events.get(), check_ready);
+    /// Without access, the report has only the status.
+    fn healthz(&self, check_ready: bool, access: Access) -> Response<ResponseBody> {
+        let (code, mut report) = healthz::report(&self.health, self.self_metrics.decoded_events.get(), check_ready);
+        if access != Access::Granted {
+            report = serde_json::json!({"status": report["status"]});
+        }
         let mut response = text(code, format!("{report}\n"));
         response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         response
     }
+}
+
+/// The current content of the web configuration file, if there is one. It is read again when it changes.
+pub fn follow(
+    web_config: WebConfig,
+    health: &Arc<Health>,
+    self_metrics: &Arc<SelfMetrics>,
+) -> watch::Receiver<Arc<WebConfig>> {
+    let (web_config_tx, web_config_rx) = watch::channel(Arc::new(web_config));
+    tokio::spawn(web_config::watch(web_config_tx, Arc::clone(health), Arc::clone(self_metrics)));
+    web_config_rx
+}
+
+fn unauthorized() -> Response<ResponseBody> {
+    let mut response = text(StatusCode::UNAUTHORIZED, "Unauthorized: send the name and password of a user.\n");
+    response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"flower-exporter\""));
+    response
+}
+
+fn busy() -> Response<ResponseBody> {
+    let mut response = text(StatusCode::TOO_MANY_REQUESTS, "Too many requests: another password is being checked.\n");
+    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    response
 }
 
 fn text(code: StatusCode, body: impl Into<bytes::Bytes>) -> Response<ResponseBody> {

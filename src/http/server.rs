@@ -16,10 +16,11 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use rustix::io::Errno;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpListener;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_rustls::TlsAcceptor;
 
 use super::Endpoints;
 use super::body::ResponseBody;
@@ -162,7 +163,7 @@ pub async fn serve(listener: TcpListener, endpoints: Arc<Endpoints>, mut stop: w
                 let connection = Arc::new(Connection::new());
                 registry.lock().insert(next_id, Arc::clone(&connection));
                 let guard = RegistryGuard { registry: Arc::clone(&registry), id: next_id };
-                tokio::spawn(run(stream, guard, connection, Arc::clone(&endpoints), stop.clone()));
+                tokio::spawn(accept(stream, guard, connection, Arc::clone(&endpoints), stop.clone()));
                 // Let the new connection read its request before the next one can evict it.
                 tokio::task::yield_now().await;
             }
@@ -201,6 +202,55 @@ pub async fn serve_one(
 ) {
     let guard = RegistryGuard { registry: Arc::default(), id: 0 };
     run(stream, guard, Arc::new(Connection::new()), endpoints, stop).await;
+}
+
+/// Performs the TLS handshake, if there is one, and serves the connection.
+async fn accept(
+    stream: TcpStream,
+    guard: RegistryGuard,
+    connection: Arc<Connection>,
+    endpoints: Arc<Endpoints>,
+    mut stop: watch::Receiver<bool>,
+) {
+    let tls = endpoints.web_config.borrow().tls.clone();
+    let Some(tls) = tls else { return run(stream, guard, connection, endpoints, stop).await };
+    let handshake = async {
+        if is_tls(&stream).await? {
+            TlsAcceptor::from(tls).accept(stream).await.map(Some)
+        } else {
+            refuse_plain_http(stream).await
+        }
+    };
+    let accepted = tokio::select! {
+        accepted = handshake => accepted,
+        () = phase_timeout(&connection, &endpoints) => return,
+        () = connection.close.notified() => return,
+        _ = stop.wait_for(|stop| *stop) => return,
+    };
+    match accepted {
+        Ok(Some(stream)) => run(stream, guard, connection, endpoints, stop).await,
+        Ok(None) => {}
+        Err(error) => tracing::debug!(%error, "TLS handshake failed"),
+    }
+}
+
+/// Whether the client begins with a TLS record of a handshake. It waits for the first byte.
+async fn is_tls(stream: &TcpStream) -> io::Result<bool> {
+    const HANDSHAKE: u8 = 22;
+    let mut first = [HANDSHAKE];
+    stream.peek(&mut first).await?;
+    Ok(first == [HANDSHAKE])
+}
+
+/// Answers an HTTP request on a port for HTTPS, as Go's server does. The request is read, because the response would
+/// otherwise be lost.
+async fn refuse_plain_http<T>(mut stream: TcpStream) -> io::Result<Option<T>> {
+    const RESPONSE: &[u8] = b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\n\r\n\
+        This is an HTTPS server: use https:// in the URL, or scheme: https in the scrape job.\n";
+    stream.write_all(RESPONSE).await?;
+    stream.shutdown().await?;
+    tokio::io::copy(&mut stream.take(MAX_HEAD as u64), &mut tokio::io::sink()).await?;
+    Ok(None)
 }
 
 async fn run(
@@ -354,7 +404,8 @@ mod tests {
         let self_metrics = Arc::new(SelfMetrics::new().unwrap());
         let (inbox, _) = Inbox::new(1, Arc::clone(&self_metrics), Arc::default());
         let ingest = IngestHandle::new(channel().0, inbox);
-        let endpoints = Endpoints::new(ingest, config, self_metrics, Health::default().into());
+        let web_config = watch::channel(Arc::default()).1;
+        let endpoints = Endpoints::new(ingest, config, web_config, self_metrics, Health::default().into());
         let (registry, connection) = (Arc::new(ConnectionRegistry::default()), Arc::new(Connection::new()));
         registry.lock().insert(1, Arc::clone(&connection));
         let guard = RegistryGuard { registry: Arc::clone(&registry), id: 1 };

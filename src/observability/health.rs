@@ -64,6 +64,8 @@ pub(crate) enum WarningSource {
     Broadcast,
     /// The store.
     Store,
+    /// The web configuration file.
+    Web,
     /// The log.
     #[cfg_attr(not(feature = "cli"), allow(dead_code, reason = "only the daemon writes the log"))]
     Log,
@@ -113,7 +115,7 @@ struct HealthState {
     /// `None` without `state.persistent`.
     saved_state: Option<SavedStateStatus>,
     /// By [`WarningSource`].
-    warnings: [Vec<String>; 5],
+    warnings: [Vec<String>; 6],
     /// Why events may not arrive although there is a subscription, if that is known.
     event_path_problem: Option<String>,
 }
@@ -133,7 +135,7 @@ impl Default for Health {
                 workers: WorkerCounts::default(),
                 losses: Losses::default(),
                 saved_state: None,
-                warnings: [const { Vec::new() }; 5],
+                warnings: [const { Vec::new() }; 6],
                 event_path_problem: None,
             }),
             last_event: AtomicU64::new(0),

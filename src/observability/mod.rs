@@ -11,4 +11,4 @@ pub(crate) use health::{BrokerReport, ClockStatus, NOT_SUBSCRIBED, WarningSource
 pub use health::{BrokerStatus, Health, WorkerCounts};
 pub use log_throttle::LogThrottle;
 pub(crate) use losses::LossSummary;
-pub use self_metrics::{GapCause, SelfMetrics};
+pub use self_metrics::{ConfigPart, GapCause, SelfMetrics};

@@ -1,5 +1,6 @@
 //! The exporter's own metrics, `flower_exporter_*`, served with `metrics.self_metrics`.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prometheus::core::{Atomic, Collector, GenericCounter, GenericGauge};
@@ -30,6 +31,15 @@ pub enum GapCause {
     ContinuityUnknown,
     /// The exporter was not running, and no named queue collected events in the meantime.
     Restart,
+}
+
+/// A part of the configuration that is loaded again on its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConfigPart {
+    /// The settings.
+    Settings,
+    /// The web configuration file.
+    Web,
 }
 
 impl GapCause {
@@ -110,6 +120,8 @@ pub struct SelfMetrics {
     pub scrape_duration: Histogram,
     last_reload_successful: IntGauge,
     last_reload_success_timestamp: Gauge,
+    /// By [`ConfigPart`].
+    is_part_invalid: [AtomicBool; 2],
 }
 
 impl SelfMetrics {
@@ -202,9 +214,11 @@ impl SelfMetrics {
                 "config_last_reload_success_timestamp_seconds",
                 "Unix time of the last successful load of the configuration.",
             )?,
+
+            is_part_invalid: Default::default(),
             registry,
         };
-        metrics.record_reload(true);
+        metrics.record_reload(ConfigPart::Settings, true);
         Ok(metrics)
     }
 
@@ -219,10 +233,13 @@ impl SelfMetrics {
         self.gaps[cause as usize].inc();
     }
 
-    /// Records whether the configuration could be loaded.
-    pub fn record_reload(&self, successful: bool) {
-        self.last_reload_successful.set(i64::from(successful));
-        if successful {
+    /// Records whether a part of the configuration could be loaded. The last load was successful if that of every part
+    /// was.
+    pub fn record_reload(&self, part: ConfigPart, successful: bool) {
+        self.is_part_invalid[part as usize].store(!successful, Ordering::Relaxed);
+        let is_any_invalid = self.is_part_invalid.iter().any(|is_invalid| is_invalid.load(Ordering::Relaxed));
+        self.last_reload_successful.set(i64::from(!is_any_invalid));
+        if !is_any_invalid {
             self.last_reload_success_timestamp.set(unix_now());
         }
     }
@@ -294,7 +311,7 @@ mod tests {
         let name = "flower_exporter_config_last_reload_success_timestamp_seconds";
         let loaded = value(&metrics, name);
         assert!(loaded > 1.7e9);
-        metrics.record_reload(false);
+        metrics.record_reload(ConfigPart::Settings, false);
         assert!(value(&metrics, "flower_exporter_config_last_reload_successful").abs() < f64::EPSILON);
         assert!((value(&metrics, name) - loaded).abs() < f64::EPSILON);
     }

@@ -1,7 +1,9 @@
-//! TLS to the broker: the rustls configuration, the handshake, and errors that name the setting to change.
+//! TLS to the broker and of the HTTP server: the rustls configuration, the handshake, and errors that name the setting
+//! to change.
 //! A leaf module: it imports no other module of the crate and does not log. [`TlsConfig::new`] reads files and blocks.
 
 mod explain;
+mod server;
 mod verifier;
 
 use std::fmt;
@@ -24,6 +26,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 pub use explain::explain;
+pub use server::{ServerOptions, server_config};
 use verifier::ServerVerifier;
 
 /// The share of the connect timeout that the handshake may take. It ends first, so that the error names the handshake.
@@ -265,15 +268,7 @@ fn client_key(
         }
         (Some(cert_file), key_file) => (cert_file, key_file.unwrap_or(cert_file)),
     };
-    let chain = cert_file.certificates()?;
-    let key = CertifiedKey::from_der(chain, key_file.private_key()?, provider).map_err(|error| match error {
-        rustls::Error::InconsistentKeys(_) => key_file.error(format_args!(
-            "the key does not match the certificate in \"{}\" ({})",
-            cert_file.display, cert_file.setting
-        )),
-        error => key_file.error(error),
-    })?;
-    Ok(Some(Arc::new(key)))
+    Ok(Some(Arc::new(server::certified_key(cert_file, key_file, provider)?)))
 }
 
 /// The client certificate, and whether the server has requested one.

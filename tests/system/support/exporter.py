@@ -53,7 +53,12 @@ def nested(path, value):
 class Exporter(Process):
     """A running exporter. Settings are nested dicts as in the TOML file; a test sets only what it needs."""
 
-    def __init__(self, broker=None, settings=None, *, env=None, args=(), config=True, prefix=()):
+    #: The TLS context and the headers of the tests' own requests, for an exporter with a web configuration file.
+    context = None
+    headers = {}
+
+    def __init__(self, broker=None, settings=None, *, env=None, args=(), config=True, prefix=(), context=None, headers=None):
+        self.context, self.headers = context, headers or {}
         self.port = free_port()
         self.settings = {"http": {"listen": f"127.0.0.1:{self.port}"}}
         if broker:
@@ -82,10 +87,15 @@ class Exporter(Process):
         wait_until(lambda: self.healthz(ready=True)[0] == 200, deadline, lambda: f"ready\n{self.log()}")
         return self
 
+    def connect(self):
+        if self.context:
+            return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=30, context=self.context)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+
     def request(self, path="/metrics", method="GET", headers=None):
         """(status, headers, body) of one request on a new connection."""
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
-            connection.request(method, path, headers=headers or {})
+        with contextlib.closing(self.connect()) as connection:
+            connection.request(method, path, headers=self.headers if headers is None else headers)
             response = connection.getresponse()
             return response.status, response.headers, response.read()
 

@@ -24,12 +24,13 @@ def promtool(release, *arguments, **options):
 class Prometheus(Process):
     """Scrapes these local ports and evaluates the shipped rules, both every second."""
 
-    def __init__(self, ports=(), rules=FILES, job="flower-exporter", release=None, features=()):
+    def __init__(self, ports=(), rules=FILES, job="flower-exporter", release=None, features=(), scrape=None, web_config=None):
         release = release or releases.own("prometheus")
         self.port = free_port()
         home = directory("prometheus")
         config = home / "prometheus.yml"
-        scrape = {"job_name": job, "static_configs": [{"targets": [f"127.0.0.1:{port}" for port in ports]}]}
+        targets = [{"targets": [f"127.0.0.1:{port}" for port in ports]}]
+        scrape = {"job_name": job, "static_configs": targets, **(scrape or {})}
         config.write_text(
             json.dumps(
                 {
@@ -47,6 +48,7 @@ class Prometheus(Process):
                 f"--storage.tsdb.path={home / 'tsdb'}",
                 f"--web.listen-address=127.0.0.1:{self.port}",
                 *([f"--enable-feature={','.join(features)}"] if features else []),
+                *([f"--web.config.file={web_config}"] if web_config else []),
             ),
             cwd=home,
         )
