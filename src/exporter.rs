@@ -18,7 +18,7 @@ use crate::config::{self, Config, ReloadReport};
 use crate::http::{self, Endpoints, WebConfig, WebConfigError};
 use crate::inbox::{Ack, Inbox, WorkerStarts};
 use crate::ingest::{Ingest, IngestHandle, Observer, redelivery_window};
-use crate::metrics::FlowerCollector;
+use crate::metrics::{FlowerCollector, SeriesOptions};
 #[cfg(feature = "cli")]
 use crate::observability::WarningSource;
 use crate::observability::{ConfigPart, Health, SelfMetrics};
@@ -338,9 +338,7 @@ impl Persistence {
         let limits = Limits {
             max_workers: config.state.max_workers,
             max_tasks: config.state.max_tasks,
-            max_label_sets: config.metrics.max_label_sets,
-            buckets: config.metrics.task_runtime_metric_buckets.clone(),
-            worker_groups: config.metrics.worker_groups.clone(),
+            series: SeriesOptions::new(&config.metrics),
         };
         if !config.state.persistent {
             return Ok(Self { restored: Restored::without_store(&limits), store: None, store_done: None });

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use base64_simd::STANDARD;
 use flower_exporter::celery::{envelope, event};
+use flower_exporter::metrics::SeriesOptions;
 use flower_exporter::state::{Arrival, Limits, State};
 
 /// Events per message.
@@ -110,9 +111,7 @@ pub fn state() -> State {
     State::new(&Limits {
         max_workers: 5_000,
         max_tasks: 100_000,
-        max_label_sets: 100_000,
-        buckets,
-        worker_groups: None,
+        series: SeriesOptions { max_label_sets: 100_000, bounds: buckets, ..SeriesOptions::default() },
     })
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::{exposition, samples};
 use flower_exporter::celery::{DecodeError, Event, event};
+use flower_exporter::metrics::SeriesOptions;
 use flower_exporter::metrics::encode::Format;
 use flower_exporter::state::{Arrival, Limits, State, Timeouts};
 
@@ -65,9 +66,7 @@ impl Fixture {
         let limits = Limits {
             max_workers: WORKERS,
             max_tasks: TASKS,
-            max_label_sets: LABEL_SETS,
-            buckets: vec![0.5, 1.0],
-            worker_groups: None,
+            series: SeriesOptions { max_label_sets: LABEL_SETS, bounds: vec![0.5, 1.0], ..SeriesOptions::default() },
         };
         Self { state: State::new(&limits), now: Duration::ZERO, task_events: 0.0 }
     }

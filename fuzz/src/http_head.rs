@@ -11,6 +11,7 @@ use flower_exporter::config::Config;
 use flower_exporter::http::{self, Endpoints};
 use flower_exporter::inbox::Inbox;
 use flower_exporter::ingest::{IngestHandle, Query};
+use flower_exporter::metrics::SeriesOptions;
 use flower_exporter::metrics::{Snapshot, SnapshotBuilder};
 use flower_exporter::observability::{Health, SelfMetrics};
 use flower_exporter::state::{Arrival, Limits, State};
@@ -123,9 +124,7 @@ fn snapshot() -> Snapshot {
     let mut state = State::new(&Limits {
         max_workers: 9,
         max_tasks: 9,
-        max_label_sets: 9,
-        buckets: vec![1.0],
-        worker_groups: None,
+        series: SeriesOptions { max_label_sets: 9, bounds: vec![1.0], ..SeriesOptions::default() },
     });
     event::decode(BODY, false, |event| {
         state.apply(&event.expect("an event"), Arrival::in_order(Duration::ZERO));

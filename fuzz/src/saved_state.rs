@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::{exposition, samples};
 use flower_exporter::celery::event;
 use flower_exporter::config::WorkerGroups;
+use flower_exporter::metrics::SeriesOptions;
 use flower_exporter::metrics::encode::Format;
 use flower_exporter::state::{Arrival, Corrupt, Delta, Limits, RecordBatch, Restorer, State};
 
@@ -93,7 +94,11 @@ fn apply(state: &mut State, event: &str) {
 
 fn limits(is_grouped: bool) -> Limits {
     let worker_groups = WorkerGroups::new(vec!["g=w*".to_owned()]).ok().filter(|_| is_grouped);
-    Limits { max_workers: 3, max_tasks: 4, max_label_sets: 6, buckets: vec![0.5, 1.0], worker_groups }
+    Limits {
+        max_workers: 3,
+        max_tasks: 4,
+        series: SeriesOptions { max_label_sets: 6, bounds: vec![0.5, 1.0], worker_groups, ..SeriesOptions::default() },
+    }
 }
 
 /// Table, key, bytes.

@@ -9,10 +9,12 @@ pub mod control;
 pub mod envelope;
 pub mod event;
 mod json;
+mod task_id;
 mod truncate;
 
 pub use control::Broadcast;
 pub use event::{Event, EventKind};
+pub use task_id::TaskId;
 pub use truncate::truncate_label;
 
 /// Why a message, or one event of a message, is invalid. [`as_str`](Self::as_str) is the `reason` label of

@@ -104,6 +104,8 @@ impl Default for MetricsConfig {
             zero_first: Duration::ZERO,
             created: false,
             worker_groups: None,
+            native_histogram_bucket_factor: None,
+            exemplars: false,
         }
     }
 }

@@ -46,7 +46,7 @@ pub use worker_groups::WorkerGroups;
 
 use limits::TEN_YEARS;
 use types::{
-    Buckets, Count, DurationRange, DurationSecs, Fanout, Globs, Listen, Name, OneOf, SaveInterval, Size, Urls,
+    Buckets, Count, DurationRange, DurationSecs, Factor, Fanout, Globs, Listen, Name, OneOf, SaveInterval, Size, Urls,
     ZeroIsNever, checked, optional,
 };
 use worker_groups::Groups;
@@ -249,6 +249,11 @@ pub struct MetricsConfig {
     /// Groups of workers whose tasks are counted under the group's name. Unset: each worker's are counted under its own.
     #[serde(deserialize_with = "optional::<Groups, _, _>")]
     pub worker_groups: Option<WorkerGroups>,
+    /// The growth from one bucket of native histograms to the next, above 1. Unset: there are none.
+    #[serde(deserialize_with = "optional::<Factor, _, _>")]
+    pub native_histogram_bucket_factor: Option<f64>,
+    /// Whether samples have exemplars with the task id.
+    pub exemplars: bool,
 }
 
 /// `[http]`.

@@ -207,6 +207,10 @@ keys! {
     Scalar metrics.zero_first => format(|config| duration_or_zero(config.metrics.zero_first));
     /// Whether `/metrics` contains the `_created` samples of Flower's Python client.
     Scalar metrics.created;
+    /// Adds a native histogram of the runtimes, whose buckets grow by at most this factor. Only protobuf contains it.
+    Scalar metrics.native_histogram_bucket_factor => optional("1.1");
+    /// Whether OpenMetrics and protobuf contain the id of a task for each bucket of the runtimes, and for failures.
+    Scalar metrics.exemplars;
     /// Groups of workers, `NAME=GLOB|GLOB`. Tasks are counted under the first group that the hostname matches, so that
     /// fewer series exist. Unset: under the hostname.
     Strings metrics.worker_groups => optional(r#"["web=celery@web-*|celery@api-*", "clients=gen*@*"]"#);
@@ -364,6 +368,7 @@ format_toml! {
     u16, "integer": |number| number.to_string();
     u64, "integer": |number| number.to_string();
     usize, "integer": |number| number.to_string();
+    f64, "number": |number| number.to_string();
     Vec<f64>, "list of numbers": |numbers| format!("{numbers:?}");
     String, "string": |text| quoted(printable(text));
     PathBuf, "path": |path| quoted(printable(&path.to_string_lossy()));

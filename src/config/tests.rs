@@ -282,6 +282,15 @@ const INVALID_VALUES: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "expected a number above 1, such as 1.1",
+        &[
+            "metrics.native_histogram_bucket_factor = 1",
+            "metrics.native_histogram_bucket_factor = -2.5",
+            "metrics.native_histogram_bucket_factor = inf",
+            r#"metrics.native_histogram_bucket_factor = "1.1x""#,
+        ],
+    ),
+    (
         r#"expected an address and a port, such as "0.0.0.0:9555", "[::]:9555" or ":9555""#,
         &[r#"http.listen = "example.org:80""#, r#"http.listen = "9555""#, "http.listen = 9555"],
     ),

@@ -295,6 +295,23 @@ impl FromRaw<FanoutPrefix> for Fanout {
     }
 }
 
+/// A finite number above 1.
+pub(super) struct Factor;
+
+impl FromRaw<f64> for Factor {
+    fn from_raw(raw: Raw) -> Result<f64, String> {
+        let number = match raw {
+            #[allow(clippy::cast_precision_loss, reason = "a large factor need not be exact")]
+            Raw::Int(number) => number as f64,
+            Raw::Float(number) => number,
+            _ => f64::NAN,
+        };
+        Some(number)
+            .filter(|number| *number > 1.0 && number.is_finite())
+            .ok_or_else(|| "expected a number above 1, such as 1.1".to_owned())
+    }
+}
+
 /// Compiled globs of worker hostnames, with `*`, `?` and `[..]`.
 #[derive(Clone)]
 pub struct Hostnames {

@@ -114,8 +114,7 @@ struct IngestLoop {
 
 impl IngestLoop {
     fn new(context: Ingest, config: &Arc<Config>, restored: Restored, store: Option<StoreHandle>) -> Self {
-        let Restored { mut state, message_hashes, position, is_new, saved_at } = restored;
-        state.set_zero_first(config.metrics.zero_first);
+        let Restored { state, message_hashes, position, is_new, saved_at } = restored;
         let mut redelivery_filter = RedeliveryFilter::new(config);
         if store.is_some() {
             redelivery_filter.restore(message_hashes);

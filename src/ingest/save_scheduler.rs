@@ -203,6 +203,7 @@ mod tests {
     use std::sync::mpsc::{Receiver, channel};
 
     use super::*;
+    use crate::metrics::SeriesOptions;
     use crate::state::Limits;
     use crate::store::StoreStatus;
 
@@ -226,9 +227,7 @@ mod tests {
             let mut state = State::new(&Limits {
                 max_workers: 9,
                 max_tasks: 9,
-                max_label_sets: 9,
-                buckets: vec![1.0],
-                worker_groups: None,
+                series: SeriesOptions { max_label_sets: 9, bounds: vec![1.0], ..SeriesOptions::default() },
             });
             state.track_changes();
             let store = StoreHandle::new(saves_tx, Arc::clone(&status));

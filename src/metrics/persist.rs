@@ -8,6 +8,7 @@ use super::event_count::EventCount;
 use super::histogram::Histogram;
 use super::keys::{SeriesKey, WorkerKey, to_u32};
 use super::label_escaping::OTHER;
+use super::native::NativeBuckets;
 use super::series::{MAX_EVENT_TYPES, SeriesTable};
 use crate::celery::truncate_label;
 
@@ -20,12 +21,23 @@ pub struct SavedTaskSeries<'a> {
     #[serde(borrow)]
     pub task: Option<Cow<'a, str>>,
     events: Cow<'a, [EventCount]>,
-    /// Non-cumulative bucket counts, the sum in seconds, and the start timestamp in milliseconds since the epoch.
-    runtime: Option<(Cow<'a, [u64]>, f64, u64)>,
+    runtime: Option<SavedHistogram<'a>>,
     prefetch_time: Option<f64>,
     prefetched: Option<u32>,
     /// The saved key of the member of a group that set the prefetch time last.
     pub prefetch_time_writer: Option<u32>,
+}
+
+/// The saved runtime histogram of a label set.
+#[derive(Debug, Serialize, Deserialize)]
+struct SavedHistogram<'a> {
+    /// Not cumulative.
+    counts: Cow<'a, [u64]>,
+    /// In seconds.
+    sum: f64,
+    /// The start timestamp in milliseconds since the epoch.
+    created: u64,
+    native: Option<Cow<'a, NativeBuckets>>,
 }
 
 /// The saved gauges of a worker.
@@ -65,10 +77,12 @@ impl SeriesTable {
             worker: series.worker.0,
             task: series.task.map(|id| Cow::Borrowed(name(id))),
             events: Cow::Borrowed(&series.events),
-            runtime: series
-                .runtime
-                .as_deref()
-                .map(|histogram| (Cow::Borrowed(&*histogram.counts), histogram.sum, histogram.created)),
+            runtime: series.runtime.as_deref().map(|histogram| SavedHistogram {
+                counts: Cow::Borrowed(&histogram.counts),
+                sum: histogram.sum,
+                created: histogram.created,
+                native: histogram.native.as_deref().map(Cow::Borrowed),
+            }),
             prefetch_time: series.prefetch_time,
             prefetched: series.prefetched,
             prefetch_time_writer: self.groups.writer(SeriesKey::from_index(key as usize)).map(WorkerKey::to_u32),
@@ -86,6 +100,12 @@ impl SeriesTable {
     #[must_use]
     pub fn bounds(&self) -> &[f64] {
         &self.bounds
+    }
+
+    /// Whether histograms have native buckets.
+    #[must_use]
+    pub fn has_native_histograms(&self) -> bool {
+        self.native_schema.is_some()
     }
 
     /// The event types seen, in the order of their ids.
@@ -144,26 +164,26 @@ impl SeriesTable {
     }
 
     /// Restores a label set of `worker`, whose task name has the id `task`. The histogram is left out unless
-    /// `same_bounds`. Returns `None` if the label set is already present or a value is invalid.
+    /// `same_histograms`. Returns `None` if the label set is already present or a value is invalid.
     pub fn restore_task_series(
         &mut self,
         worker: WorkerKey,
         task: Option<u32>,
         saved: SavedTaskSeries,
-        same_bounds: bool,
+        same_histograms: bool,
     ) -> Option<SeriesKey> {
         let types = self.event_types.labels.len();
-        let histogram = saved.runtime.filter(|_| same_bounds);
+        let histogram = match saved.runtime.filter(|_| same_histograms) {
+            Some(histogram) => Some(self.restore_histogram(histogram)?),
+            None => None,
+        };
         let mut seen = [false; MAX_EVENT_TYPES + 1];
         let are_values_valid = saved
             .events
             .iter()
             .map(|event| usize::from(event.id()))
             .all(|id| id < types && !std::mem::replace(&mut seen[id], true))
-            && saved.prefetch_time.is_none_or(is_valid)
-            && histogram
-                .as_ref()
-                .is_none_or(|(counts, sum, _)| counts.len() == self.bounds.len() + 1 && is_valid(*sum));
+            && saved.prefetch_time.is_none_or(is_valid);
         if !are_values_valid {
             return None;
         }
@@ -180,11 +200,22 @@ impl SeriesTable {
         };
         let series = &mut self.label_sets[key.index()];
         series.events = saved.events.into_owned();
-        series.runtime =
-            histogram.map(|(counts, sum, created)| Box::new(Histogram { counts: counts.into(), sum, created }));
+        series.runtime = histogram.map(Box::new);
         series.prefetch_time = saved.prefetch_time;
         series.prefetched = saved.prefetched;
         Some(key)
+    }
+
+    /// `None` if a value is invalid.
+    fn restore_histogram(&self, saved: SavedHistogram) -> Option<Histogram> {
+        let SavedHistogram { counts, sum, created, native } = saved;
+        let observations = counts.iter().try_fold(0, |total: u64, count| total.checked_add(*count))?;
+        let native = match (self.native_schema, native.map(Cow::into_owned)) {
+            (None, _) => None,
+            (Some(schema), native) => Some(Box::new(native?.restore(schema, observations)?)),
+        };
+        let is_valid = counts.len() == self.bounds.len() + 1 && is_valid(sum);
+        is_valid.then(|| Histogram { counts: counts.into(), sum, created, native })
     }
 }
 

@@ -12,13 +12,14 @@ use slab::Slab;
 
 use super::DirtySet;
 use super::event_count::EventCount;
-use super::histogram::Histogram;
+use super::exemplars::ExemplarTable;
+use super::histogram::{Histogram, bucket_of};
 use super::keys::{SeriesKey, TaskName, WorkerKey, to_u32};
 use super::label_escaping::{OTHER, append_escaped};
+use super::options::SeriesOptions;
 use super::series_clock::SeriesClock;
 use super::worker_groups::GroupMembers;
-use crate::celery::{EventKind, truncate_label};
-use crate::config::WorkerGroups;
+use crate::celery::{EventKind, TaskId, truncate_label};
 
 /// Maximum number of distinct event types. Further ones are counted under type `(other)`.
 pub const MAX_EVENT_TYPES: usize = 64;
@@ -27,6 +28,10 @@ pub const MAX_EVENT_TYPES: usize = 64;
 #[derive(Debug)]
 pub struct SeriesTable {
     pub(super) bounds: Arc<[f64]>,
+    /// The resolution of native histograms. `None`: there are none.
+    pub(super) native_schema: Option<i8>,
+    /// `None`: exemplars are off.
+    pub(super) exemplars: Option<ExemplarTable>,
     pub(super) event_types: EventTypes,
     pub(super) workers: Slab<WorkerSeries>,
     pub(super) label_sets: Slab<TaskSeries>,
@@ -73,29 +78,29 @@ pub(super) struct TaskSeries {
 }
 
 impl SeriesTable {
-    /// Creates an empty table. `bounds` are the runtime histogram's upper bounds in seconds, ascending, without `+Inf`.
-    /// After `max_label_sets` label sets, new ones are counted under task `(other)` of their worker.
+    /// Creates an empty table.
     #[must_use]
-    pub fn new(bounds: &[f64], max_label_sets: usize) -> Self {
-        Self {
-            bounds: bounds.into(),
+    pub fn new(options: &SeriesOptions) -> Self {
+        let mut table = Self {
+            bounds: options.bounds.as_slice().into(),
+            native_schema: options.native_schema,
+            exemplars: options.exemplars.then(ExemplarTable::default),
             event_types: EventTypes::default(),
             workers: Slab::new(),
             label_sets: Slab::new(),
             index: HashMap::default(),
-            max_label_sets,
+            max_label_sets: options.max_label_sets,
             limit_warned: false,
             generation: 0,
             dirty: DirtySet::default(),
-            clock: SeriesClock::default(),
+            clock: SeriesClock::new(options.zero_first),
             groups: GroupMembers::default(),
+        };
+        if let Some(groups) = &options.worker_groups {
+            let keys = groups.names().iter().map(|name| table.add_worker(name)).collect();
+            table.groups = GroupMembers::new(groups.clone(), keys);
         }
-    }
-
-    /// Adds the worker groups to an empty table.
-    pub fn set_worker_groups(&mut self, groups: &WorkerGroups) {
-        let keys = groups.names().iter().map(|name| self.add_worker(name)).collect();
-        self.groups = GroupMembers::new(groups.clone(), keys);
+        table
     }
 
     /// The worker or group whose label sets count the tasks of a hostname.
@@ -116,11 +121,6 @@ impl SeriesTable {
                 }
             }
         }
-    }
-
-    /// Sets how long a counter or histogram that an event creates shows zero, in milliseconds.
-    pub fn set_zero_first(&mut self, milliseconds: u64) {
-        self.clock.set_zero_first(milliseconds);
     }
 
     /// Whether a series of the worker still shows zero.
@@ -161,6 +161,9 @@ impl SeriesTable {
         self.groups.remove(worker);
         for key in self.workers.remove(worker.0 as usize).task_series {
             self.dirty.mark(key.to_u32());
+            if let Some(exemplars) = &mut self.exemplars {
+                exemplars.remove(key);
+            }
             if let Some(task) = self.label_sets.remove(key.index()).task {
                 self.index.remove(&(worker, task));
                 release(task);
@@ -258,9 +261,22 @@ impl SeriesTable {
         let histogram = series.runtime.get_or_insert_with(|| {
             let created = self.clock.created();
             self.workers[series.worker.0 as usize].last_created = created;
-            Box::new(Histogram::new(&self.bounds, created))
+            Box::new(Histogram::new(&self.bounds, self.native_schema, created))
         });
         histogram.observe(&self.bounds, seconds);
+    }
+
+    /// Keeps a task as the exemplar of its runtime, and, if it failed, of the failures.
+    #[inline]
+    pub fn keep_exemplar(&mut self, key: SeriesKey, kind: EventKind, id: &TaskId, runtime: Option<f64>) {
+        let Some(exemplars) = &mut self.exemplars else { return };
+        let now = self.clock.now();
+        if kind == EventKind::TaskFailed {
+            exemplars.set_failed(key, id, now);
+        }
+        if let Some(seconds) = runtime {
+            exemplars.set_bucket(key, bucket_of(&self.bounds, seconds), id, seconds, now);
+        }
     }
 
     /// Sets the prefetch time in seconds. `worker` started the task.

@@ -1,5 +1,7 @@
 //! The time that start timestamps are taken from, and how long a new series shows zero.
 
+use std::time::Duration;
+
 /// In milliseconds since the epoch, passed in by the caller.
 #[derive(Debug, Default)]
 pub(super) struct SeriesClock {
@@ -11,8 +13,12 @@ pub(super) struct SeriesClock {
 }
 
 impl SeriesClock {
-    pub(super) fn set_zero_first(&mut self, milliseconds: u64) {
-        self.zero_first = milliseconds;
+    pub(super) fn new(zero_first: Duration) -> Self {
+        Self { zero_first: u64::try_from(zero_first.as_millis()).unwrap_or(u64::MAX >> 8), ..Self::default() }
+    }
+
+    pub(super) fn now(&self) -> u64 {
+        self.now
     }
 
     /// Sets the time. Returns whether it is the first one.
@@ -46,7 +52,8 @@ mod tests {
         let mut clock = SeriesClock::default();
         assert!(clock.set(1000) && !clock.set(1100));
         assert!(!clock.is_zero(clock.created()), "off");
-        clock.set_zero_first(500);
+        let mut clock = SeriesClock::new(Duration::from_millis(500));
+        assert!(clock.set(1000) && !clock.set(1100));
         let created = clock.created();
         assert_eq!(created, 1099);
         assert!(clock.is_zero(created));

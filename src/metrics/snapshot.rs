@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::event_count::EventCount;
-use super::keys::to_u32;
+use super::exemplars::Exemplars;
+use super::keys::{SeriesKey, to_u32};
+use super::native::NativeBuckets;
 use super::series::{SeriesTable, TaskSeries, WorkerSeries};
 use super::series_clock::SeriesClock;
 
@@ -25,6 +27,10 @@ pub struct Snapshot {
     pub(super) buckets: Vec<u64>,
     /// The sums of these histograms in seconds, and their start timestamps in milliseconds since the epoch.
     pub(super) sums: Vec<(f64, u64)>,
+    /// The native buckets of these histograms, if native histograms are on.
+    pub(super) native: Vec<NativeBuckets>,
+    /// The exemplars of each label set, if exemplars are on.
+    pub(super) exemplars: Vec<Option<Exemplars>>,
     /// When the exporter started, in milliseconds since the epoch.
     pub(super) started: u64,
 }
@@ -62,6 +68,11 @@ impl Snapshot {
         (&self.buckets[index * width..(index + 1) * width], sum, created)
     }
 
+    /// The exemplars of the label set at `index`.
+    pub(super) fn exemplars(&self, index: usize) -> Option<&Exemplars> {
+        self.exemplars.get(index)?.as_ref()
+    }
+
     fn push(&mut self, series: &TaskSeries, clock: &SeriesClock) {
         let shown = |event: &EventCount| {
             if clock.is_zero(event.created()) { EventCount::new(event.id(), event.created(), 0) } else { *event }
@@ -71,9 +82,11 @@ impl Snapshot {
             if clock.is_zero(histogram.created) {
                 self.buckets.extend(histogram.counts.iter().map(|_| 0));
                 self.sums.push((0.0, histogram.created));
+                self.native.extend(histogram.native.as_deref().map(|native| NativeBuckets::new(native.schema)));
             } else {
                 self.buckets.extend_from_slice(&histogram.counts);
                 self.sums.push((histogram.sum, histogram.created));
+                self.native.extend(histogram.native.as_deref().cloned());
             }
             to_u32(self.sums.len() - 1)
         });
@@ -118,6 +131,8 @@ impl SnapshotBuilder {
             events: Vec::with_capacity(series.label_sets.len() * 4),
             buckets: Vec::new(),
             sums: Vec::new(),
+            native: Vec::new(),
+            exemplars: Vec::new(),
             started: series.clock.started(),
         };
         Self { snapshot, next_worker: 0, next_task_series: 0, generation: series.generation }
@@ -137,6 +152,9 @@ impl SnapshotBuilder {
         for slot in self.next_task_series..end {
             if let Some(row) = series.label_sets.get(slot).filter(|row| row.generation <= self.generation) {
                 self.snapshot.push(row, &series.clock);
+                if let Some(exemplars) = &series.exemplars {
+                    self.snapshot.exemplars.push(exemplars.get(SeriesKey::from_index(slot)).cloned());
+                }
             }
         }
         self.next_task_series = end;

@@ -1,5 +1,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use prometheus::{Encoder, Registry, TextEncoder};
 
@@ -7,8 +8,12 @@ use super::encode::{Exposition, Format};
 use super::*;
 use crate::celery::EventKind;
 
+fn table(bounds: &[f64]) -> SeriesTable {
+    SeriesTable::new(&SeriesOptions { bounds: bounds.to_vec(), ..SeriesOptions::default() })
+}
+
 fn series() -> SeriesTable {
-    let mut series = SeriesTable::new(&[0.075, 1.0, 2_000_000.0], 100);
+    let mut series = table(&[0.075, 1.0, 2_000_000.0]);
     let worker = series.add_worker("celery@\"höst\"\\\n");
     series.set_online(worker, true);
     series.set_executing(worker, 2.5);
@@ -80,7 +85,7 @@ fn the_piece_size_does_not_change_the_text() {
 
 #[test]
 fn the_exposition_matches_the_golden_text() {
-    let mut series = SeriesTable::new(&[1.0], 100);
+    let mut series = table(&[1.0]);
     let worker = series.add_worker("w");
     let (key, _) = series.add_task_series(worker, TaskName { id: 1, text: "t" });
     series.count_event(key, EventKind::TaskSucceeded, "task-succeeded");
@@ -115,7 +120,7 @@ flower_worker_online{worker="w"} 0
 
 #[test]
 fn label_sets_with_equal_concatenation_are_distinct() {
-    let mut series = SeriesTable::new(&[1.0], 100);
+    let mut series = table(&[1.0]);
     for (id, (worker, task)) in [("ab", "c"), ("a", "bc")].into_iter().enumerate() {
         let worker = series.add_worker(worker);
         let (key, _) = series.add_task_series(worker, TaskName { id: u32::try_from(id).unwrap(), text: task });
@@ -143,8 +148,8 @@ fn a_worker_added_and_removed_during_a_snapshot_is_not_exported() {
 
 #[test]
 fn a_new_series_shows_zero_first_in_every_format() {
-    let mut series = SeriesTable::new(&[1.0], 100);
-    series.set_zero_first(1000);
+    let zero_first = Duration::from_secs(1);
+    let mut series = SeriesTable::new(&SeriesOptions { bounds: vec![1.0], zero_first, ..SeriesOptions::default() });
     series.set_time(50_000);
     let worker = series.add_worker("w");
     series.set_online(worker, true);
@@ -165,7 +170,7 @@ fn a_new_series_shows_zero_first_in_every_format() {
 
 #[test]
 fn created_samples_follow_their_family() {
-    let mut series = SeriesTable::new(&[1.0], 100);
+    let mut series = table(&[1.0]);
     series.set_time(1_700_000_000_124);
     let worker = series.add_worker("w");
     let (key, _) = series.add_task_series(worker, TaskName { id: 1, text: "t" });

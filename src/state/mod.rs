@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use interner::{NameId, NameInterner};
 use starting::StartingWorkers;
-use tasks::{Task, TaskId, Tasks};
+use tasks::{Task, Tasks};
 use worker_changes::WorkerChanges;
 use workers::{Presence, Worker, Workers};
 
@@ -29,9 +29,8 @@ pub use tasks::TaskState;
 pub use workers::WorkerId;
 
 use crate::celery::event::Eta;
-use crate::celery::{Event, EventKind, truncate_label};
-use crate::config::WorkerGroups;
-use crate::metrics::{OTHER, SeriesKey, SeriesTable, TaskName, WorkerKey};
+use crate::celery::{Event, EventKind, TaskId, truncate_label};
+use crate::metrics::{OTHER, SeriesKey, SeriesOptions, SeriesTable, TaskName, WorkerKey};
 use crate::observability::WorkerCounts;
 
 /// The bounds of a [`State`].
@@ -41,12 +40,8 @@ pub struct Limits {
     pub max_workers: usize,
     /// Maximum number of tracked tasks. Finished ones are evicted first.
     pub max_tasks: usize,
-    /// Maximum number of (worker, task) label sets. Beyond it, tasks are counted under task `(other)`.
-    pub max_label_sets: usize,
-    /// Upper bounds of the runtime histogram in seconds, ascending, without `+Inf`.
-    pub buckets: Vec<f64>,
-    /// The workers that share the label sets of their tasks.
-    pub worker_groups: Option<WorkerGroups>,
+    /// The bounds of the series, and what they contain.
+    pub series: SeriesOptions,
 }
 
 /// Timeouts counted from a worker's last event. `None` disables one.
@@ -107,15 +102,11 @@ impl State {
     /// Creates an empty state.
     #[must_use]
     pub fn new(limits: &Limits) -> Self {
-        let mut series = SeriesTable::new(&limits.buckets, limits.max_label_sets);
-        if let Some(groups) = &limits.worker_groups {
-            series.set_worker_groups(groups);
-        }
         Self {
             names: NameInterner::default(),
             workers: Workers::new(limits.max_workers),
             tasks: Tasks::new(limits.max_tasks),
-            series,
+            series: SeriesTable::new(&limits.series),
             other: None,
             warned_full: false,
             warned_unfinished: false,
@@ -128,11 +119,6 @@ impl State {
     /// Sets the time of start timestamps, in milliseconds since the epoch.
     pub fn set_time(&mut self, now: u64) {
         self.series.set_time(now);
-    }
-
-    /// Sets how long a counter or histogram that an event creates shows zero.
-    pub fn set_zero_first(&mut self, duration: Duration) {
-        self.series.set_zero_first(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX >> 8));
     }
 
     /// The series of the six families.
@@ -194,9 +180,11 @@ impl State {
             self.tasks.move_to_list(slot);
             return;
         }
-        if let Some(seconds) = event.runtime.filter(|seconds| *seconds > 0.0) {
+        let runtime = event.runtime.filter(|seconds| *seconds > 0.0);
+        if let Some(seconds) = runtime {
             self.series.observe_runtime(key, seconds);
         }
+        self.series.keep_exemplar(key, event.kind, &self.tasks.get(slot).id, runtime);
         if let Source::Known(worker) = source {
             self.apply_transition(slot, worker, key, event);
         }

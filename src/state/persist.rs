@@ -10,15 +10,15 @@ use hashbrown::HashMap;
 use serde::{Deserialize, Serialize};
 
 use super::interner::NameId;
-use super::tasks::{PrefetchEntry, Run, Task, TaskId};
+use super::tasks::{PrefetchEntry, Run, Task};
 use super::workers::{Presence, Worker, WorkerId};
 use super::{Limits, State, TaskState};
-use crate::celery::truncate_label;
+use crate::celery::{TaskId, truncate_label};
 use crate::metrics::{OTHER, SavedGauges, SavedTaskSeries, SeriesKey, WorkerKey};
 
 /// The version of these records and of the message hashes stored with them. A file of another version is
 /// moved aside. From the first release on, the previous version must also be readable.
-pub const FORMAT: u32 = 6;
+pub const FORMAT: u32 = 7;
 
 /// Encoded records by key. A key without a record was removed.
 #[derive(Debug, Default)]
@@ -81,6 +81,7 @@ impl Delta {
 #[derive(Serialize, Deserialize)]
 struct Header<'a> {
     bounds: Cow<'a, [f64]>,
+    has_native_histograms: bool,
     #[serde(borrow)]
     event_types: Vec<Cow<'a, str>>,
     next_worker_id: u32,
@@ -194,6 +195,7 @@ impl State {
     fn header(&self) -> Vec<u8> {
         let header = Header {
             bounds: self.series.bounds().into(),
+            has_native_histograms: self.series.has_native_histograms(),
             event_types: self.series.event_types().into_iter().map(Cow::Borrowed).collect(),
             next_worker_id: self.workers.next_id,
             other: self.other.map(WorkerKey::to_u32),
@@ -258,7 +260,7 @@ pub struct Corrupt(&'static str);
 #[derive(Debug)]
 pub struct Restorer {
     state: State,
-    same_bounds: bool,
+    same_histograms: bool,
     same_groups: bool,
     /// The next save contains every record, because a restored record has a key other than its saved
     /// one, or because the buckets or the worker groups have changed.
@@ -293,13 +295,8 @@ impl Restorer {
             needs_full_save |= key.to_u32() != other;
             worker_keys.insert(other, key);
         }
-        let same_bounds = *header.bounds == *limits.buckets;
-        if !same_bounds {
-            tracing::warn!(
-                "metrics.task_runtime_metric_buckets differ from the saved state; runtime histograms start empty"
-            );
-        }
-        Ok(Self { state, same_bounds, same_groups, needs_full_save, worker_keys, series_keys: HashMap::default() })
+        let same_histograms = same_histograms(&header, limits);
+        Ok(Self { state, same_histograms, same_groups, needs_full_save, worker_keys, series_keys: HashMap::default() })
     }
 
     /// Restores a worker or client. Its timeout starts again.
@@ -351,12 +348,12 @@ impl Restorer {
         let writer = saved.prefetch_time_writer.map(worker_key).transpose()?;
         let State { series, names, .. } = &mut self.state;
         let name = saved.task.as_deref().map(|text| names.intern(text).0);
-        let key = series.restore_task_series(worker, name, saved, self.same_bounds);
+        let key = series.restore_task_series(worker, name, saved, self.same_histograms);
         let key = key.ok_or(Corrupt("invalid or duplicate label set"))?;
         if let Some(writer) = writer {
             series.restore_prefetch_time_writer(key, writer);
         }
-        self.needs_full_save |= key.to_u32() != saved_key || !self.same_bounds;
+        self.needs_full_save |= key.to_u32() != saved_key || !self.same_histograms;
         if self.series_keys.insert(saved_key, key).is_some() {
             return Err(Corrupt("duplicate label set"));
         }
@@ -426,6 +423,19 @@ impl Restorer {
         state.require_full_save = needs_full_save || !evicted.is_empty();
         state
     }
+}
+
+/// Whether saved histograms have the configured buckets.
+fn same_histograms(header: &Header, limits: &Limits) -> bool {
+    let reason = if *header.bounds != *limits.series.bounds {
+        "metrics.task_runtime_metric_buckets differ from the saved state"
+    } else if limits.series.native_schema.is_some() && !header.has_native_histograms {
+        "metrics.native_histogram_bucket_factor was not set when the state was saved"
+    } else {
+        return true;
+    };
+    tracing::warn!("{reason}; runtime histograms start empty");
+    false
 }
 
 fn decode<'a, T: Deserialize<'a>>(record: &'a [u8]) -> Result<T, Corrupt> {

@@ -54,13 +54,13 @@ impl StartingWorkers {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::metrics::SeriesTable;
+    use crate::metrics::{SeriesOptions, SeriesTable};
     use crate::state::workers::WorkerId;
 
     const SECOND: Duration = Duration::from_secs(1);
 
     fn worker() -> Worker {
-        let key = SeriesTable::new(&[1.0], 1).add_worker("w");
+        let key = SeriesTable::new(&SeriesOptions::default()).add_worker("w");
         Worker::new(WorkerId::NONE, "w", key, key, Duration::ZERO)
     }
 

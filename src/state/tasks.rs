@@ -1,55 +1,16 @@
 //! The tracked tasks, at most `state.max_tasks`. Finished tasks, and those of which only metadata is used, are evicted
 //! first, in the order in which they became such.
 
-use std::hash::{BuildHasher, Hash};
+use std::hash::BuildHasher;
 
 use foldhash::fast::RandomState;
 use hashbrown::HashTable;
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
-use xxhash_rust::xxh3::xxh3_64;
 
 use super::interner::NameId;
 use super::workers::WorkerId;
+use crate::celery::TaskId;
 use crate::metrics::{DirtySet, SeriesKey};
-
-/// A task id: 16 bytes if it is a UUID in Celery's notation, or else the text itself.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub(super) enum TaskId {
-    Uuid([u8; 16]),
-    Text(Box<str>),
-}
-
-/// Maximum bytes of an id that is not a UUID. A longer id is replaced with its prefix and a hash. The result is not
-/// longer than this limit, so the stored id is also found when it is looked up itself.
-const MAX_TEXT_ID: usize = 256;
-const MAX_TEXT_PREFIX: usize = MAX_TEXT_ID - "…".len() - 16;
-
-impl TaskId {
-    pub(super) fn new(text: &str) -> Self {
-        if let Ok(uuid) = Uuid::try_parse(text)
-            && text.len() == 36
-            // Without an early exit, this takes a few vector instructions.
-            && !text.bytes().fold(false, |found, byte| found | byte.is_ascii_uppercase())
-        {
-            return Self::Uuid(*uuid.as_bytes());
-        }
-        if text.len() <= MAX_TEXT_ID {
-            return Self::Text(text.into());
-        }
-        let hash = xxh3_64(text.as_bytes());
-        Self::Text(format!("{}…{hash:016x}", &text[..text.floor_char_boundary(MAX_TEXT_PREFIX)]).into())
-    }
-}
-
-impl std::fmt::Display for TaskId {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter) -> std::fmt::Result {
-        match self {
-            Self::Uuid(bytes) => Uuid::from_bytes(*bytes).fmt(formatter),
-            Self::Text(text) => formatter.write_str(text),
-        }
-    }
-}
 
 /// The state of a task according to its events, in ascending order of precedence (`celery.states`; `Cancelled` is the
 /// state after `task-cancelled`).

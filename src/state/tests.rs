@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::celery::event;
+use crate::config::WorkerGroups;
 use crate::metrics::SnapshotBuilder;
 use crate::metrics::encode::{Exposition, Format};
 
@@ -287,7 +288,7 @@ fn a_task_name_applies_to_later_events_of_the_task() {
 fn event_totals_are_exact_beyond_the_limits() {
     let mut fixture = Fixture::with_limits(|limits| {
         limits.max_workers = 2;
-        limits.max_label_sets = 4;
+        limits.series.max_label_sets = 4;
         limits.max_tasks = 3;
     });
     for worker in ["v", "w", "x"] {
@@ -571,7 +572,11 @@ impl Saved {
 }
 
 fn limits(max_workers: usize, max_tasks: usize, max_label_sets: usize) -> Limits {
-    Limits { max_workers, max_tasks, max_label_sets, buckets: vec![0.5, 1.0], worker_groups: None }
+    Limits {
+        max_workers,
+        max_tasks,
+        series: SeriesOptions { max_label_sets, bounds: vec![0.5, 1.0], ..SeriesOptions::default() },
+    }
 }
 
 #[test]
@@ -582,11 +587,44 @@ fn changed_buckets_discard_the_saved_histograms() {
     let mut saved = Saved::default();
     saved.save(&mut fixture.state);
     let mut changed = limits(100, 100, 100);
-    changed.buckets = vec![0.25];
+    changed.series.bounds = vec![0.25];
     let fixture = Fixture::of(saved.restore(&changed).unwrap());
     assert!(fixture.samples().keys().all(|name| !name.contains("runtime")));
     assert!(fixture.samples().keys().any(|name| name.contains("events_total")));
     assert!(fixture.state.has_changes(), "the next save contains the new buckets");
+}
+
+#[test]
+fn native_histograms_survive_a_restart_unless_they_were_off() {
+    let limits = |native_schema| {
+        let mut limits = limits(100, 100, 100);
+        limits.series.native_schema = native_schema;
+        limits
+    };
+    let protobuf = |state: &State| {
+        let mut builder = SnapshotBuilder::new(state.series());
+        while !builder.step(state.series(), 1) {}
+        let mut out = Vec::new();
+        let snapshot = Arc::new(builder.finish(state.series()));
+        while Exposition::new(Arc::clone(&snapshot), Format::Protobuf, &[]).write(&mut out, usize::MAX / 2) {}
+        out
+    };
+    let mut fixture = Fixture::of(State::new(&limits(Some(3))));
+    fixture.state.track_changes();
+    for (id, runtime) in [("a", 1e-9), ("b", 0.7), ("c", 1e9)] {
+        fixture.task_with("succeeded", "w", id, 1.0, json!({"runtime": runtime}));
+    }
+    let mut saved = Saved::default();
+    saved.save(&mut fixture.state);
+    let restored = saved.restore(&limits(Some(3))).unwrap();
+    assert_eq!(protobuf(&restored), protobuf(&fixture.state));
+    let count = |state| Fixture::of(state).sample(r#"flower_task_runtime_seconds_count{task="",worker="w"}"#);
+    assert_eq!(count(saved.restore(&limits(Some(-4))).unwrap()), Some(3.0), "a lower resolution");
+    let mut off = saved.restore(&limits(None)).unwrap();
+    assert!(protobuf(&off).len() < protobuf(&fixture.state).len());
+    saved.save(&mut off);
+    assert_eq!(count(off), Some(3.0), "the classic buckets continue");
+    assert_eq!(count(saved.restore(&limits(Some(3))).unwrap()), None, "the native buckets of three runs are unknown");
 }
 
 #[test]
@@ -634,6 +672,11 @@ fn inconsistent_records_are_rejected() {
     assert_rejected(|saved| saved.tables[2].get_mut(&0).unwrap().truncate(5));
 }
 
+fn with_groups(worker_groups: Option<WorkerGroups>, mut limits: Limits) -> Limits {
+    limits.series.worker_groups = worker_groups;
+    limits
+}
+
 fn groups(entries: &[&str]) -> WorkerGroups {
     WorkerGroups::new(entries.iter().map(|entry| (*entry).to_owned()).collect()).unwrap()
 }
@@ -645,7 +688,7 @@ fn any_groups() -> impl Strategy<Value = Option<WorkerGroups>> {
 
 #[test]
 fn the_members_of_a_group_share_the_series_of_tasks_only() {
-    let mut fixture = Fixture::with_limits(|limits| limits.worker_groups = Some(groups(&["g=w?"])));
+    let mut fixture = Fixture::with_limits(|limits| limits.series.worker_groups = Some(groups(&["g=w?"])));
     fixture.worker("heartbeat", "w1", json!({"active": 1})).worker("heartbeat", "w2", json!({"active": 2}));
     for (worker, id) in [("w1", "a"), ("w2", "b"), ("w1", "c"), ("g", "d"), ("x", "e")] {
         fixture.task("received", worker, id, 1.0);
@@ -669,7 +712,7 @@ fn the_members_of_a_group_share_the_series_of_tasks_only() {
 
 #[test]
 fn the_prefetch_time_of_a_group_is_the_last_one_set() {
-    let mut fixture = Fixture::with_limits(|limits| limits.worker_groups = Some(groups(&["g=w?"])));
+    let mut fixture = Fixture::with_limits(|limits| limits.series.worker_groups = Some(groups(&["g=w?"])));
     for (worker, id, start) in [("w1", "a", 3.0), ("w2", "b", 8.0)] {
         fixture.task("received", worker, id, 1.0).task("started", worker, id, start);
     }
@@ -687,7 +730,7 @@ fn the_prefetch_time_of_a_group_is_the_last_one_set() {
 #[test]
 fn a_hostname_beyond_the_limit_is_counted_in_its_group() {
     let mut fixture = Fixture::with_limits(|limits| {
-        limits.worker_groups = Some(groups(&["g=w?"]));
+        limits.series.worker_groups = Some(groups(&["g=w?"]));
         limits.max_workers = 1;
     });
     fixture.worker("heartbeat", "live", json!({})).task("received", "w1", "a", 1.0).task("received", "x", "b", 1.0);
@@ -699,7 +742,7 @@ fn a_hostname_beyond_the_limit_is_counted_in_its_group() {
 
 #[test]
 fn changed_groups_discard_the_saved_series_of_tasks() {
-    let limits = |entries| Limits { worker_groups: entries, ..limits(100, 100, 100) };
+    let limits = |entries| with_groups(entries, limits(100, 100, 100));
     let some = |entry| Some(groups(&[entry]));
     for (before, after) in [(some("g=w"), some("h=w")), (None, some("g=w")), (some("g=w"), None)] {
         let mut fixture = Fixture::of(State::new(&limits(before)));
@@ -734,7 +777,7 @@ fn sums(fixture: &Fixture) -> BTreeMap<String, f64> {
 
 #[test]
 fn renamed_workers_of_a_group_add_no_series() {
-    let limits = |groups| Limits { worker_groups: groups, ..limits(10_000, 10_000, 1_000_000) };
+    let limits = |groups| with_groups(groups, limits(10_000, 10_000, 1_000_000));
     let mut ungrouped = Fixture::of(State::new(&limits(None)));
     let mut grouped = Fixture::of(State::new(&limits(Some(groups(&["all=*"])))));
     let mut label_sets = Vec::new();
@@ -765,7 +808,7 @@ proptest! {
         groups in any_groups(),
     ) {
         let mut ungrouped = Fixture::of(State::new(&limits(100, 100, 100)));
-        let mut grouped = Fixture::of(State::new(&Limits { worker_groups: groups, ..limits(100, 100, 100) }));
+        let mut grouped = Fixture::of(State::new(&with_groups(groups, limits(100, 100, 100))));
         let timeouts = Timeouts { worker_timeout: Some(SECOND * 60), purge_offline_workers: None };
         for (event, seconds, gap) in &events {
             for fixture in [&mut ungrouped, &mut grouped] {
@@ -791,7 +834,7 @@ proptest! {
     ) {
         let mut kept = vec![Box::from(OTHER)];
         kept.extend(groups.iter().flat_map(WorkerGroups::names).cloned());
-        let mut fixture = Fixture::of(State::new(&Limits { worker_groups: groups, ..limits(3, 4, 6) }));
+        let mut fixture = Fixture::of(State::new(&with_groups(groups, limits(3, 4, 6))));
         let mut task_events = 0.0;
         for (event, seconds, gap) in &events {
             fixture.event(event);
@@ -828,7 +871,7 @@ proptest! {
         events in prop::collection::vec((any_event(), 0..90_u32, 0..10_u8), 1..200),
         groups in any_groups(),
     ) {
-        let limits = Limits { worker_groups: groups, ..limits(3, 4, 6) };
+        let limits = with_groups(groups, limits(3, 4, 6));
         let mut fixture = Fixture::of(State::new(&limits));
         fixture.state.track_changes();
         let mut saved = Saved::default();
@@ -867,7 +910,7 @@ proptest! {
         events in prop::collection::vec((any_event(), 0..20_u8), 1..200),
         groups in any_groups(),
     ) {
-        let limits = Limits { worker_groups: groups, ..limits(100, 100, 100) };
+        let limits = with_groups(groups, limits(100, 100, 100));
         let mut fixture = Fixture::of(State::new(&limits));
         let mut restored = Fixture::of(State::new(&limits));
         restored.state.track_changes();

@@ -189,12 +189,17 @@ mod tests {
 
     use super::*;
     use crate::inbox::{Ack, DeliveryTag, Inbox};
+    use crate::metrics::SeriesOptions;
     use crate::observability::{Health, SelfMetrics};
     use crate::state::{Limits, State};
     use crate::store::{QueuePosition, Restored, StoreStatus};
 
     fn limits() -> Limits {
-        Limits { max_workers: 9, max_tasks: 9, max_label_sets: 9, buckets: vec![1.0], worker_groups: None }
+        Limits {
+            max_workers: 9,
+            max_tasks: 9,
+            series: SeriesOptions { max_label_sets: 9, bounds: vec![1.0], ..SeriesOptions::default() },
+        }
     }
 
     struct Fixture {

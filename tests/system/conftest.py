@@ -221,9 +221,9 @@ def harness(services, shared_redis):
 def scraped(services, redis):
     """An exporter with a Prometheus server that scrapes it every second."""
 
-    def start(release, settings=None, features=()):
+    def start(release, settings=None, features=(), scrape=None):
         harness = services.harness(redis, settings)
-        prometheus = Prometheus([harness.exporter.port], rules=[], release=release, features=features)
+        prometheus = Prometheus([harness.exporter.port], rules=[], release=release, features=features, scrape=scrape)
         services.callback(prometheus.kill)
         prometheus.ready()
         wait_until(lambda: prometheus.instant("up == 1"), 20, "a scrape")

@@ -12,10 +12,15 @@ use prometheus::proto;
 use bucket_bound::format_le;
 
 use super::Snapshot;
+use super::exemplars::{self, Exemplar, Exemplars};
+use super::label_escaping::append_escaped;
 use crate::metrics::family::{Family, MetricType};
 
 /// Every integer below this is exact as a float.
 const MAX_EXACT: u64 = 1 << 53;
+
+/// The label of the events whose counter has an exemplar.
+const FAILED: &str = "type=\"task-failed\"";
 
 /// An exposition format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,7 +179,8 @@ impl Exposition {
         let (task, worker) = series.labels.split_at(series.split as usize);
         for event in self.snapshot.task_events(self.next) {
             let event_type = &self.snapshot.event_types[usize::from(event.id())];
-            line(out, [Family::Events.name(), "{", task, ",", event_type, worker], event.count);
+            let exemplar = self.exemplars().filter(|_| &**event_type == FAILED).and_then(Exemplars::failed);
+            line(out, [Family::Events.name(), "{", task, ",", event_type, worker], event.count, exemplar);
             if self.has_created_in_family() {
                 created(out, Family::Events, &[task, ",", event_type, worker], event.created());
             }
@@ -187,15 +193,22 @@ impl Exposition {
         let (counts, sum, start) = self.snapshot.histogram(index);
         let name = Family::Runtime.name();
         let mut total = 0;
-        for (count, head) in counts.iter().zip(&self.bucket_heads) {
+        let exemplars = self.exemplars();
+        for (index, (count, head)) in counts.iter().zip(&self.bucket_heads).enumerate() {
             total += count;
-            line(out, [head, &series.labels], total);
+            let exemplar = exemplars.filter(|_| *count > 0).and_then(|exemplars| exemplars.bucket(index));
+            line(out, [head, &series.labels], total, exemplar);
         }
-        line(out, [name, "_count{", &series.labels], total);
+        line(out, [name, "_count{", &series.labels], total, None);
         sample(out, name, "_sum", &[&series.labels], sum);
         if self.has_created_in_family() {
             created(out, Family::Runtime, &[&series.labels], start);
         }
+    }
+
+    /// The exemplars of the next label set. The text format has none.
+    fn exemplars(&self) -> Option<&Exemplars> {
+        if self.format == Format::Text { None } else { self.snapshot.exemplars(self.next) }
     }
 
     /// In `OpenMetrics`, the `_created` samples belong to the family of their counter or histogram.
@@ -239,8 +252,9 @@ fn write_head(out: &mut Vec<u8>, format: Format, name: &str, help: &str, metric_
     }
 }
 
-/// Appends one line with labels and a count. `pieces` is the text up to the closing brace.
-fn line<const N: usize>(out: &mut Vec<u8>, pieces: [&str; N], count: u64) {
+/// Appends one line with labels, a count and, unless the count is 0, an exemplar. `pieces` is the text up to the closing
+/// brace.
+fn line<const N: usize>(out: &mut Vec<u8>, pieces: [&str; N], count: u64, exemplar: Option<&Exemplar>) {
     for piece in pieces {
         out.extend_from_slice(piece.as_bytes());
     }
@@ -250,7 +264,23 @@ fn line<const N: usize>(out: &mut Vec<u8>, pieces: [&str; N], count: u64) {
     } else {
         write_value(out, count as f64);
     }
+    if let Some(exemplar) = exemplar.filter(|_| count > 0) {
+        write_exemplar(out, exemplar);
+    }
     out.push(b'\n');
+}
+
+/// Appends an exemplar to a line, in `OpenMetrics`.
+#[cold]
+fn write_exemplar(out: &mut Vec<u8>, exemplar: &Exemplar) {
+    let mut label = String::new();
+    append_escaped(&mut label, exemplars::LABEL, &exemplar.id());
+    out.extend_from_slice(b" # {");
+    out.extend_from_slice(label.as_bytes());
+    out.extend_from_slice(b"} ");
+    write_value(out, exemplar.value);
+    out.push(b' ');
+    write_value(out, exemplar.time as f64 / 1000.0);
 }
 
 /// Appends one line: `name` and `suffix`, the label set in pieces, the value.

@@ -5,8 +5,11 @@
 
 use prometheus::proto;
 
+use super::FAILED;
 use crate::metrics::Snapshot;
+use crate::metrics::exemplars::{self, Exemplar, Exemplars};
 use crate::metrics::family::{Family, MetricType};
+use crate::metrics::native::{NativeBuckets, ZERO_THRESHOLD, spans};
 
 /// Numbers of fields.
 mod field {
@@ -23,6 +26,7 @@ mod field {
         pub(in super::super) const HISTOGRAM: u32 = 7;
     }
     pub(super) mod counter {
+        pub(in super::super) const EXEMPLAR: u32 = 2;
         pub(in super::super) const CREATED: u32 = 3;
     }
     pub(super) mod histogram {
@@ -30,7 +34,14 @@ mod field {
         pub(in super::super) const SUM: u32 = 2;
         pub(in super::super) const BUCKET: u32 = 3;
         pub(in super::super) const CREATED: u32 = 15;
+        pub(in super::super) const SCHEMA: u32 = 5;
+        pub(in super::super) const ZERO_THRESHOLD: u32 = 6;
+        pub(in super::super) const ZERO_COUNT: u32 = 7;
+        pub(in super::super) const POSITIVE_SPAN: u32 = 12;
+        pub(in super::super) const POSITIVE_DELTA: u32 = 13;
     }
+    pub(super) const BUCKET_EXEMPLAR: u32 = 3;
+    pub(super) const EXEMPLAR_TIMESTAMP: u32 = 3;
 }
 
 /// The only field, or the first of two.
@@ -117,26 +128,87 @@ impl Message {
         self.short(field::metric::GAUGE, |gauge| gauge.double(VALUE, value));
     }
 
-    fn counter(&mut self, value: f64, created: u64) {
-        self.short(field::metric::COUNTER, |counter| {
+    /// A message of any length within this one.
+    fn nested(&mut self, field: u32, write: impl FnOnce(&mut Self)) {
+        let mut message = Self::default();
+        write(&mut message);
+        self.bytes(field, &message.0);
+    }
+
+    /// A signed number in the zigzag encoding.
+    fn signed(&mut self, field: u32, value: i64) {
+        self.key(field, 0);
+        self.zigzag(value);
+    }
+
+    fn zigzag(&mut self, value: i64) {
+        self.varint(((value << 1) ^ (value >> 63)).cast_unsigned());
+    }
+
+    fn counter(&mut self, value: f64, exemplar: Option<&Exemplar>, created: u64) {
+        let write = |counter: &mut Self| {
             counter.double(VALUE, value);
+            counter.exemplar(field::counter::EXEMPLAR, exemplar);
             counter.timestamp(field::counter::CREATED, created);
+        };
+        match exemplar {
+            None => self.short(field::metric::COUNTER, write),
+            Some(_) => self.nested(field::metric::COUNTER, write),
+        }
+    }
+
+    fn exemplar(&mut self, field: u32, exemplar: Option<&Exemplar>) {
+        let Some(exemplar) = exemplar else { return };
+        self.nested(field, |message| {
+            message.label(exemplars::LABEL, exemplar.id().as_bytes());
+            message.double(SECOND, exemplar.value);
+            message.timestamp(field::EXEMPLAR_TIMESTAMP, exemplar.time);
         });
     }
 
-    /// A histogram; `buckets` are upper bounds with cumulative counts, without `+Inf`.
-    fn histogram(&mut self, count: u64, sum: f64, buckets: impl Iterator<Item = (f64, u64)>, created: u64) {
-        let mut histogram = Self::default();
-        histogram.number(field::histogram::COUNT, count);
-        histogram.double(field::histogram::SUM, sum);
-        for (bound, cumulative) in buckets {
-            histogram.short(field::histogram::BUCKET, |bucket| {
-                bucket.number(VALUE, cumulative);
-                bucket.double(SECOND, bound);
+    /// A histogram; `buckets` are upper bounds with cumulative counts and exemplars. `+Inf` is left out, unless it has
+    /// an exemplar.
+    fn histogram<'a>(
+        &mut self,
+        (count, sum, created): (u64, f64, u64),
+        buckets: impl Iterator<Item = (f64, u64, Option<&'a Exemplar>)>,
+        native: Option<&NativeBuckets>,
+    ) {
+        self.nested(field::metric::HISTOGRAM, |histogram| {
+            histogram.number(field::histogram::COUNT, count);
+            histogram.double(field::histogram::SUM, sum);
+            for (bound, cumulative, exemplar) in
+                buckets.filter(|(bound, _, exemplar)| bound.is_finite() || exemplar.is_some())
+            {
+                let write = |bucket: &mut Self| {
+                    bucket.number(VALUE, cumulative);
+                    bucket.double(SECOND, bound);
+                    bucket.exemplar(field::BUCKET_EXEMPLAR, exemplar);
+                };
+                match exemplar {
+                    None => histogram.short(field::histogram::BUCKET, write),
+                    Some(_) => histogram.nested(field::histogram::BUCKET, write),
+                }
+            }
+            if let Some(native) = native {
+                histogram.native(native);
+            }
+            histogram.timestamp(field::histogram::CREATED, created);
+        });
+    }
+
+    fn native(&mut self, native: &NativeBuckets) {
+        self.signed(field::histogram::SCHEMA, native.schema.into());
+        self.double(field::histogram::ZERO_THRESHOLD, ZERO_THRESHOLD);
+        self.number(field::histogram::ZERO_COUNT, native.zero_count);
+        let (spans, deltas) = spans(&native.counts);
+        for (offset, length) in spans {
+            self.short(field::histogram::POSITIVE_SPAN, |span| {
+                span.signed(VALUE, offset.into());
+                span.number(SECOND, length.into());
             });
         }
-        histogram.timestamp(field::histogram::CREATED, created);
-        self.bytes(field::metric::HISTOGRAM, &histogram.0);
+        self.nested(field::histogram::POSITIVE_DELTA, |packed| deltas.iter().for_each(|delta| packed.zigzag(*delta)));
     }
 }
 
@@ -260,9 +332,12 @@ fn for_each_metric(
             for event in snapshot.task_events(index) {
                 message.clear();
                 message.labels(task);
-                message.labels(&snapshot.event_types[usize::from(event.id())]);
+                let event_type = &snapshot.event_types[usize::from(event.id())];
+                message.labels(event_type);
                 message.labels(worker.trim_start_matches(','));
-                message.counter(event.count as f64, event.created());
+                let is_failed = event.count > 0 && **event_type == *FAILED;
+                let exemplar = snapshot.exemplars(index).filter(|_| is_failed).and_then(Exemplars::failed);
+                message.counter(event.count as f64, exemplar, event.created());
                 each(&message.0);
             }
         }
@@ -270,13 +345,17 @@ fn for_each_metric(
             let series = &snapshot.task_series[index];
             let Some(histogram) = series.runtime else { return };
             let (counts, sum, created) = snapshot.histogram(histogram);
-            let cumulative = counts.iter().scan(0, |total, count| {
-                *total += count;
-                Some(*total)
+            let exemplars = snapshot.exemplars(index);
+            let mut total = 0;
+            let bounds = snapshot.bounds.iter().copied().chain([f64::INFINITY]);
+            let buckets = counts.iter().zip(bounds).enumerate().map(|(index, (count, bound))| {
+                total += count;
+                let exemplar = exemplars.filter(|_| *count > 0).and_then(|exemplars| exemplars.bucket(index));
+                (bound, total, exemplar)
             });
             message.clear();
             message.labels(&series.labels);
-            message.histogram(counts.iter().sum(), sum, snapshot.bounds.iter().copied().zip(cumulative), created);
+            message.histogram((counts.iter().sum(), sum, created), buckets, snapshot.native.get(histogram as usize));
             each(&message.0);
         }
     }
@@ -292,13 +371,14 @@ pub(super) fn write_registered(out: &mut Vec<u8>, family: &proto::MetricFamily, 
             message.label(label.name(), label.value().as_bytes());
         }
         match metric_type {
-            MetricType::Counter => message.counter(metric.get_counter().get_value(), started),
+            MetricType::Counter => message.counter(metric.get_counter().get_value(), None, started),
             MetricType::Gauge => message.gauge(metric.get_gauge().get_value()),
             MetricType::Histogram => {
                 let histogram = metric.get_histogram();
-                let finite = histogram.get_bucket().iter().filter(|bucket| bucket.upper_bound().is_finite());
-                let buckets = finite.map(|bucket| (bucket.upper_bound(), bucket.cumulative_count()));
-                message.histogram(histogram.get_sample_count(), histogram.get_sample_sum(), buckets, started);
+                let buckets = histogram.get_bucket().iter();
+                let buckets = buckets.map(|bucket| (bucket.upper_bound(), bucket.cumulative_count(), None));
+                let totals = (histogram.get_sample_count(), histogram.get_sample_sum(), started);
+                message.histogram(totals, buckets, None);
             }
         }
         write_metric(&mut body, &message.0);
