@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -114,6 +115,19 @@ class Exporter(Process):
         except OSError:
             return None, None
         return status, json.loads(body)
+
+    def log(self):
+        """All lines that it has logged until now. A thread writes them, and sleeps when it has written all of them."""
+        wait_until(lambda: not self.is_writing_log(), 10, "the log is written")
+        return super().log()
+
+    def is_writing_log(self):
+        with contextlib.suppress(OSError):
+            for thread in Path(f"/proc/{self.pid}/task").iterdir():
+                name, state = re.search(r"\((.*)\) (.)", (thread / "stat").read_text()).groups()
+                if name == "flower-log":
+                    return state in "RD"
+        return False
 
     def log_lines(self, text):
         """The lines of the log that contain this text."""
