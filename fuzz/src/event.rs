@@ -85,7 +85,11 @@ impl Fixture {
         let seconds: Option<u16> = str::from_utf8(seconds).ok().and_then(|seconds| seconds.parse().ok());
         self.now += Duration::from_secs(seconds.unwrap_or_default().into());
         let seconds = |seconds| Some(Duration::from_secs(seconds));
-        let timeouts = Timeouts { worker_timeout: seconds(60), purge_offline_workers: seconds(600) };
+        let timeouts = Timeouts {
+            worker_timeout: seconds(60),
+            purge_offline_workers: seconds(600),
+            purge_stopped_workers: seconds(300),
+        };
         self.state.expire(&timeouts, self.now);
     }
 

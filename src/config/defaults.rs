@@ -86,6 +86,7 @@ impl Default for StateConfig {
             max_tasks: 100_000,
             worker_timeout: Some(Duration::from_secs(60)),
             purge_offline_workers: Some(Duration::from_secs(2 * 3600)),
+            purge_stopped_workers: None,
             persistent: false,
             db: PathBuf::from("/var/lib/flower-exporter/state"),
             state_save_interval: Some(Duration::from_millis(250)),

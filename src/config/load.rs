@@ -86,19 +86,34 @@ impl LoadedConfig {
     }
 
     /// Values that have no effect or contradict each other, one line each: environment variables that lack an
-    /// underscore, a URL beside a URL file, and a purge before the timeout.
+    /// underscore, a URL beside a URL file, and a purge that is too early.
     #[must_use]
     pub fn warnings(&self) -> Vec<String> {
-        self.env_warnings.iter().cloned().chain(self.shadowed_url()).chain(self.early_purge()).collect()
+        self.env_warnings.iter().cloned().chain(self.shadowed_url()).chain(self.early_purges()).collect()
     }
 
-    fn early_purge(&self) -> Option<String> {
-        let (purge, timeout) = self.config.state.purge_offline_workers.zip(self.config.state.worker_timeout)?;
-        let (purge, timeout) = (purge < timeout).then(|| (format_duration(purge), format_duration(timeout)))?;
-        Some(format!(
-            "state.purge_offline_workers ({purge}) is shorter than state.worker_timeout ({timeout}): the series of a \
-             worker are removed before they show that it is offline"
-        ))
+    fn early_purges(&self) -> impl Iterator<Item = String> {
+        let Config { state, metrics, .. } = &self.config;
+        let shows_zeros = metrics.zero_first * 2;
+        let offline = state.purge_offline_workers.zip(state.worker_timeout).filter(|(purge, timeout)| purge < timeout);
+        let offline = offline.map(|(purge, timeout)| {
+            format!(
+                "state.purge_offline_workers ({}) is shorter than state.worker_timeout ({}): the series of a worker are \
+                 removed before they show that it is offline",
+                format_duration(purge),
+                format_duration(timeout)
+            )
+        });
+        let stopped = state.effective_purge_stopped().filter(|purge| *purge < shows_zeros);
+        let stopped = stopped.map(|purge| {
+            format!(
+                "state.purge_stopped_workers ({}) is shorter than twice metrics.zero_first ({}): the last events of a \
+                 worker may be removed before a scrape sees them",
+                format_duration(purge),
+                format_duration(metrics.zero_first)
+            )
+        });
+        offline.into_iter().chain(stopped)
     }
 
     fn shadowed_url(&self) -> Option<String> {

@@ -215,6 +215,9 @@ pub struct StateConfig {
     /// never.
     #[serde(deserialize_with = "checked::<ZeroIsNever, _, _>")]
     pub purge_offline_workers: Option<Duration>,
+    /// The same for a worker that sent `worker-offline`, from 1 ms to 10 years. Unset: as `purge_offline_workers`.
+    #[serde(deserialize_with = "optional::<DurationRange<1, TEN_YEARS>, _, _>")]
+    pub purge_stopped_workers: Option<Duration>,
     /// Whether the state is saved and survives a restart.
     pub persistent: bool,
     /// The file of the saved state.
@@ -300,6 +303,14 @@ impl Config {
         amqp.heartbeat = url.heartbeat.unwrap_or(amqp.heartbeat);
         amqp.login_method = url.login_method.unwrap_or(amqp.login_method);
         config
+    }
+}
+
+impl StateConfig {
+    /// Time without an event after which the series of a worker that sent `worker-offline` are removed. `None`: never.
+    #[must_use]
+    pub fn effective_purge_stopped(&self) -> Option<Duration> {
+        self.purge_stopped_workers.or(self.purge_offline_workers)
     }
 }
 

@@ -188,6 +188,9 @@ keys! {
     Scalar state.worker_timeout => live(), format(|config| zero_if_none(config.state.worker_timeout));
     /// The series of a worker are removed if the exporter receives nothing from it for this long. 0: never.
     Scalar state.purge_offline_workers => live(), format(|config| zero_if_none(config.state.purge_offline_workers));
+    /// The same for a worker that stopped on purpose, so that it sent `worker-offline`. Unset: as
+    /// `purge_offline_workers`. Where each start has a new hostname, use a short time: at least two scrapes.
+    Scalar state.purge_stopped_workers => live(), optional(r#""2m""#);
     /// Whether workers, tasks and metrics survive a restart. Without a named queue, `flower_worker_prefetched_tasks`
     /// starts again at 0.
     Scalar state.persistent;

@@ -203,7 +203,8 @@ fn kubernetes_service_variables_are_ignored_and_unknown_keys_are_errors() {
         "",
         &["STATE__MAX_TASK=5"],
         "environment FLOWER_EXPORTER_STATE__MAX_TASK: unknown key state.max_task: expected one of \
-         max_workers, max_tasks, worker_timeout, purge_offline_workers, persistent, db, state_save_interval",
+         max_workers, max_tasks, worker_timeout, purge_offline_workers, purge_stopped_workers, persistent, db, \
+         state_save_interval",
     );
     assert_invalid(
         "",
@@ -344,7 +345,7 @@ fn a_syntax_error_has_a_location_but_no_file_content() {
         "[state]\nmax_task = 1",
         &[],
         "x.toml: unknown key state.max_task: expected one of max_workers, max_tasks, worker_timeout, \
-         purge_offline_workers, persistent, db, state_save_interval",
+         purge_offline_workers, purge_stopped_workers, persistent, db, state_save_interval",
     );
     assert_invalid(
         "[broker.rediss]",
@@ -564,6 +565,7 @@ fn reload_applies_only_live_keys() {
             "events.enable_interval",
             "state.worker_timeout",
             "state.purge_offline_workers",
+            "state.purge_stopped_workers",
             "http.request_timeout",
             "http.idle_timeout",
             "log.level",

@@ -411,7 +411,11 @@ fn no_task_events_warning(hostname: &str) -> String {
 }
 
 fn timeouts(config: &Config) -> Timeouts {
-    Timeouts { worker_timeout: config.state.worker_timeout, purge_offline_workers: config.state.purge_offline_workers }
+    Timeouts {
+        worker_timeout: config.state.worker_timeout,
+        purge_offline_workers: config.state.purge_offline_workers,
+        purge_stopped_workers: config.state.effective_purge_stopped(),
+    }
 }
 
 fn unix_now() -> f64 {

@@ -51,6 +51,8 @@ pub struct Timeouts {
     pub worker_timeout: Option<Duration>,
     /// After this long, the worker's series are removed.
     pub purge_offline_workers: Option<Duration>,
+    /// The same for a worker that sent `worker-offline`.
+    pub purge_stopped_workers: Option<Duration>,
 }
 
 /// When and how an event arrived.
@@ -350,8 +352,7 @@ impl State {
             self.clear_prefetched(slot);
             self.series.set_worker_timed_out(key);
         }
-        let purgeable = |age| self.workers.purgeable(age, timeouts.worker_timeout, now);
-        for slot in timeouts.purge_offline_workers.map_or_else(Vec::new, purgeable) {
+        for slot in self.workers.purgeable(timeouts, now) {
             if self.series.shows_zero(self.workers[slot].key) {
                 continue;
             }

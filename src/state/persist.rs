@@ -428,13 +428,13 @@ impl Restorer {
 /// Whether saved histograms have the configured buckets.
 fn same_histograms(header: &Header, limits: &Limits) -> bool {
     let reason = if *header.bounds != *limits.series.bounds {
-        "metrics.task_runtime_metric_buckets differ from the saved state"
+        "metrics.task_runtime_metric_buckets differ from the saved state; runtime histograms start empty"
     } else if limits.series.native_schema.is_some() && !header.has_native_histograms {
-        "metrics.native_histogram_bucket_factor was not set when the state was saved"
+        "metrics.native_histogram_bucket_factor was not set when the state was saved; runtime histograms start empty"
     } else {
         return true;
     };
-    tracing::warn!("{reason}; runtime histograms start empty");
+    tracing::warn!("{reason}");
     false
 }
 

@@ -69,7 +69,11 @@ impl Fixture {
 
     fn advance(&mut self, seconds: u32) -> &mut Self {
         self.now += SECOND * seconds;
-        let timeouts = Timeouts { worker_timeout: Some(SECOND * 60), purge_offline_workers: Some(SECOND * 600) };
+        let timeouts = Timeouts {
+            worker_timeout: Some(SECOND * 60),
+            purge_offline_workers: Some(SECOND * 600),
+            purge_stopped_workers: Some(SECOND * 120),
+        };
         self.state.expire(&timeouts, self.now);
         self
     }
@@ -239,6 +243,27 @@ fn a_worker_times_out_is_purged_and_can_return() {
     assert_eq!(fixture.samples(), BTreeMap::new());
     fixture.worker("heartbeat", "w", json!({})).task("succeeded", "w", "a", 9.0);
     assert_eq!((fixture.online("w"), fixture.prefetch_time("w")), (Some(1.0), Some(0.0)));
+}
+
+#[test]
+fn a_worker_that_stopped_on_purpose_is_purged_earlier() {
+    let mut fixture = Fixture::new();
+    for worker in ["stopped", "lost", "back"] {
+        fixture.worker("heartbeat", worker, json!({"active": 0}));
+    }
+    fixture.worker("offline", "stopped", json!({})).worker("offline", "back", json!({}));
+    fixture.advance(1).task("succeeded", "stopped", "a", 1.0).worker("heartbeat", "back", json!({}));
+    fixture.advance(119);
+    assert_eq!([fixture.online("stopped"), fixture.online("lost"), fixture.online("back")], [Some(0.0); 3]);
+    fixture.advance(1);
+    assert_eq!(
+        [fixture.online("stopped"), fixture.online("lost"), fixture.online("back")],
+        [None, Some(0.0), Some(0.0)]
+    );
+    fixture.advance(479);
+    assert_eq!([fixture.online("lost"), fixture.online("back")], [None, Some(0.0)]);
+    fixture.advance(1);
+    assert_eq!(fixture.samples(), BTreeMap::new());
 }
 
 #[test]
@@ -809,7 +834,8 @@ proptest! {
     ) {
         let mut ungrouped = Fixture::of(State::new(&limits(100, 100, 100)));
         let mut grouped = Fixture::of(State::new(&with_groups(groups, limits(100, 100, 100))));
-        let timeouts = Timeouts { worker_timeout: Some(SECOND * 60), purge_offline_workers: None };
+        let timeouts =
+            Timeouts { worker_timeout: Some(SECOND * 60), purge_offline_workers: None, purge_stopped_workers: None };
         for (event, seconds, gap) in &events {
             for fixture in [&mut ungrouped, &mut grouped] {
                 fixture.event(event);

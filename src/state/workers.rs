@@ -8,7 +8,7 @@ use hashbrown::{HashMap, HashTable};
 use serde::{Deserialize, Serialize};
 use slab::Slab;
 
-use super::Arrival;
+use super::{Arrival, Timeouts};
 use crate::celery::{Event, EventKind, truncate_label};
 use crate::metrics::{DirtySet, MAX_EVENT_TYPES, WorkerKey};
 
@@ -375,13 +375,14 @@ impl Workers {
         self.slots.iter().filter(|(_, worker)| is_overdue(worker)).map(|(slot, _)| slot).collect()
     }
 
-    /// The slots of the hostnames whose last event is at least `age` old. A live worker must also have exceeded its
-    /// timeout.
-    pub(super) fn purgeable(&self, age: Duration, timeout: Option<Duration>, now: Duration) -> Vec<usize> {
+    /// The slots of the hostnames whose last event is too old. A live worker must also have exceeded its timeout.
+    pub(super) fn purgeable(&self, timeouts: &Timeouts, now: Duration) -> Vec<usize> {
         let is_purgeable = |worker: &Worker| {
-            let timeout = timeout.filter(|_| worker.eviction_class().is_none());
+            let is_stopped = worker.presence == Presence::Offline;
+            let age = if is_stopped { timeouts.purge_stopped_workers } else { timeouts.purge_offline_workers };
+            let timeout = timeouts.worker_timeout.filter(|_| worker.eviction_class().is_none());
             let timeout = timeout.map(|timeout| worker.effective_timeout(timeout));
-            now.saturating_sub(worker.last_seen) >= age.max(timeout.unwrap_or_default())
+            age.is_some_and(|age| now.saturating_sub(worker.last_seen) >= age.max(timeout.unwrap_or_default()))
         };
         self.slots.iter().filter(|(_, worker)| is_purgeable(worker)).map(|(slot, _)| slot).collect()
     }

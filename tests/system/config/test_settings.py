@@ -521,6 +521,16 @@ def test_purge_before_the_timeout_is_reported(services, redis):
     assert "state.purge_offline_workers (30s) is shorter than state.worker_timeout (1m)" in exporter.log()
 
 
+def test_purge_before_a_scrape_sees_the_last_events_is_reported(file):
+    def warnings(**state):
+        return Run("--check-config", "-c", file({"metrics": {"zero_first": "30s"}, "state": state})).out
+
+    message = "state.purge_stopped_workers ({}) is shorter than twice metrics.zero_first (30s)"
+    assert message.format("59s") in warnings(purge_stopped_workers="59s")
+    assert message.format("50s") in warnings(purge_offline_workers="50s", worker_timeout="10s")
+    assert "twice metrics.zero_first" not in warnings(purge_stopped_workers="1m") + warnings(purge_offline_workers=0)
+
+
 def test_json_log_lines_are_objects(services, redis):
     """Every line on stderr is a JSON object, and stdout is empty."""
     exporter = services.exporter(redis, args=["--log-format", "json"])

@@ -147,6 +147,21 @@ def test_not_purged_before_purge_offline_workers(services, shared_redis):
     assert is_online(V, 0)(samples) and samples.total(EVENTS, worker=W) == 4
 
 
+def test_worker_that_stopped_on_purpose_is_purged_earlier(services, shared_redis, tmp_path):
+    """`worker-offline` shortens the time, also across a restart. A worker that vanished stays."""
+    state = {"worker_timeout": "1s", "purge_stopped_workers": "2s", "persistent": True, "db": str(tmp_path / "state")}
+    harness = services.harness(shared_redis, {"state": state})
+    harness.publish(*busy(W), *busy(V), ev.offline(V))
+    assert is_online(V, 0)(harness.metrics())
+    harness.exporter.wait_for(lambda m: V not in m.labels("worker") and is_online(W, 0)(m), 10)
+    harness.publish(ev.offline(V))
+    harness.exporter.terminate()
+    restarted = services.exporter(shared_redis, {"state": state, "events": {"exchange": harness.exchange}})
+    assert is_online(V, 0)(restarted.metrics())
+    samples = restarted.wait_for(lambda m: V not in m.labels("worker"), 10)
+    assert is_online(W, 0)(samples) and samples.total(EVENTS, worker=W) == 4
+
+
 def test_timed_out_worker_can_prefetch_again(services, shared_redis):
     """Its set is cleared. The start of a task that was in the set does not make the gauge negative."""
     harness = services.harness(shared_redis, {"state": {"worker_timeout": "700ms"}})
