@@ -38,6 +38,7 @@ need "/usr/lib/$(uname -m)-linux-gnu/libjemalloc.so.2" libjemalloc2
 need "/usr/lib/$(uname -m)-linux-gnu/libnss_wrapper.so" libnss-wrapper
 need /usr/bin/prometheus prometheus
 need /usr/bin/promtool prometheus
+need /usr/bin/prometheus-alertmanager prometheus-alertmanager
 need /usr/bin/podman podman
 need /usr/sbin/runc runc
 need /usr/bin/docker-compose docker-compose
