@@ -6,25 +6,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null
 committed=benches/instructions.txt
 
-command -v valgrind >/dev/null || { echo "valgrind not found: run apt-get install valgrind as root" >&2; exit 1; }
-built=$(cargo bench --locked --bench stages --no-run --message-format=json-render-diagnostics)
-binary=$(grep -o '"executable":"[^"]*stages[^"]*"' <<<"$built" | tail -n 1 | cut -d'"' -f4)
+. benches/count.sh
 
-# Prints the number of items in a round, then the instructions of the whole run.
-run() {
-    valgrind --tool=cachegrind --cachegrind-out-file=/dev/null --log-file="$log" "$binary" --count "$1" "$2" | tr '\n' ' '
-    grep -oP 'I +refs: +\K[0-9,]+' "$log" | tr -d ,
-}
-
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-figures=$(
-    for stage in decode ingest render; do
-        read -r size few < <(run $stage 1)
-        read -r _ many < <(run $stage 3)
-        echo "$stage $(((many - few) / 2 / size))"
-    done
-)
+figures=$(for stage in decode ingest render; do echo "$stage $(per_item $stage)"; done)
 if [ "${1-}" = --write ]; then
     { sed -n '/^#/p' "$committed"; echo "$figures"; } >"$committed.new"
     mv "$committed.new" "$committed"

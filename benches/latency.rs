@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use flower_exporter::ingest::COPY_BUDGET;
 use flower_exporter::metrics::SnapshotBuilder;
 use flower_exporter::state::State;
-use workload::{Deployment, ingest, state};
+use workload::{Deployment, TYPICAL, ingest, state};
 
 const TASKS: usize = 100_000;
 const TASKS_PER_SAVE: usize = 5_000 / 4;
@@ -23,7 +23,7 @@ fn main() {
 }
 
 fn saves() {
-    let deployment = Deployment { workers: 200, names: 50 };
+    let deployment = Deployment { workers: 200, ..TYPICAL };
     let mut state = state();
     state.track_changes();
     let mut tasks = 0;
@@ -57,7 +57,7 @@ fn save(state: &mut State) -> Duration {
 }
 
 fn scrapes() {
-    let deployment = Deployment { workers: 400, names: 50 };
+    let deployment = Deployment { workers: 400, ..TYPICAL };
     let mut state = state();
     ingest(&mut state, &deployment.bodies(0, 20_000));
     println!("{} label sets", state.series().label_set_count());

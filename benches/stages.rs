@@ -2,7 +2,7 @@
 //!
 //! `benches/instructions.sh` counts instructions instead, which are independent of noise. With `--count STAGE ROUNDS`,
 //! the program only runs a stage for a number of rounds. The difference between two such runs is the cost of the
-//! rounds.
+//! rounds. `benches/options.sh` also uses `--memory OPTIONS LABEL_SETS`.
 
 mod workload;
 
@@ -11,18 +11,26 @@ use std::sync::Arc;
 
 use divan::counter::{BytesCount, ItemsCount};
 use flower_exporter::metrics::encode::{Exposition, Format};
-use flower_exporter::metrics::{Snapshot, SnapshotBuilder};
+use flower_exporter::metrics::{SeriesOptions, Snapshot, SnapshotBuilder};
 use flower_exporter::state::State;
-use workload::{Deployment, TYPICAL, decode, enveloped, ingest, state};
+use workload::{Deployment, TYPICAL, all_options, decode, enveloped, ingest, state, state_with};
 
 /// Tasks per round, with four events each.
 const TASKS: usize = 3_000;
+/// Label sets of a large scrape.
+const LABEL_SETS: usize = 20_000;
+/// Tasks in each of them.
+const RUNS: usize = 80;
+/// Rounds of tasks before those that are counted.
+const FILLING: usize = 27;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    match arguments.iter().position(|argument| argument == "--count") {
+    let number = |index: usize| arguments[index].parse().expect("a number");
+    match arguments.iter().position(|argument| argument == "--count" || argument == "--memory") {
         None => divan::main(),
-        Some(index) => count(&arguments[index + 1], arguments[index + 2].parse().expect("a number of rounds")),
+        Some(index) if arguments[index] == "--memory" => measure_memory(&arguments[index + 1], number(index + 2)),
+        Some(index) => count(&arguments[index + 1], number(index + 2)),
     }
 }
 
@@ -53,8 +61,55 @@ fn count(name: &str, rounds: usize) {
             }
             println!("{}", String::from_utf8_lossy(&text).lines().count());
         }
-        _ => panic!("unknown stage {name}; expected decode, ingest or render"),
+        "ingest-default" => count_runtimes(SeriesOptions::default(), rounds),
+        "ingest-all" => count_runtimes(all_options(), rounds),
+        "scrape-text" => count_scrape(Format::Text, rounds),
+        "scrape-protobuf" => count_scrape(Format::Protobuf, rounds),
+        _ => panic!("unknown stage {name}"),
     }
+}
+
+/// Ingests tasks with many different runtimes into a state that has seen such tasks before.
+fn count_runtimes(options: SeriesOptions, rounds: usize) {
+    let (mut state, deployment) = (state_with(options), Deployment { varied: true, ..TYPICAL });
+    // The first tasks create most of the buckets.
+    for round in 0..FILLING {
+        ingest(&mut state, &deployment.bodies(TASKS * round, TASKS));
+    }
+    let streams: Vec<_> = (FILLING..FILLING + 8).map(|round| deployment.bodies(TASKS * round, TASKS)).collect();
+    for bodies in &streams[..rounds] {
+        ingest(&mut state, black_box(bodies));
+    }
+    println!("{}", 4 * TASKS);
+}
+
+/// Encodes 20,000 label sets, each with native buckets and exemplars if the format has them.
+fn count_scrape(format: Format, rounds: usize) {
+    let snapshot = snapshot_of(&filled_state(all_options(), LABEL_SETS));
+    for _ in 0..rounds {
+        black_box(encode(&snapshot, format));
+    }
+    println!("{LABEL_SETS}");
+}
+
+/// A state with so many label sets, and eighty tasks in each of them.
+fn filled_state(options: SeriesOptions, label_sets: usize) -> State {
+    let (mut state, deployment) = (state_with(options), Deployment { varied: true, ..with_label_sets(label_sets) });
+    let chunk = 10_000;
+    for first in (0..RUNS * LABEL_SETS).step_by(chunk) {
+        ingest(&mut state, &deployment.bodies(first, chunk));
+    }
+    state
+}
+
+/// Prints the resident memory of a state with so many label sets, in bytes.
+fn measure_memory(options: &str, label_sets: usize) {
+    let options = if options == "all" { all_options() } else { SeriesOptions::default() };
+    let state = filled_state(options, label_sets);
+    let pages = std::fs::read_to_string("/proc/self/statm").expect("Linux");
+    let pages: usize = pages.split(' ').nth(1).and_then(|pages| pages.parse().ok()).expect("a number");
+    println!("{}", pages * 4096);
+    drop(state);
 }
 
 fn envelopes() -> Vec<Vec<u8>> {
@@ -71,6 +126,10 @@ fn warm_state() -> State {
 fn snapshot(deployment: Deployment) -> Arc<Snapshot> {
     let mut state = state();
     ingest(&mut state, &deployment.bodies(0, deployment.workers * deployment.names));
+    snapshot_of(&state)
+}
+
+fn snapshot_of(state: &State) -> Arc<Snapshot> {
     let mut builder = SnapshotBuilder::new(state.series());
     while !builder.step(state.series(), 1 << 20) {}
     Arc::new(builder.finish(state.series()))
@@ -78,7 +137,11 @@ fn snapshot(deployment: Deployment) -> Arc<Snapshot> {
 
 /// Renders a scrape in pieces, as the server does. Returns its size in bytes.
 fn render(snapshot: &Arc<Snapshot>) -> usize {
-    let mut exposition = Exposition::new(Arc::clone(snapshot), Format::Text, &[]);
+    encode(snapshot, Format::Text)
+}
+
+fn encode(snapshot: &Arc<Snapshot>, format: Format) -> usize {
+    let mut exposition = Exposition::new(Arc::clone(snapshot), format, &[]);
     let (mut piece, mut bytes) = (Vec::with_capacity(72 << 10), 0);
     loop {
         let more = exposition.write(&mut piece, 64 << 10);
@@ -136,5 +199,5 @@ fn render_label_sets(bencher: divan::Bencher, label_sets: usize) {
 }
 
 fn with_label_sets(label_sets: usize) -> Deployment {
-    Deployment { workers: label_sets / TYPICAL.names, names: TYPICAL.names }
+    Deployment { workers: label_sets / TYPICAL.names, ..TYPICAL }
 }

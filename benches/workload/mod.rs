@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use base64_simd::STANDARD;
 use flower_exporter::celery::{envelope, event};
+use flower_exporter::config::MetricsConfig;
 use flower_exporter::metrics::SeriesOptions;
 use flower_exporter::state::{Arrival, Limits, State};
 
@@ -25,10 +26,12 @@ const CLIENTS: usize = 4;
 pub struct Deployment {
     pub workers: usize,
     pub names: usize,
+    /// Whether runtimes differ: from 10 ms to 1 s, evenly on a logarithmic scale.
+    pub varied: bool,
 }
 
 /// Twenty workers and fifty task names: 1,000 label sets.
-pub const TYPICAL: Deployment = Deployment { workers: 20, names: 50 };
+pub const TYPICAL: Deployment = Deployment { workers: 20, names: 50, varied: false };
 
 impl Deployment {
     /// The message bodies for tasks `first..first + tasks`. A body is a list of events from one hostname.
@@ -80,12 +83,13 @@ impl Deployment {
             name = name,
             uuid = uuid
         );
+        let runtime = if self.varied { 0.01 * 100_f64.powf((task as f64 * 0.618_034).fract()) } else { 0.042_137_5 };
         let sent = format!(r#"{description}"queue": "celery", "exchange": "", "routing_key": "celery", "#);
         [
             event("task-sent", &client, 0, 0.0, &sent),
             event("task-received", &worker, 1, 0.002, &description),
             event("task-started", &worker, 2, 0.013, ""),
-            event("task-succeeded", &worker, 3, 0.055, r#""result": "42", "runtime": 0.0421375, "#),
+            event("task-succeeded", &worker, 3, 0.055, &format!(r#""result": "42", "runtime": {runtime}, "#)),
         ]
     }
 }
@@ -107,12 +111,21 @@ pub fn enveloped(body: &[u8]) -> Vec<u8> {
 
 /// A state with the default limits.
 pub fn state() -> State {
-    let buckets = vec![0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
-    State::new(&Limits {
-        max_workers: 5_000,
-        max_tasks: 100_000,
-        series: SeriesOptions { max_label_sets: 100_000, bounds: buckets, ..SeriesOptions::default() },
-    })
+    state_with(SeriesOptions::default())
+}
+
+/// A state with these options and the default limits.
+pub fn state_with(series: SeriesOptions) -> State {
+    State::new(&Limits { max_workers: 5_000, max_tasks: 100_000, series })
+}
+
+/// What is off by default and costs something for each event: native histograms, exemplars, zeros first.
+pub fn all_options() -> SeriesOptions {
+    let mut config = MetricsConfig::default();
+    config.native_histogram_bucket_factor = Some(1.1);
+    config.exemplars = true;
+    config.zero_first = Duration::from_secs(30);
+    SeriesOptions::new(&config)
 }
 
 /// Decodes enveloped messages and counts their events.

@@ -27,6 +27,7 @@ def pytest_addoption(parser):
     parser.addoption("--faults", type=int, default=12, help="random faults under load; the long form is 200")
     parser.addoption("--queue-faults", type=int, default=10, help="random faults on a named queue; the long form is 400")
     parser.addoption("--fault-seed", type=int, help="seed of the faults: to repeat a failure")
+    parser.addoption("--incident-speed", type=float, default=10, help="how much faster than the shipped rules; the long form is 1")
     parser.addoption("--all-servers", action="store_true", help="run in full on every release of every server")
     parser.addoption("--server", action="append", help="run in full only on this release, for example valkey-9.1")
     parser.addoption("--matrix", help="write the table of releases and test files to this file")

@@ -58,9 +58,9 @@ class Exporter(Process):
     context = None
     headers = {}
 
-    def __init__(self, broker=None, settings=None, *, env=None, args=(), config=True, prefix=(), context=None, headers=None):
+    def __init__(self, broker=None, settings=None, *, env=None, args=(), config=True, prefix=(), port=None, context=None, headers=None):
         self.context, self.headers = context, headers or {}
-        self.port = free_port()
+        self.port = port or free_port()
         self.settings = {"http": {"listen": f"127.0.0.1:{self.port}"}}
         if broker:
             self.settings["broker"] = {"url": broker.url}

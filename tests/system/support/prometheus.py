@@ -22,9 +22,11 @@ def promtool(release, *arguments, **options):
 
 
 class Prometheus(Process):
-    """Scrapes these local ports and evaluates the shipped rules, both every second."""
+    """Scrapes these local ports and evaluates the shipped rules, both every second unless told otherwise."""
 
-    def __init__(self, ports=(), rules=FILES, job="flower-exporter", release=None, features=(), scrape=None, web_config=None):
+    def __init__(
+        self, ports=(), rules=FILES, job="flower-exporter", release=None, features=(), scrape=None, web_config=None, interval="1s"
+    ):
         release = release or releases.own("prometheus")
         self.port = free_port()
         home = directory("prometheus")
@@ -34,7 +36,7 @@ class Prometheus(Process):
         config.write_text(
             json.dumps(
                 {
-                    "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+                    "global": {"scrape_interval": interval, "evaluation_interval": interval},
                     "rule_files": [str(RULES / name) for name in rules],
                     "scrape_configs": [scrape],
                 }
