@@ -6,29 +6,43 @@ import json
 import re
 import shlex
 import subprocess
-import tomllib
 
 import kubernetes_validate
 import pytest
 import yaml
 
 from support import events as ev
-from support.cli import Run
-from support.exposition import EVENTS, ONLINE
-from support.kubernetes import MANIFESTS, NAME, build, containers, environment, kubectl, mib, only, overlay
+from support.exposition import ONLINE, PREFETCHED
+from support.kubernetes import (
+    MANIFESTS,
+    NAME,
+    NEWEST,
+    OLDEST,
+    OPERATOR,
+    Pod,
+    assert_consistent,
+    assert_scrapes,
+    build,
+    claims,
+    containers,
+    covers,
+    kubectl,
+    mib,
+    only,
+    overlay,
+    validate,
+    workload,
+)
 from support.processes import ROOT, directory, wait_until
 from support.prometheus import FILES, RULES
 
 #: Every documented build, and its oldest and newest supported Kubernetes.
 BUILDS = {
-    "base": ("base", (), "1.25"),
-    "overlay": ("overlay", (), "1.25"),
-    "base with state": ("base", ("persistent-state", "service-monitor"), "1.25"),
+    "base": ("base", (), OLDEST),
+    "overlay": ("overlay", (), OLDEST),
+    "base with state": ("base", ("persistent-state", "service-monitor"), OLDEST),
     "sidecar": ("sidecar", ("pod-monitor",), "1.29"),
 }
-NEWEST = "1.37"
-OPERATOR = "monitoring.coreos.com/v1"
-DEFAULT_FILE = "/etc/flower-exporter/flower-exporter.toml"
 
 
 @pytest.fixture(scope="module")
@@ -44,54 +58,13 @@ def documents(request, built):
 @pytest.fixture
 def exporter_container(documents):
     """(pod's spec, exporter container) of a build."""
-    ((pod, container),) = containers(only(documents, "Deployment"))
+    ((pod, container),) = containers(workload(documents))
     return pod, container
-
-
-class Pod:
-    """The files and variables of the exporter container, as the kubelet provides them for a pod with this name."""
-
-    def __init__(self, documents, url, name="worker-6f7c-x2x"):
-        ((pod, container),) = containers(only(documents, "Deployment"))
-        volumes = {volume["name"]: volume for volume in pod["volumes"]}
-        mounts = {mount["mountPath"]: directory("mount") for mount in container["volumeMounts"]}
-        self.config = self.broker_url = None
-        for mount in container["volumeMounts"]:
-            volume, here = volumes[mount["name"]], mounts[mount["mountPath"]]
-            if "configMap" in volume:
-                settings = only(documents, "ConfigMap")
-                assert volume["configMap"]["name"] == settings["metadata"]["name"]
-                (key,) = settings["data"]
-                assert f"{mount['mountPath']}/{key}" == DEFAULT_FILE
-                self.config = here / key
-                self.config.write_text(settings["data"][key])
-            elif "secret" in volume:
-                (item,) = volume["secret"]["items"]
-                self.broker_url = here / item["path"]
-                self.broker_url.write_text(url)
-        self.env = environment(container, name, mounts)
-
-    def check(self):
-        return Run(*(["-c", self.config] if self.config else []), "--check-config", env=self.env)
-
-    def settings(self):
-        done = self.check()
-        assert done.code == 0, done.err
-        return tomllib.loads(done.out)
-
-    def start(self, services):
-        settings = tomllib.loads(self.config.read_text()) if self.config else {}
-        return services.exporter(None, settings, env=self.env).ready()
 
 
 def seconds(text):
     """The seconds of a duration such as 1m 30s."""
     return sum(int(number) * {"s": 1, "m": 60, "h": 3600}[unit] for number, unit in re.findall(r"(\d+)([smh])", text))
-
-
-def covers(selector, labels):
-    assert set(selector) == {"matchLabels"} and selector["matchLabels"]
-    return selector["matchLabels"].items() <= labels.items()
 
 
 # -- the files
@@ -111,16 +84,14 @@ def test_every_file_is_part_of_a_build():
 def test_manifests_match_the_schemas(built, name):
     """Every manifest is valid in the oldest and the newest version, without unknown fields."""
     for version in (BUILDS[name][2], NEWEST):
-        for document in built[name]:
-            if document["apiVersion"] != OPERATOR:
-                assert kubernetes_validate.validate(document, version, strict=True) == version
+        validate(built[name], version)
 
 
 def test_schemas_reject_a_misspelled_field(built):
     """In each manifest, at several levels."""
     for document in (one for name in BUILDS for one in built[name] if one["apiVersion"] != OPERATOR):
         spots = [document, document["metadata"]]
-        if document["kind"] == "Deployment":
+        if document["kind"] in ("Deployment", "StatefulSet"):
             ((pod, container),) = containers(document)
             spots += [document["spec"], pod, container, container["livenessProbe"], container["securityContext"]]
         for spot in spots:
@@ -137,29 +108,18 @@ def test_native_sidecar_requires_its_version(built):
 
 
 def test_selectors_and_ports_match(built):
-    """Deployment, Service, NetworkPolicy and ServiceMonitor select the same pods and the same port."""
-    documents = built["base with state"]
-    deployment, service = only(documents, "Deployment"), only(documents, "Service")
-    policy, monitor = only(documents, "NetworkPolicy")["spec"], only(documents, "ServiceMonitor")["spec"]
-    labels = deployment["spec"]["template"]["metadata"]["labels"]
-    ((_, container),) = containers(deployment)
-    (port,), (service_port,), (endpoint,) = container["ports"], service["spec"]["ports"], monitor["endpoints"]
-    assert covers(deployment["spec"]["selector"], labels) and covers(policy["podSelector"], labels)
-    assert covers({"matchLabels": service["spec"]["selector"]}, labels)
-    assert service_port["targetPort"] == port["name"] and service_port["port"] == port["containerPort"]
-    assert policy["ingress"][0]["ports"] == [{"port": port["containerPort"], "protocol": "TCP"}]
-    assert covers(monitor["selector"], service["metadata"]["labels"]) and endpoint == {"port": service_port["name"]}
-    # The alerts use this job name: from the monitor's label, and from the operator's default, the Service's name.
-    assert service["metadata"]["labels"][monitor["jobLabel"]] == service["metadata"]["name"] == NAME
+    """StatefulSet, Service, NetworkPolicy and ServiceMonitor select the same pods and the same port."""
+    assert_consistent(built["base with state"])
+    # The job without a monitor's `jobLabel` is the Service's name.
+    assert only(built["base with state"], "Service")["metadata"]["name"] == NAME
 
 
 def test_pod_monitor_selects_the_sidecar(built):
     """It selects the pods that the patch labels and only the exporter's port, and sets the job name of the alerts."""
-    labels = only(built["sidecar"], "Deployment")["spec"]["template"]["metadata"]["labels"]
-    monitor = only(built["sidecar"], "PodMonitor")["spec"]
-    ((_, container),) = containers(only(built["sidecar"], "Deployment"))
-    assert covers(monitor["selector"], labels) and labels[monitor["jobLabel"]] == NAME
-    assert monitor["podMetricsEndpoints"] == [{"port": container["ports"][0]["name"]}]
+    sidecar = workload(built["sidecar"])
+    ((_, container),) = containers(sidecar)
+    labels = sidecar["spec"]["template"]["metadata"]["labels"]
+    assert_scrapes(only(built["sidecar"], "PodMonitor"), labels, container["ports"][0]["name"])
 
 
 def test_network_policy_allows_brokers_and_dns(built):
@@ -180,17 +140,24 @@ def test_pod_security_standard_restricted(exporter_container):
     assert context["readOnlyRootFilesystem"] is True and "privileged" not in context
     assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
     kinds = {key for volume in pod["volumes"] for key in volume} - {"name"}
-    assert kinds <= {"configMap", "secret", "persistentVolumeClaim"}
+    assert kinds <= {"configMap", "secret"}
 
 
 @pytest.mark.parametrize("name", ["base", "overlay", "base with state"])
 def test_pod_options_and_strategy(built, name):
-    """One pod at a time, no service variables, no token, and a grace period of more than the 5 s that a stop takes."""
-    spec = only(built[name], "Deployment")["spec"]
+    """No replica waits for another, no service variables, no token, and more grace than the 5 s that a stop takes."""
+    spec = only(built[name], "StatefulSet")["spec"]
     pod = spec["template"]["spec"]
-    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+    assert (spec["replicas"], spec["podManagementPolicy"]) == (1, "Parallel")
     assert (pod["enableServiceLinks"], pod["automountServiceAccountToken"]) == (False, False)
     assert pod["terminationGracePeriodSeconds"] > 5
+
+
+def test_overlay_can_set_two_replicas():
+    """As the overlay's comment shows."""
+    (block,) = re.findall(r"^# replicas:\n(?:#   .*\n)+", (MANIFESTS / "overlay/kustomization.yaml").read_text(), re.M)
+    documents = build(overlay(["overlay"], **yaml.safe_load(block.replace("# ", "", 1).replace("\n# ", "\n"))))
+    assert only(documents, "StatefulSet")["spec"]["replicas"] == 2
 
 
 def test_sidecar_does_not_delay_its_worker(built):
@@ -211,7 +178,7 @@ def test_sidecars_do_not_enable_events(built):
 def test_overlay_sets_image_namespace_and_secret(built):
     """The Secret has a fixed name, which a new URL does not change."""
     documents = built["overlay"]
-    ((pod, container),) = containers(only(documents, "Deployment"))
+    ((pod, container),) = containers(workload(documents))
     assert container["image"] == "registry.example.com/flower-exporter:0.1.0"
     assert {document["metadata"]["namespace"] for document in documents} == {"celery"}
     (secret,) = [volume["secret"] for volume in pod["volumes"] if "secret" in volume]
@@ -223,7 +190,7 @@ def test_overlay_sets_image_namespace_and_secret(built):
 
 def test_config_map_and_variables_are_valid(documents):
     """The exporter accepts the ConfigMap and the container's variables, with the container's port and URL file."""
-    ((_, container),) = containers(only(documents, "Deployment"))
+    ((_, container),) = containers(workload(documents))
     pod = Pod(documents, "redis://redis.example/0\n")
     settings = pod.settings()
     assert settings["broker"]["url_file"] == str(pod.broker_url)
@@ -238,7 +205,7 @@ def test_invalid_settings_are_detected(built):
     settings["flower-exporter.toml"] += "self_metric = true\n"
     assert Pod(documents, "redis://redis.example/0").check().code == 2
     documents = copy.deepcopy(built["sidecar"])
-    ((_, container),) = containers(only(documents, "Deployment"))
+    ((_, container),) = containers(workload(documents))
     container["env"][0]["name"] += "S"
     assert Pod(documents, "redis://redis.example/0").check().code == 2
 
@@ -251,12 +218,21 @@ def test_placeholder_url_is_refused(built):
     assert str(pod.broker_url) in line and url.strip() not in line
 
 
-def test_workers_are_purged_before_their_alert_fires(built):
-    """Pods have new names after each rollout, so the old series must be purged before CeleryWorkerDown fires."""
-    state = Pod(built["base"], "redis://redis.example/0").settings()["state"]
+def test_stopped_workers_are_forgotten_after_two_scrapes(built):
+    """Later than that, so that the last events of a worker are scraped. Killed workers stay longer than their alert's `for`."""
+    settings = Pod(built["base"], "redis://redis.example/0").settings()
+    state = {key: seconds(settings["state"][key]) for key in ("purge_stopped_workers", "purge_offline_workers")}
     rules = yaml.safe_load((RULES / "flower.alerts.yml").read_text())["groups"][0]["rules"]
     (alert,) = [rule for rule in rules if rule.get("alert") == "CeleryWorkerDown"]
-    assert seconds(state["worker_timeout"]) < seconds(state["purge_offline_workers"]) < seconds(alert["for"])
+    assert 2 * 15 < state["purge_stopped_workers"] < state["purge_offline_workers"]
+    assert seconds(alert["for"]) < state["purge_offline_workers"]
+
+
+def test_counters_start_at_zero_for_two_scrapes(documents):
+    """`metrics.zero_first` is twice the interval of everything that scrapes on Kubernetes."""
+    (job,) = yaml.safe_load((MANIFESTS / "prometheus.yml").read_text())["scrape_configs"]
+    zero_first = Pod(documents, "redis://redis.example/0").settings()["metrics"]["zero_first"]
+    assert seconds(zero_first) == 2 * seconds(job["scrape_interval"]) == 2 * 15  # assert_scrapes() checks the monitors
 
 
 def test_memory_limit_covers_an_overload(documents, exporter_container):
@@ -270,15 +246,16 @@ def test_memory_limit_covers_an_overload(documents, exporter_container):
 def test_persistent_state_is_on_the_volume(built):
     """The component's volume contains state.db, and the exporter's group can write to it."""
     documents = built["base with state"]
-    ((pod, container),) = containers(only(documents, "Deployment"))
-    (volume,) = [one for one in pod["volumes"] if "persistentVolumeClaim" in one]
-    (mount,) = [one for one in container["volumeMounts"] if one["name"] == volume["name"]]
-    assert volume["persistentVolumeClaim"]["claimName"] == only(documents, "PersistentVolumeClaim")["metadata"]["name"]
-    variables = {one["name"]: one["value"] for one in container["env"]}
+    ((pod, container),) = containers(workload(documents))
+    (claim,) = claims(workload(documents))
+    (mount,) = [one for one in container["volumeMounts"] if one["name"] == claim["name"]]
+    variables = {one["name"]: one.get("value") for one in container["env"]}
     assert variables["FLOWER_EXPORTER_STATE__DB"].startswith(mount["mountPath"] + "/") and "readOnly" not in mount
     assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsGroup"]
-    state = Pod(documents, "redis://redis.example/0").settings()["state"]
-    assert state["persistent"] is True and state["db"].endswith("/state")
+    settings = Pod(documents, "redis://redis.example/0", name="flower-exporter-1").settings()
+    assert settings["state"]["persistent"] is True and settings["state"]["db"].endswith("/state")
+    # The component's variables do not come between the queue and the pod's name.
+    assert settings["broker"]["amqp"]["queue"] == "flower-exporter-1"
 
 
 # -- a running exporter
@@ -299,12 +276,28 @@ def test_probes_succeed_on_a_connected_exporter(services, shared_redis, document
 
 def test_liveness_probe_tolerates_an_outage(services, redis, built):
     """During a broker outage the pod is not ready, but it is not restarted."""
-    ((_, container),) = containers(only(built["base"], "Deployment"))
+    ((_, container),) = containers(workload(built["base"]))
     exporter = Pod(built["base"], redis.url).start(services)
     redis.stop()
     path = {key: container[key]["httpGet"]["path"] for key in ("livenessProbe", "readinessProbe")}
     wait_until(lambda: exporter.request(path["readinessProbe"])[0] == 503, 10, "not ready")
     assert exporter.request(path["livenessProbe"])[0] == 200
+
+
+def test_each_replica_has_its_own_queue(services, vhost, built):
+    """Two replicas receive all events, and the queue of each has the pod's name. Counters show 0 at first (zero_first)."""
+    replicas = [Pod(built["base"], vhost.url, name=f"flower-exporter-{number}").start(services) for number in (0, 1)]
+    services.publisher(vhost).send([ev.received("one"), ev.received("two")])
+    for number, exporter in enumerate(replicas):
+        exporter.wait_for(lambda m: m.total(PREFETCHED) == 2)
+        assert f"flower-exporter-{number}" in exporter.healthz()[1]["subscription"]
+
+
+def test_queue_name_has_no_effect_on_redis(services, redis, built):
+    """The exporter counts the events."""
+    exporter = Pod(built["base"], redis.url, name="flower-exporter-0").start(services)
+    services.publisher(redis).send([ev.received("one"), ev.received("two")])
+    exporter.wait_for(lambda m: m.total(PREFETCHED) == 2)
 
 
 def test_sidecar_counts_only_its_worker(services, redis, built):
@@ -314,7 +307,7 @@ def test_sidecar_counts_only_its_worker(services, redis, built):
     for worker in ("celery@worker-12", "celery@worker-2", "celery@worker-1"):
         publisher.send([ev.received(worker=worker), ev.heartbeat(worker)])
     samples = exporter.wait_for(lambda m: m.one(ONLINE, worker="celery@worker-1"))
-    assert samples.labels("worker") == {"celery@worker-1"} and samples.total(EVENTS) == 1
+    assert samples.labels("worker") == {"celery@worker-1"} and samples.total(PREFETCHED) == 1
 
 
 # -- Prometheus
@@ -323,8 +316,7 @@ def test_sidecar_counts_only_its_worker(services, redis, built):
 @pytest.mark.parametrize("name", ["base", "sidecar"])
 def test_scrape_job_finds_the_exporter(built, name):
     """The job without the operator finds only the exporter container, and labels pods and brokers."""
-    deployment = only(built[name], "Deployment")
-    pod = deployment["spec"]["template"]["spec"]
+    pod = workload(built[name])["spec"]["template"]["spec"]
     (job,) = yaml.safe_load((MANIFESTS / "prometheus.yml").read_text())["scrape_configs"]
     # Debian's Prometheus has no Kubernetes service discovery, so the targets are static.
     assert job.pop("kubernetes_sd_configs") == [{"role": "pod"}]
@@ -344,7 +336,7 @@ def test_scrape_job_finds_the_exporter(built, name):
     assert done.returncode == 0, done.stdout + done.stderr
     (kept,) = [target["labels"] for target in json.loads(done.stdout) if target["labels"]]
     visible = {key: value for key, value in kept.items() if not key.startswith("__")}
-    wanted = {"job": NAME, "instance": "10.0.0.1:9555", "namespace": "celery", "pod": "pod-1", "broker": "orders"}
+    wanted = {"job": NAME, "instance": "pod-1", "namespace": "celery", "pod": "pod-1", "broker": "orders"}
     assert visible == wanted and kept["__metrics_path__"] == "/metrics"
 
 
@@ -374,10 +366,36 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", (MANIFESTS / "README.md").read_text(), re.M | re.S)
 
 
+def commands():
+    return "".join(blocks("sh")).splitlines()
+
+
+def test_commands_wait_for_what_the_overlay_creates(built):
+    """Every `kubectl rollout status` in the documents names the overlay's workload and namespace."""
+    exporter = only(built["overlay"], "StatefulSet")["metadata"]
+    installation = (ROOT / "docs/installation.md").read_text().splitlines()
+    waits = [line for line in [*commands(), *installation] if line.startswith("kubectl rollout status")]
+    assert len(waits) == 3
+    assert set(waits) == {f"kubectl rollout status -n {exporter['namespace']} statefulset/{exporter['name']}"}
+
+
+def test_readme_moves_from_the_deployment(built):
+    """It deletes what the overlay replaces, and nothing that the overlay creates afterwards."""
+    lines = [line for line in commands() if line.startswith(("kubectl delete", "kubectl apply"))]
+    lines = lines[lines.index("kubectl delete -n celery service/flower-exporter") :]
+    assert lines == [
+        "kubectl delete -n celery service/flower-exporter",
+        "kubectl apply -k deploy/kubernetes/overlay",
+        "kubectl delete -n celery deployment/flower-exporter",
+        "kubectl delete -n celery pvc/flower-exporter-state",
+    ]
+    assert only(built["overlay"], "Service")["spec"]["clusterIP"] == "None"
+    assert not [one for one in built["overlay"] if one["kind"] in ("Deployment", "PersistentVolumeClaim")]
+
+
 def test_readme_commands_create_the_secret(built):
     """The Secret has the name and key that the pods mount, and every named file exists."""
-    (commands,) = blocks("sh")
-    (create,) = [line for line in commands.splitlines() if line.startswith("kubectl create secret")]
+    (create,) = [line for line in commands() if line.startswith("kubectl create secret")]
     arguments = shlex.split(create)[1:]
     assert [argument for argument in arguments if "url" in argument] == ["--from-file=url=broker-url"]
     file = directory("secret") / "broker-url"
@@ -387,7 +405,7 @@ def test_readme_commands_create_the_secret(built):
     assert done.returncode == 0, done.stderr
     secret = yaml.safe_load(done.stdout)
     for name in BUILDS:
-        ((pod, _),) = containers(only(built[name], "Deployment"))
+        ((pod, _),) = containers(workload(built[name]))
         (volume,) = [one["secret"] for one in pod["volumes"] if "secret" in one]
         assert secret["metadata"]["name"] == volume["secretName"]
         assert [item["key"] for item in volume["items"]] == list(secret["data"])
@@ -408,12 +426,13 @@ def test_readme_several_brokers():
     documents = build(overlay(brokers.values(), ["service-monitor"]))
     monitor = only(documents, "ServiceMonitor")["spec"]
     for broker, home in brokers.items():
-        deployment, service = (only(build(home), kind) for kind in ("Deployment", "Service"))
-        assert deployment in documents and service in documents
+        exporter, service = (only(build(home), kind) for kind in ("StatefulSet", "Service"))
+        assert exporter in documents and service in documents
+        assert exporter["spec"]["serviceName"] == service["metadata"]["name"]
         assert service["spec"]["selector"]["broker"] == broker
         assert service["metadata"]["labels"][monitor["targetLabels"][0]] == broker
-        assert deployment["spec"]["template"]["metadata"]["labels"]["broker"] == broker
+        assert exporter["spec"]["template"]["metadata"]["labels"]["broker"] == broker
         assert covers(monitor["selector"], service["metadata"]["labels"])
         assert service["metadata"]["labels"][monitor["jobLabel"]] == NAME
-        (secret,) = [v["secret"] for v in deployment["spec"]["template"]["spec"]["volumes"] if "secret" in v]
+        (secret,) = [v["secret"] for v in exporter["spec"]["template"]["spec"]["volumes"] if "secret" in v]
         assert secret["secretName"].startswith(f"flower-exporter-broker-{broker}-")
