@@ -10,6 +10,7 @@ import subprocess
 import kubernetes_validate
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from support import events as ev
 from support.exposition import ONLINE, PREFETCHED
@@ -41,6 +42,7 @@ BUILDS = {
     "base": ("base", (), OLDEST),
     "overlay": ("overlay", (), OLDEST),
     "base with state": ("base", ("persistent-state", "service-monitor"), OLDEST),
+    "base for Datadog": ("base", ("datadog",), OLDEST),
     "sidecar": ("sidecar", ("pod-monitor",), "1.29"),
 }
 
@@ -359,6 +361,46 @@ def test_prometheus_rules_script_rejects_an_invalid_label():
     assert (done.returncode, done.stdout) == (2, "") and "expected a label as in release=" in done.stderr
 
 
+# -- Datadog
+
+#: The mapping of Datadog's check `celery`, without the prefix `celery.flower.`. The source is in components/datadog.
+DATADOG = {
+    "flower_events": "events",
+    "flower_task_runtime_seconds": "task.runtime.seconds",
+    "flower_task_prefetch_time_seconds": "task.prefetch_time.seconds",
+    "flower_worker_prefetched_tasks": "worker.prefetched_tasks",
+    "flower_worker_online": "worker.online",
+    "flower_worker_number_of_currently_executing_tasks": "worker.executing_tasks",
+}
+
+
+def test_datadog_annotations_name_what_is_served(services, redis, built):
+    """The annotation has the container's name, valid checks, the exporter's port, and metrics of a real exposition."""
+    documents = built["base for Datadog"]
+    template = workload(documents)["spec"]["template"]
+    ((_, container),) = containers(workload(documents))
+    checks = json.loads(template["metadata"]["annotations"][f"ad.datadoghq.com/{container['name']}.checks"])
+    assert set(checks) == {"celery", "openmetrics"}
+    exporter = Pod(documents, redis.url).start(services)
+    done = [event("one") for event in (ev.received, ev.started, ev.succeeded)]
+    services.publisher(redis).send([*done, ev.received("two"), ev.heartbeat()])
+    exporter.wait_for(lambda m: m.total(PREFETCHED) == 1)
+    # A family's name has no suffix _total, as in Datadog's parser.
+    families = {family.name for family in text_string_to_metric_families(exporter.text())}
+    for check in checks.values():
+        (instance,) = check["instances"]
+        assert instance["openmetrics_endpoint"] == f"http://%%host%%:{container['ports'][0]['containerPort']}/metrics"
+        assert {name for metric in instance.get("metrics", ()) for name in metric} <= families
+    assert set(DATADOG) <= families
+
+
+def test_readme_lists_datadogs_names():
+    """All six metrics, with the names of Datadog's mapping."""
+    row = r"^\| `(flower_\w+)` \| `celery\.flower\.([\w.]+?)(?:\.(?:count|bucket))?`"
+    rows = re.findall(row, (MANIFESTS / "README.md").read_text(), re.M)
+    assert {name.removesuffix("_total"): mapped for name, mapped in rows} == DATADOG
+
+
 # -- the README
 
 
@@ -375,7 +417,7 @@ def test_commands_wait_for_what_the_overlay_creates(built):
     exporter = only(built["overlay"], "StatefulSet")["metadata"]
     installation = (ROOT / "docs/installation.md").read_text().splitlines()
     waits = [line for line in [*commands(), *installation] if line.startswith("kubectl rollout status")]
-    assert len(waits) == 3
+    assert len(waits) == 4
     assert set(waits) == {f"kubectl rollout status -n {exporter['namespace']} statefulset/{exporter['name']}"}
 
 
