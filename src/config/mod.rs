@@ -28,6 +28,7 @@ mod types;
 mod validate;
 mod worker_groups;
 
+use broker_url::Transport;
 pub use broker_url::{BrokerUrl, BrokerUrls};
 pub use choice::{Level, LogFormat, LoginMethod};
 pub use error::ConfigError;
@@ -302,6 +303,7 @@ impl Config {
         let amqp = &mut config.broker.amqp;
         amqp.heartbeat = url.heartbeat.unwrap_or(amqp.heartbeat);
         amqp.login_method = url.login_method.unwrap_or(amqp.login_method);
+        amqp.queue = amqp.queue.take().filter(|_| url.transport == Transport::Amqp);
         config
     }
 }

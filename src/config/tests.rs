@@ -775,6 +775,17 @@ fn a_persistent_named_queue_requires_a_save_interval() {
     assert_eq!(with("", true), Ok(()));
     let error = with("queue = 'q'", true).unwrap_err();
     assert!(error.starts_with("state.state_save_interval = 0: with broker.amqp.queue"), "{error}");
+    let redis =
+        "state = { state_save_interval = 0, persistent = true }\nbroker = { url = 'redis://h', amqp.queue = 'q' }";
+    assert!(load(redis, &[], &[]).is_ok(), "Redis has no queues");
+}
+
+#[test]
+fn only_amqp_urls_have_a_named_queue() {
+    let config = config("broker.amqp.queue = 'q'\nbroker.url = 'amqp://a;redis://b'", &[], &[]);
+    let urls = config.broker.urls().unwrap();
+    let queues: Vec<_> = urls.iter().map(|url| config.for_url(url).broker.amqp.queue).collect();
+    assert_eq!(queues, [Some("q".to_owned()), None]);
 }
 
 #[cfg(feature = "cli")]

@@ -10,8 +10,8 @@ impl Config {
     /// # Errors
     /// Returns an error if two keys contradict each other, or if the URL file cannot be used.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        self.broker.urls()?;
-        let acknowledges_after_saves = self.broker.amqp.queue.is_some() && self.state.persistent;
+        let is_amqp = self.broker.urls()?.iter().any(|url| url.transport == Transport::Amqp);
+        let acknowledges_after_saves = is_amqp && self.broker.amqp.queue.is_some() && self.state.persistent;
         if acknowledges_after_saves && self.state.state_save_interval.is_none() {
             return Err(invalid(
                 "state.state_save_interval",

@@ -5,7 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::config::Config;
-use crate::inbox::Message;
+use crate::inbox::{Encoding, Message};
 
 /// How many messages are remembered: none without a named queue, because any other queue ends with its connection.
 #[must_use]
@@ -51,7 +51,8 @@ impl RedeliveryFilter {
 
     /// The message's hash, and whether it was processed before. If not, it is remembered. `None` without a named queue.
     pub(super) fn check(&mut self, message: &Message) -> Option<(u64, bool)> {
-        if self.capacity == 0 {
+        // Redis, whose messages have an envelope, delivers none again.
+        if self.capacity == 0 || message.encoding == Encoding::KombuEnvelope {
             return None;
         }
         // XXH3 is specified, so a saved hash keeps its meaning across versions and machines.
@@ -87,7 +88,6 @@ impl RedeliveryFilter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inbox::Encoding;
 
     fn filter(prefetch_count: u16) -> RedeliveryFilter {
         let mut config = Config::default();
@@ -127,9 +127,12 @@ mod tests {
 
     #[test]
     fn nothing_is_remembered_without_a_named_queue() {
-        let mut filter = RedeliveryFilter::new(&Config::default());
-        assert!(!is_duplicate(&mut filter, &message(1, false)));
-        assert!(!is_duplicate(&mut filter, &message(1, true)));
+        let mut unnamed = RedeliveryFilter::new(&Config::default());
+        assert!(!is_duplicate(&mut unnamed, &message(1, false)));
+        assert!(!is_duplicate(&mut unnamed, &message(1, true)));
+        let mut redis = filter(10);
+        assert_eq!(redis.check(&Message { encoding: Encoding::KombuEnvelope, ..message(1, false) }), None);
+        assert!(redis.order.is_empty());
     }
 
     #[test]
