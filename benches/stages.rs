@@ -2,12 +2,13 @@
 //!
 //! `benches/instructions.sh` counts instructions instead, which are independent of noise. With `--count STAGE ROUNDS`,
 //! the program only runs a stage for a number of rounds. The difference between two such runs is the cost of the
-//! rounds. `benches/options.sh` also uses `--memory OPTIONS LABEL_SETS`.
+//! rounds. `benches/options.sh` also uses `--memory OPTIONS LABEL_SETS` and `--scrapes OPTIONS`.
 
 mod workload;
 
 use std::hint::black_box;
 use std::sync::Arc;
+use std::time::Instant;
 
 use divan::counter::{BytesCount, ItemsCount};
 use flower_exporter::metrics::encode::{Exposition, Format};
@@ -19,7 +20,9 @@ use workload::{Deployment, TYPICAL, all_options, decode, enveloped, ingest, stat
 const TASKS: usize = 3_000;
 /// Label sets of a large scrape.
 const LABEL_SETS: usize = 20_000;
-/// Tasks in each of them.
+/// Scrapes of each format that are timed.
+const SCRAPES: usize = 31;
+/// Tasks in each label set.
 const RUNS: usize = 80;
 /// Rounds of tasks before those that are counted.
 const FILLING: usize = 27;
@@ -27,8 +30,10 @@ const FILLING: usize = 27;
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     let number = |index: usize| arguments[index].parse().expect("a number");
-    match arguments.iter().position(|argument| argument == "--count" || argument == "--memory") {
+    let modes = ["--count", "--memory", "--scrapes"];
+    match arguments.iter().position(|argument| modes.contains(&&**argument)) {
         None => divan::main(),
+        Some(index) if arguments[index] == "--scrapes" => time_scrapes(&arguments[index + 1]),
         Some(index) if arguments[index] == "--memory" => measure_memory(&arguments[index + 1], number(index + 2)),
         Some(index) => count(&arguments[index + 1], number(index + 2)),
     }
@@ -63,8 +68,6 @@ fn count(name: &str, rounds: usize) {
         }
         "ingest-default" => count_runtimes(SeriesOptions::default(), rounds),
         "ingest-all" => count_runtimes(all_options(), rounds),
-        "scrape-text" => count_scrape(Format::Text, rounds),
-        "scrape-protobuf" => count_scrape(Format::Protobuf, rounds),
         _ => panic!("unknown stage {name}"),
     }
 }
@@ -83,17 +86,27 @@ fn count_runtimes(options: SeriesOptions, rounds: usize) {
     println!("{}", 4 * TASKS);
 }
 
-/// Encodes 20,000 label sets, each with native buckets and exemplars if the format has them.
-fn count_scrape(format: Format, rounds: usize) {
-    let snapshot = snapshot_of(&filled_state(all_options(), LABEL_SETS));
-    for _ in 0..rounds {
-        black_box(encode(&snapshot, format));
+/// Prints how many milliseconds a scrape of 20,000 label sets takes in text and in protobuf: medians of alternating runs.
+fn time_scrapes(options: &str) {
+    let snapshot = snapshot_of(&filled_state(options, LABEL_SETS));
+    let mut times = [Format::Text, Format::Protobuf].map(|format| (format, Vec::new()));
+    for _ in 0..SCRAPES {
+        for (format, times) in &mut times {
+            let start = Instant::now();
+            black_box(encode(&snapshot, *format));
+            times.push(start.elapsed().as_secs_f64() * 1e3);
+        }
     }
-    println!("{LABEL_SETS}");
+    for (_, mut times) in times {
+        times.sort_by(f64::total_cmp);
+        print!("{:.1} ", times[SCRAPES / 2]);
+    }
+    println!();
 }
 
 /// A state with so many label sets, and eighty tasks in each of them.
-fn filled_state(options: SeriesOptions, label_sets: usize) -> State {
+fn filled_state(options: &str, label_sets: usize) -> State {
+    let options = if options == "all" { all_options() } else { SeriesOptions::default() };
     let (mut state, deployment) = (state_with(options), Deployment { varied: true, ..with_label_sets(label_sets) });
     let chunk = 10_000;
     for first in (0..RUNS * LABEL_SETS).step_by(chunk) {
@@ -104,7 +117,6 @@ fn filled_state(options: SeriesOptions, label_sets: usize) -> State {
 
 /// Prints the resident memory of a state with so many label sets, in bytes.
 fn measure_memory(options: &str, label_sets: usize) {
-    let options = if options == "all" { all_options() } else { SeriesOptions::default() };
     let state = filled_state(options, label_sets);
     let pages = std::fs::read_to_string("/proc/self/statm").expect("Linux");
     let pages: usize = pages.split(' ').nth(1).and_then(|pages| pages.parse().ok()).expect("a number");

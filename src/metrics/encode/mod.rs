@@ -2,6 +2,7 @@
 //! It only appends to buffers of the caller, and never holds the whole exposition in memory.
 
 mod bucket_bound;
+mod message;
 mod protobuf;
 mod registry;
 
@@ -67,7 +68,7 @@ pub struct Exposition {
     bucket_heads: Vec<String>,
     /// The encoded families after the six.
     tail: Vec<u8>,
-    message: protobuf::Message,
+    protobuf: protobuf::Encoder,
     /// Index of the current part, and of its next worker or label set.
     part: usize,
     next: usize,
@@ -92,8 +93,11 @@ impl Exposition {
             tail.extend_from_slice(b"# EOF\n");
         }
         let parts = Family::ALL.into_iter().map(Part::Samples).collect();
-        let message = protobuf::Message::default();
-        Self { snapshot, format, created: false, parts, bucket_heads, tail, message, part: 0, next: 0 }
+        let protobuf = match format {
+            Format::Protobuf => protobuf::Encoder::new(&snapshot),
+            _ => protobuf::Encoder::default(),
+        };
+        Self { snapshot, format, created: false, parts, bucket_heads, tail, protobuf, part: 0, next: 0 }
     }
 
     /// Adds the `_created` samples that Python's client writes.
@@ -139,9 +143,11 @@ impl Exposition {
         }
     }
 
-    fn write_part_head(&self, out: &mut Vec<u8>, part: Part, count: usize) {
+    fn write_part_head(&mut self, out: &mut Vec<u8>, part: Part, count: usize) {
         match (self.format, part) {
-            (Format::Protobuf, Part::Samples(family)) => protobuf::write_head(out, &self.snapshot, family, count),
+            (Format::Protobuf, Part::Samples(family)) => {
+                self.protobuf.write_head(out, &self.snapshot, family, count);
+            }
             (_, Part::Samples(family)) => {
                 write_head(out, self.format, family.name(), family.help(), family.metric_type());
             }
@@ -155,7 +161,7 @@ impl Exposition {
     fn write_next(&mut self, out: &mut Vec<u8>, part: Part) {
         match (self.format, part) {
             (Format::Protobuf, Part::Samples(family)) => {
-                protobuf::write_metrics(out, &mut self.message, &self.snapshot, family, self.next);
+                self.protobuf.write_metrics(out, &self.snapshot, family, self.next);
             }
             (_, Part::Samples(family)) => self.write_samples(out, family),
             (_, Part::Created(family)) => self.write_created(out, family),

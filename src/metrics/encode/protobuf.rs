@@ -6,240 +6,10 @@
 use prometheus::proto;
 
 use super::FAILED;
+use super::message::{Message, field, varint_len};
 use crate::metrics::Snapshot;
-use crate::metrics::exemplars::{self, Exemplar, Exemplars};
+use crate::metrics::exemplars::Exemplars;
 use crate::metrics::family::{Family, MetricType};
-use crate::metrics::native::{NativeBuckets, ZERO_THRESHOLD, spans};
-
-/// Numbers of fields.
-mod field {
-    pub(super) mod family {
-        pub(in super::super) const NAME: u32 = 1;
-        pub(in super::super) const HELP: u32 = 2;
-        pub(in super::super) const TYPE: u32 = 3;
-        pub(in super::super) const METRIC: u32 = 4;
-    }
-    pub(super) mod metric {
-        pub(in super::super) const LABEL: u32 = 1;
-        pub(in super::super) const GAUGE: u32 = 2;
-        pub(in super::super) const COUNTER: u32 = 3;
-        pub(in super::super) const HISTOGRAM: u32 = 7;
-    }
-    pub(super) mod counter {
-        pub(in super::super) const EXEMPLAR: u32 = 2;
-        pub(in super::super) const CREATED: u32 = 3;
-    }
-    pub(super) mod histogram {
-        pub(in super::super) const COUNT: u32 = 1;
-        pub(in super::super) const SUM: u32 = 2;
-        pub(in super::super) const BUCKET: u32 = 3;
-        pub(in super::super) const CREATED: u32 = 15;
-        pub(in super::super) const SCHEMA: u32 = 5;
-        pub(in super::super) const ZERO_THRESHOLD: u32 = 6;
-        pub(in super::super) const ZERO_COUNT: u32 = 7;
-        pub(in super::super) const POSITIVE_SPAN: u32 = 12;
-        pub(in super::super) const POSITIVE_DELTA: u32 = 13;
-    }
-    pub(super) const BUCKET_EXEMPLAR: u32 = 3;
-    pub(super) const EXEMPLAR_TIMESTAMP: u32 = 3;
-}
-
-/// The only field, or the first of two.
-const VALUE: u32 = 1;
-/// The second of two fields.
-const SECOND: u32 = 2;
-
-/// A message under construction.
-#[derive(Debug, Default)]
-pub(super) struct Message(Vec<u8>);
-
-impl Message {
-    pub(super) fn clear(&mut self) {
-        self.0.clear();
-    }
-
-    fn key(&mut self, field: u32, wire_type: u32) {
-        self.varint(u64::from(field << 3 | wire_type));
-    }
-
-    fn varint(&mut self, mut value: u64) {
-        loop {
-            let [low, ..] = value.to_le_bytes();
-            value >>= 7;
-            if value == 0 {
-                return self.0.push(low);
-            }
-            self.0.push(low | 0x80);
-        }
-    }
-
-    fn number(&mut self, field: u32, value: u64) {
-        self.key(field, 0);
-        self.varint(value);
-    }
-
-    fn double(&mut self, field: u32, value: f64) {
-        self.key(field, 1);
-        self.0.extend_from_slice(&value.to_le_bytes());
-    }
-
-    fn bytes(&mut self, field: u32, bytes: &[u8]) {
-        self.key(field, 2);
-        self.varint(bytes.len() as u64);
-        self.0.extend_from_slice(bytes);
-    }
-
-    /// A message within this one, shorter than 128 bytes.
-    fn short(&mut self, field: u32, write: impl FnOnce(&mut Self)) {
-        self.key(field, 2);
-        let start = self.0.len();
-        self.0.push(0);
-        write(self);
-        let length = self.0.len() - start - 1;
-        debug_assert!(length < 0x80, "{length}");
-        self.0[start] = u8::try_from(length).unwrap_or_default();
-    }
-
-    fn timestamp(&mut self, field: u32, milliseconds: u64) {
-        self.short(field, |message| {
-            message.number(VALUE, milliseconds / 1000);
-            message.number(SECOND, milliseconds % 1000 * 1_000_000);
-        });
-    }
-
-    fn label(&mut self, name: &str, value: &[u8]) {
-        self.key(field::metric::LABEL, 2);
-        self.varint((2 + name.len() + 1 + varint_len(value.len() as u64) + value.len()) as u64);
-        self.bytes(VALUE, name.as_bytes());
-        self.bytes(SECOND, value);
-    }
-
-    /// The labels of a text such as `task="…",worker="…"`.
-    fn labels(&mut self, text: &str) {
-        let mut rest = text;
-        while let Some((name, after)) = rest.split_once("=\"") {
-            let (value, end) = unescape(after);
-            self.label(name, &value);
-            rest = after[end..].trim_start_matches(',');
-        }
-    }
-
-    fn gauge(&mut self, value: f64) {
-        self.short(field::metric::GAUGE, |gauge| gauge.double(VALUE, value));
-    }
-
-    /// A message of any length within this one.
-    fn nested(&mut self, field: u32, write: impl FnOnce(&mut Self)) {
-        let mut message = Self::default();
-        write(&mut message);
-        self.bytes(field, &message.0);
-    }
-
-    /// A signed number in the zigzag encoding.
-    fn signed(&mut self, field: u32, value: i64) {
-        self.key(field, 0);
-        self.zigzag(value);
-    }
-
-    fn zigzag(&mut self, value: i64) {
-        self.varint(((value << 1) ^ (value >> 63)).cast_unsigned());
-    }
-
-    fn counter(&mut self, value: f64, exemplar: Option<&Exemplar>, created: u64) {
-        let write = |counter: &mut Self| {
-            counter.double(VALUE, value);
-            counter.exemplar(field::counter::EXEMPLAR, exemplar);
-            counter.timestamp(field::counter::CREATED, created);
-        };
-        match exemplar {
-            None => self.short(field::metric::COUNTER, write),
-            Some(_) => self.nested(field::metric::COUNTER, write),
-        }
-    }
-
-    fn exemplar(&mut self, field: u32, exemplar: Option<&Exemplar>) {
-        let Some(exemplar) = exemplar else { return };
-        self.nested(field, |message| {
-            message.label(exemplars::LABEL, exemplar.id().as_bytes());
-            message.double(SECOND, exemplar.value);
-            message.timestamp(field::EXEMPLAR_TIMESTAMP, exemplar.time);
-        });
-    }
-
-    /// A histogram; `buckets` are upper bounds with cumulative counts and exemplars. `+Inf` is left out, unless it has
-    /// an exemplar.
-    fn histogram<'a>(
-        &mut self,
-        (count, sum, created): (u64, f64, u64),
-        buckets: impl Iterator<Item = (f64, u64, Option<&'a Exemplar>)>,
-        native: Option<&NativeBuckets>,
-    ) {
-        self.nested(field::metric::HISTOGRAM, |histogram| {
-            histogram.number(field::histogram::COUNT, count);
-            histogram.double(field::histogram::SUM, sum);
-            for (bound, cumulative, exemplar) in
-                buckets.filter(|(bound, _, exemplar)| bound.is_finite() || exemplar.is_some())
-            {
-                let write = |bucket: &mut Self| {
-                    bucket.number(VALUE, cumulative);
-                    bucket.double(SECOND, bound);
-                    bucket.exemplar(field::BUCKET_EXEMPLAR, exemplar);
-                };
-                match exemplar {
-                    None => histogram.short(field::histogram::BUCKET, write),
-                    Some(_) => histogram.nested(field::histogram::BUCKET, write),
-                }
-            }
-            if let Some(native) = native {
-                histogram.native(native);
-            }
-            histogram.timestamp(field::histogram::CREATED, created);
-        });
-    }
-
-    fn native(&mut self, native: &NativeBuckets) {
-        self.signed(field::histogram::SCHEMA, native.schema.into());
-        self.double(field::histogram::ZERO_THRESHOLD, ZERO_THRESHOLD);
-        self.number(field::histogram::ZERO_COUNT, native.zero_count);
-        let (spans, deltas) = spans(&native.counts);
-        for (offset, length) in spans {
-            self.short(field::histogram::POSITIVE_SPAN, |span| {
-                span.signed(VALUE, offset.into());
-                span.number(SECOND, length.into());
-            });
-        }
-        self.nested(field::histogram::POSITIVE_DELTA, |packed| deltas.iter().for_each(|delta| packed.zigzag(*delta)));
-    }
-}
-
-fn varint_len(value: u64) -> usize {
-    (64 - (value | 1).leading_zeros() as usize).div_ceil(7)
-}
-
-/// The value of a label at the start of `text`, up to the closing quote, and where the rest begins.
-fn unescape(text: &str) -> (std::borrow::Cow<'_, [u8]>, usize) {
-    let bytes = text.as_bytes();
-    let end = bytes.iter().position(|byte| matches!(byte, b'"' | b'\\')).unwrap_or(bytes.len());
-    if bytes.get(end) != Some(&b'\\') {
-        return (bytes[..end].into(), bytes.len().min(end + 1));
-    }
-    let mut value = bytes[..end].to_vec();
-    let mut at = end;
-    while at < bytes.len() {
-        match bytes[at] {
-            b'"' => return (value.into(), at + 1),
-            b'\\' if at + 1 < bytes.len() => {
-                value.push(if bytes[at + 1] == b'n' { b'\n' } else { bytes[at + 1] });
-                at += 2;
-            }
-            byte => {
-                value.push(byte);
-                at += 1;
-            }
-        }
-    }
-    (value.into(), at)
-}
 
 /// The head of a family, without its metrics.
 fn head(name: &str, help: &str, metric_type: MetricType) -> Message {
@@ -257,29 +27,144 @@ fn head(name: &str, help: &str, metric_type: MetricType) -> Message {
     head
 }
 
-/// Appends the length of a family with all its metrics, and its head.
-pub(super) fn write_head(out: &mut Vec<u8>, snapshot: &Snapshot, family: Family, count: usize) {
-    let head = head(family.name(), family.help(), family.metric_type());
-    let mut message = Message::default();
-    let mut length = head.0.len();
-    for index in 0..count {
-        for_each_metric(&mut message, snapshot, family, index, |metric| length += delimited_len(metric));
-    }
-    let mut prefix = Message::default();
-    prefix.varint(length as u64);
-    out.extend_from_slice(&prefix.0);
-    out.extend_from_slice(&head.0);
+/// The encoded labels of a snapshot, each encoded once although it is written for every family and measured before.
+#[derive(Debug, Default)]
+struct Labels {
+    bytes: Vec<u8>,
+    /// Where each part ends: those of the workers, of the event types, and two of each label set, before and after the
+    /// place of the event type.
+    ends: Vec<usize>,
+    workers: usize,
+    event_types: usize,
 }
 
-/// Appends the metrics of a worker or label set.
-pub(super) fn write_metrics(
-    out: &mut Vec<u8>,
+impl Labels {
+    fn new(snapshot: &Snapshot) -> Self {
+        let workers = snapshot.workers.iter().map(|worker| &*worker.labels);
+        let event_types = snapshot.event_types.iter().map(|event_type| &**event_type);
+        let series = snapshot.task_series.iter().flat_map(|series| {
+            let (task, worker) = series.labels.split_at(series.split as usize);
+            [task, worker.trim_start_matches(',')]
+        });
+        let (mut message, mut ends) = (Message::default(), Vec::new());
+        for text in workers.chain(event_types).chain(series) {
+            message.labels(text);
+            ends.push(message.0.len());
+        }
+        let (workers, event_types) = (snapshot.workers.len(), snapshot.event_types.len());
+        Self { bytes: message.0, ends, workers, event_types }
+    }
+
+    /// So many parts.
+    fn parts(&self, first: usize, count: usize) -> &[u8] {
+        let start = first.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.bytes[start..self.ends[first + count - 1]]
+    }
+
+    fn worker(&self, index: usize) -> &[u8] {
+        self.parts(index, 1)
+    }
+
+    fn event_type(&self, id: usize) -> &[u8] {
+        self.parts(self.workers + id, 1)
+    }
+
+    fn series(&self, index: usize) -> &[u8] {
+        self.parts(self.workers + self.event_types + 2 * index, 2)
+    }
+
+    fn series_parts(&self, index: usize) -> [&[u8]; 2] {
+        let first = self.workers + self.event_types + 2 * index;
+        [self.parts(first, 1), self.parts(first + 1, 1)]
+    }
+}
+
+/// Encodes the six families of a snapshot.
+#[derive(Debug, Default)]
+pub(super) struct Encoder {
+    labels: Labels,
+    message: Message,
+}
+
+impl Encoder {
+    pub(super) fn new(snapshot: &Snapshot) -> Self {
+        Self { labels: Labels::new(snapshot), message: Message::default() }
+    }
+
+    /// Appends the length of a family with all its metrics, and its head.
+    pub(super) fn write_head(&mut self, out: &mut Vec<u8>, snapshot: &Snapshot, family: Family, count: usize) {
+        let head = head(family.name(), family.help(), family.metric_type());
+        let mut length = head.0.len();
+        for index in 0..count {
+            self.for_each_metric(snapshot, family, index, |metric| length += delimited_len(metric));
+        }
+        let mut prefix = Message::default();
+        prefix.varint(length as u64);
+        out.extend_from_slice(&prefix.0);
+        out.extend_from_slice(&head.0);
+    }
+
+    /// Appends the metrics of a worker or label set.
+    pub(super) fn write_metrics(&mut self, out: &mut Vec<u8>, snapshot: &Snapshot, family: Family, index: usize) {
+        self.for_each_metric(snapshot, family, index, |metric| write_metric(out, metric));
+    }
+
+    fn for_each_metric(&mut self, snapshot: &Snapshot, family: Family, index: usize, mut each: impl FnMut(&[u8])) {
+        let Self { labels, message } = self;
+        let gauge = match family {
+            Family::Online => (snapshot.workers[index].online.map(u8::from).map(f64::from), labels.worker(index)),
+            Family::Executing => (snapshot.workers[index].executing, labels.worker(index)),
+            Family::PrefetchTime => (snapshot.task_series[index].prefetch_time, labels.series(index)),
+            Family::Prefetched => (snapshot.task_series[index].prefetched.map(f64::from), labels.series(index)),
+            Family::Events => return write_events(message, labels, snapshot, index, each),
+            Family::Runtime => return write_runtime(message, labels, snapshot, index, each),
+        };
+        if let (Some(value), labels) = gauge {
+            message.start(&[labels]);
+            message.gauge(value);
+            each(&message.0);
+        }
+    }
+}
+
+fn write_events(
     message: &mut Message,
+    labels: &Labels,
     snapshot: &Snapshot,
-    family: Family,
     index: usize,
+    mut each: impl FnMut(&[u8]),
 ) {
-    for_each_metric(message, snapshot, family, index, |metric| write_metric(out, metric));
+    let [task, worker] = labels.series_parts(index);
+    let failed = snapshot.exemplars(index).and_then(Exemplars::failed);
+    for event in snapshot.task_events(index) {
+        let id = usize::from(event.id());
+        message.start(&[task, labels.event_type(id), worker]);
+        let exemplar = failed.filter(|_| event.count > 0 && *snapshot.event_types[id] == *FAILED);
+        message.counter(event.count as f64, exemplar, event.created());
+        each(&message.0);
+    }
+}
+
+fn write_runtime(
+    message: &mut Message,
+    labels: &Labels,
+    snapshot: &Snapshot,
+    index: usize,
+    mut each: impl FnMut(&[u8]),
+) {
+    let Some(histogram) = snapshot.task_series[index].runtime else { return };
+    let (counts, sum, created) = snapshot.histogram(histogram);
+    let exemplars = snapshot.exemplars(index);
+    let mut total = 0;
+    let bounds = snapshot.bounds.iter().copied().chain([f64::INFINITY]);
+    let buckets = counts.iter().zip(bounds).enumerate().map(|(index, (count, bound))| {
+        total += count;
+        let exemplar = exemplars.filter(|_| *count > 0).and_then(|exemplars| exemplars.bucket(index));
+        (bound, total, exemplar)
+    });
+    message.start(&[labels.series(index)]);
+    message.histogram((counts.iter().sum(), sum, created), buckets, snapshot.native.get(histogram as usize));
+    each(&message.0);
 }
 
 fn delimited_len(metric: &[u8]) -> usize {
@@ -287,78 +172,9 @@ fn delimited_len(metric: &[u8]) -> usize {
 }
 
 fn write_metric(out: &mut Vec<u8>, metric: &[u8]) {
-    let mut prefix = Message::default();
-    prefix.key(field::family::METRIC, 2);
-    prefix.varint(metric.len() as u64);
-    out.extend_from_slice(&prefix.0);
-    out.extend_from_slice(metric);
-}
-
-fn for_each_metric(
-    message: &mut Message,
-    snapshot: &Snapshot,
-    family: Family,
-    index: usize,
-    mut each: impl FnMut(&[u8]),
-) {
-    let mut gauge = |labels: &str, value: Option<f64>| {
-        if let Some(value) = value {
-            message.clear();
-            message.labels(labels);
-            message.gauge(value);
-            each(&message.0);
-        }
-    };
-    match family {
-        Family::Online => {
-            let worker = &snapshot.workers[index];
-            gauge(&worker.labels, worker.online.map(u8::from).map(f64::from));
-        }
-        Family::Executing => {
-            let worker = &snapshot.workers[index];
-            gauge(&worker.labels, worker.executing);
-        }
-        Family::PrefetchTime => {
-            let series = &snapshot.task_series[index];
-            gauge(&series.labels, series.prefetch_time);
-        }
-        Family::Prefetched => {
-            let series = &snapshot.task_series[index];
-            gauge(&series.labels, series.prefetched.map(f64::from));
-        }
-        Family::Events => {
-            let series = &snapshot.task_series[index];
-            let (task, worker) = series.labels.split_at(series.split as usize);
-            for event in snapshot.task_events(index) {
-                message.clear();
-                message.labels(task);
-                let event_type = &snapshot.event_types[usize::from(event.id())];
-                message.labels(event_type);
-                message.labels(worker.trim_start_matches(','));
-                let is_failed = event.count > 0 && **event_type == *FAILED;
-                let exemplar = snapshot.exemplars(index).filter(|_| is_failed).and_then(Exemplars::failed);
-                message.counter(event.count as f64, exemplar, event.created());
-                each(&message.0);
-            }
-        }
-        Family::Runtime => {
-            let series = &snapshot.task_series[index];
-            let Some(histogram) = series.runtime else { return };
-            let (counts, sum, created) = snapshot.histogram(histogram);
-            let exemplars = snapshot.exemplars(index);
-            let mut total = 0;
-            let bounds = snapshot.bounds.iter().copied().chain([f64::INFINITY]);
-            let buckets = counts.iter().zip(bounds).enumerate().map(|(index, (count, bound))| {
-                total += count;
-                let exemplar = exemplars.filter(|_| *count > 0).and_then(|exemplars| exemplars.bucket(index));
-                (bound, total, exemplar)
-            });
-            message.clear();
-            message.labels(&series.labels);
-            message.histogram((counts.iter().sum(), sum, created), buckets, snapshot.native.get(histogram as usize));
-            each(&message.0);
-        }
-    }
+    let mut prefix = Message(std::mem::take(out));
+    prefix.bytes(field::family::METRIC, metric);
+    *out = prefix.0;
 }
 
 /// Appends a family of a `prometheus::Registry`. Its counters and histograms start with the exporter, at `started`.
@@ -387,32 +203,4 @@ pub(super) fn write_registered(out: &mut Vec<u8>, family: &proto::MetricFamily, 
     prefix.varint(body.len() as u64);
     out.extend_from_slice(&prefix.0);
     out.extend_from_slice(&body);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn lengths_are_those_of_the_encoding() {
-        for value in [0, 1, 127, 128, 300, 16_383, 16_384, u64::from(u32::MAX), u64::MAX] {
-            let mut message = Message::default();
-            message.varint(value);
-            assert_eq!(message.0.len(), varint_len(value), "{value}");
-        }
-        let mut message = Message::default();
-        message.label("task", "a".repeat(200).as_bytes());
-        assert_eq!(message.0[..4], [0x0a, 0xd1, 0x01, 0x0a]);
-        assert_eq!(message.0.len(), 3 + 0xd1);
-    }
-
-    #[test]
-    fn labels_are_unescaped() {
-        for (text, value, rest) in
-            [(r#"a",x"#, "a", ",x"), (r#"","#, "", ","), (r#"a\"b\\c\nd","#, "a\"b\\c\nd", ","), ("ö", "ö", "")]
-        {
-            let (unescaped, end) = unescape(text);
-            assert_eq!((std::str::from_utf8(&unescaped).unwrap(), &text[end..]), (value, rest));
-        }
-    }
 }
