@@ -1,5 +1,6 @@
-"""The dashboard in deploy/grafana: each of its queries is sent to a real Prometheus in the form that Grafana sends."""
+"""The dashboard in deploy/grafana: each of its queries is sent to a real Prometheus, and compared with what happened."""
 
+import collections
 import json
 import re
 import time
@@ -11,17 +12,13 @@ import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
+from support import events as ev
 from support.exporter import CLEAN
-from support.exposition import EXECUTING, PREFETCH_TIME, PREFETCHED
-from support.processes import ROOT, TEST_ENV, Process, free_port, wait_until
+from support.exposition import EVENTS, ONLINE, PREFETCHED
+from support.grafana import ANNOTATIONS, DASHBOARD, FILE, GRAFANA, PANELS, VARIABLES, Viewer, row
+from support.processes import TEST_ENV, Process, free_port, wait_until
 from support.prometheus import Prometheus
 from support.worker import client
-
-GRAFANA = ROOT / "deploy/grafana"
-FILE = GRAFANA / "flower-exporter.json"
-DASHBOARD = json.loads(FILE.read_text())
-VARIABLES = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
-PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 
 #: The queries of the dashboard and the alerts that are published with Flower.
 SELECTED = 'worker=~"$worker", task=~"$task"'
@@ -47,173 +44,487 @@ FLOWER_QUERIES = [
     "sum(avg_over_time(flower_task_prefetch_time_seconds[15m])) by (task, worker)",
 ]
 
+#: What one load causes: {task: {column of the table: events}}, half of them at each worker. A retry succeeds at the second attempt.
+#: Celery sends both task-rejected and task-failed for a task that raises Reject.
+LOAD = {
+    "add": {"Succeeded": 30, "Revoked": 2},
+    "nap": {"Succeeded": 6},
+    "fail": {"Failed": 6},
+    "retry": {"Succeeded": 4, "Retried": 4},
+    "reject": {"Rejected": 2, "Failed": 2},
+}
+ARGUMENTS = {"add": (1, 2), "nap": (0.3,)}
+OUTCOMES = ("Succeeded", "Failed", "Retried", "Revoked", "Rejected")
 
-class Viewer:
-    """A dashboard open over `server`, from `start` to `end`, with a scrape interval of 1 s."""
-
-    def __init__(self, server, start, end, **chosen):
-        self.server, self.start, self.end = server, start, end
-        self.values = {"__range": f"{end - start}s", "__rate_interval": "4s"}
-        for name in ("broker", "worker", "task"):
-            self.values[name] = VARIABLES[name]["allValue"]
-        self.values |= {name: self.choice(values) for name, values in chosen.items()}
-
-    @staticmethod
-    def choice(values):
-        """The text that Grafana inserts into a Prometheus query for a variable with several values."""
-        escaped = [re.sub(r"[$^*{}\[\]'+?.()|]", r"\\\\\g<0>", value.replace("\\", "\\\\\\\\")) for value in values]
-        return escaped[0] if len(escaped) == 1 else f"({'|'.join(escaped)})"
-
-    def fill(self, query):
-        return re.sub(r"\$(\w+)", lambda found: self.values[found[1]], query)
-
-    def query(self, query, instant=False):
-        if instant:
-            return [(labels, [value]) for labels, value in self.server.instant(self.fill(query), self.end)]
-        return self.server.range(self.fill(query), self.start, self.end)
-
-    def options(self, variable):
-        return self.server.label_values(self.fill(variable["query"]["query"]), self.start, self.end)
-
-    def panel(self, title, reduce=lambda values: values[-1]):
-        """The result of each query: {labels: last value}."""
-        [panel] = [panel for panel in PANELS if panel["title"] == title]
-        return [
-            {tuple(labels.values()): reduce(values) for labels, values in self.query(target["expr"], target["instant"])}
-            for target in panel["targets"]
-        ]
-
-    def missing(self):
-        """Panels without data, or without a label of their legend."""
-        for panel in PANELS:
-            for target in panel["targets"]:
-                found = self.query(target["expr"], target["instant"])
-                legend = set(re.findall(r"{{(\w+)}}", target["legendFormat"])) - {"broker"}
-                if not found or not all(legend <= set(labels) for labels, _ in found):
-                    yield panel["title"], target["expr"], found
+METRICS = {"self_metrics": True, "zero_first": "2s", "exemplars": True, "native_histogram_bucket_factor": 1.1}
+SETTINGS = {"events": {"enable_interval": "500ms"}, "broker": {"reconnect_backoff_max": "500ms"}, "metrics": METRICS}
+TOP = [title for title in row("Overview") if title != "Exporter"]
 
 
-def start_flower(services, broker):
-    port = free_port()
-    options = ["--address=127.0.0.1", f"--port={port}"]
-    flower = Process("flower", [TEST_ENV / "flower/bin/celery", "-b", broker.url, "flower", *options], env=CLEAN)
-    services.callback(flower.kill)
-    return port
+class Scene:
+    """Two workers on one Redis, and everything that receives their events. `broker` is the label of the exporters:
 
-
-def test_every_query_returns_data(services, redis, prometheus_release):
-    """Every panel, variable and rule on two exporters of one broker and on Flower, and Flower's queries on the exporters.
-
-    All tasks run after the servers have started to scrape, so that the counts are exact: first events are counted, and
-    each event once although two exporters receive it.
+    main: two replicas, the second one behind a proxy; cut: behind the same proxy; grouped: with a group of workers;
+    calm: receives only what the test publishes; wrong: on a database without workers; down: no process.
+    Flower is scraped by another Prometheus, in the job flower and without the label.
     """
-    workers = [services.worker(redis) for _ in range(2)]
-    settings = {"events": {"enable_interval": "500ms"}, "metrics": {"self_metrics": True}}
-    exporters = [services.exporter(redis, settings, ready=False) for _ in range(2)]
-    flower = start_flower(services, redis)
-    ports = [exporter.port for exporter in exporters], [flower]
-    exporters_server, _ = servers = [Prometheus(these, release=prometheus_release) for these in ports]
-    for server in servers:
-        services.callback(server.kill)
-        server.ready()
-    for worker in workers:
-        worker.ready()
-        wait_until(lambda worker=worker: "enabled by remote" in worker.log(), 20, worker.log)
 
-    def until(query):
-        """Every server has a value other than 0."""
-        for server in servers:
-            wait_until(partial(holds, server, query), 20, partial(state, server, query))
+    def __init__(self, services, redis, release):
+        self.services, self.redis, self.release = services, redis, release
+        self.queues = ["first", "second"]
+        self.workers = [services.worker(redis, args=["-Q", queue]) for queue in self.queues]
+        self.proxy = services.proxy(redis)
+        self.main = [self.exporter(redis), self.exporter(self.proxy)]
+        self.cut, self.grouped = self.exporter(self.proxy), self.exporter(redis, worker_groups=["pool=*@tests"])
+        wrong = services.exporter(None, {**SETTINGS, "broker": {"url": re.sub(r"/\d+$", "/9", redis.url)}})
+        self.calm = services.harness(redis, {"metrics": METRICS, "state": {"worker_timeout": "10m"}})
+        exporters = {"cut": self.cut, "grouped": self.grouped, "calm": self.calm.exporter, "wrong": wrong}
+        self.ports = {"main": [exporter.port for exporter in self.main], "down": [free_port()]}
+        self.ports |= {broker: [exporter.port] for broker, exporter in exporters.items()}
+        self.start_servers(self.start_flower())
+        self.wait_for_workers()
+        self.start, self.end = self.now(), None
 
-    until("count(flower_worker_online == 1) == 2 * count(up == 1)")
-    begin = int(time.time()) + 1
-    until(f"timestamp(up) > {begin}")
+    def exporter(self, broker, **metrics):
+        return self.services.exporter(broker, {**SETTINGS, "metrics": {**METRICS, **metrics}}, ready=False)
 
-    def events(kind, count):
-        return f'sum(flower_events_total{{type="task-{kind}"}}) == {count} * count(up)'
+    def start_flower(self):
+        port = free_port()
+        options = ["--address=127.0.0.1", f"--port={port}"]
+        command = [TEST_ENV / "flower/bin/celery", "-b", self.redis.url, "flower", *options]
+        self.services.callback(Process("flower", command, env=CLEAN).kill)
+        return port
 
-    with client(redis) as app:
-
-        def load():
-            for name, arguments in [*[("add", (1, 2))] * 50, ("fail", ()), ("retry", ())]:
-                app.send_task(name, arguments)
-            for _ in range(8):  # more than two workers with two processes each can start
-                app.send_task("nap", (2,))
-
-        load()
-        until(events("succeeded", 59))
-        load()
-        until(events("succeeded", 118))
-        until(events("failed", 2))
-        for gauge in (PREFETCHED, EXECUTING, PREFETCH_TIME):
-            until(f"max(max_over_time({gauge}[5m])) > 0")
-
-    for server in servers:
-        viewer = Viewer(server, begin, int(time.time()) + 1)
-        assert list(viewer.missing()) == []
-        assert [set(viewer.options(VARIABLES[name])) for name in ("broker", "worker", "task")] == [
-            set(),
-            {worker.hostname for worker in workers},
-            {"add", "nap", "fail", "retry"},
+    def start_servers(self, flower_port):
+        """Prometheus 3 has both kinds of histograms. 2.42 has one kind, so that it needs a second server."""
+        has_both = not self.release.version.startswith("2.")
+        targets = [
+            {"targets": [f"127.0.0.1:{port}" for port in ports], "labels": {"broker": broker}}
+            for broker, ports in self.ports.items()
         ]
-        assert viewer.panel("Workers online") == [{(): 2}]
-        assert viewer.panel("Workers offline") == [{(): 0}]
-        assert viewer.panel("Failure ratio") == [{(): pytest.approx(2 / 120)}]
-        assert viewer.panel("Tasks by outcome") == [
-            {("add",): 100, ("nap",): 16, ("fail",): 0, ("retry",): 2},
-            {("add",): 0, ("nap",): 0, ("fail",): 2, ("retry",): 0},
-            {("add",): 0, ("nap",): 0, ("fail",): 0, ("retry",): 2},
-        ]
-        [ratios] = viewer.panel("Failure ratio, by task", max)
-        assert ratios == {("add",): 0, ("nap",): 0, ("fail",): 1, ("retry",): 0}
-        one = Viewer(server, begin, viewer.end, worker=[workers[0].hostname], task=["add", "nap", "a.(b)"])
-        assert one.panel("Workers online") == [{(): 1}]
-        assert one.panel("Failure ratio") == [{(): 0}]
-        assert {("add",)} <= set(one.panel("Finished tasks, by task")[0]) <= {("add",), ("nap",)}
-        wait_until(lambda server=server: not [*unhealthy_rules(server)], 20, lambda server=server: [*unhealthy_rules(server)])
+        scrape = {"static_configs": targets, **({"always_scrape_classic_histograms": True} if has_both else {})}
+        features = ["exemplar-storage", *(["native-histograms"] if has_both else [])]
+        self.server = self.native = self.prometheus(rules=[], scrape=scrape, features=features)
+        if not has_both:
+            main = {"static_configs": targets[:1]}
+            self.native = self.prometheus(rules=[], scrape=main, features=["native-histograms"])
+        self.flower = self.prometheus([flower_port], job="flower")
+        self.servers = [server.ready() for server in {self.server, self.native, self.flower}]
 
-    viewer = Viewer(exporters_server, begin, int(time.time()) + 1)
-    assert [query for query in FLOWER_QUERIES if not viewer.query(query)] == []
+    def prometheus(self, *arguments, **options):
+        server = Prometheus(*arguments, release=self.release, **options)
+        self.services.callback(server.kill)
+        return server
 
+    def wait_for_workers(self):
+        for worker in self.workers:
+            worker.ready()
+            wait_until(lambda worker=worker: "enabled by remote" in worker.log(), 20, worker.log)
+        for server, receivers in ((self.server, 4), (self.native, 2), (self.flower, 1)):
+            self.until(f'count({ONLINE}{{broker!="calm"}} == 1) >= {2 * receivers}', server)
 
-def holds(server, query):
-    return any(value for _, value in server.instant(query))
+    def until(self, query, server=None):
+        """Waits until the query returns a series."""
+        server = server or self.server
+        wait_until(lambda: server.instant(query), 30, lambda: state(server, query))
+
+    def now(self):
+        """The time, after every server has scraped every exporter again: no sample is still on its way."""
+        now = int(time.time()) + 1
+        for server in self.servers:
+            self.until(f"min(timestamp(up)) > {now}", server)
+        return now
+
+    def load(self, number):
+        """Sends the tasks of LOAD for the `number`-th time, and waits until every server has scraped all outcomes."""
+        with client(self.redis, task_send_sent_event=True) as app:
+            later = [app.send_task("add", (1, 2), countdown=3, queue=queue).id for queue in self.queues]
+            for name, outcomes in LOAD.items():
+                runs = outcomes.get("Succeeded", 0) + outcomes.get("Failed", 0)
+                for n in range(runs):
+                    app.send_task(name, ARGUMENTS.get(name, ()), queue=self.queues[n % 2])
+            for uuid in later:
+                wait_until(lambda uuid=uuid: f"[{uuid}] received" in self.worker_logs(), 20, f"{uuid} is received")
+            app.control.revoke(later)
+            for outcome in OUTCOMES:
+                count = number * sum(outcomes.get(outcome, 0) for outcomes in LOAD.values())
+                series = f'flower_events_total{{type="task-{outcome.lower()}",broker!="calm"}}'
+                for server in self.servers:
+                    self.until(f"min(sum by (job,instance) ({series})) == {count}", server)
+
+    def worker_logs(self):
+        return "".join(worker.log() for worker in self.workers)
+
+    def runs(self):
+        """{task id: (task, runtime)} of the runs that succeeded, as the workers measured them."""
+        found = re.findall(r"Task (\w+)\[(\S+)\] succeeded in ([\d.e-]+)s", self.worker_logs())
+        return {uuid: (name, float(text)) for name, uuid, text in found}
+
+    def view(self, broker, server=None, start=None, **options):
+        """The dashboard for the exporters of one broker (None: without a choice), from the first load to `end` or now."""
+        chosen = {"broker": [broker]} if broker else {}
+        end = self.end or int(time.time()) + 1
+        return Viewer(server or self.server, start or self.start, end, **chosen, **options)
 
 
 def state(server, query):
-    return "\n".join([query, *(f"{labels}: {value}" for labels, value in server.instant('{__name__=~"flower_.*", le=""}'))])
+    selector = '{__name__=~"up|flower_events_total|flower_worker_.*|flower_exporter_broker_connected"}'
+    return "\n".join([query, *(f"{labels}: {value}" for labels, value in server.instant(selector))])
+
+
+def increase(samples, start, end):
+    """(what the samples say, what `increase()` extrapolates from them by the formula of Prometheus)."""
+    times, values = zip(*((at, float(text)) for at, text in samples), strict=True)
+    counted, sampled = values[-1] - values[0], times[-1] - times[0]
+    assert list(values) == sorted(values), "a counter does not decrease"
+    if not counted:
+        return 0, 0
+    average = sampled / (len(times) - 1)
+    before, after = (gap if gap < 1.1 * average else average / 2 for gap in (times[0] - start, end - times[-1]))
+    return counted, counted * (sampled + min(before, sampled * values[0] / counted) + after) / sampled
+
+
+def increases(viewer, selector):
+    """[(labels, events by the samples, events by `increase()`)] of each series in the time range of the viewer."""
+    query = viewer.fill(f"{selector}[$__range]")
+    found = viewer.server.api("query", query=query, time=viewer.end)["result"]
+    return [(one["metric"], *increase(one["values"], viewer.start, viewer.end)) for one in found if len(one["values"]) > 1]
+
+
+class Counted:
+    """The counts in the time range of a viewer, from the raw samples in its Prometheus.
+
+    events: {(task, outcome): (events by the samples, events by `increase()`)}, with replicas counted once.
+    """
+
+    def __init__(self, viewer):
+        self.series = increases(viewer, f'{EVENTS}{{broker=~"$broker",worker=~"$worker"}}')
+        once, self.events = {}, collections.defaultdict(lambda: (0, 0))
+        for labels, *numbers in self.series:
+            key = labels["worker"], labels["task"], labels["type"].removeprefix("task-").capitalize()
+            once[key] = max(once.get(key, (0, 0)), tuple(numbers))
+        for (_, task, outcome), numbers in once.items():
+            self.events[task, outcome] = tuple(map(sum, zip(self.events[task, outcome], numbers, strict=True)))
+
+    def shown(self, task, *outcomes):
+        return sum(self.events[task, outcome][1] for outcome in outcomes)
+
+    def finished(self, task):
+        return self.shown(task, "Succeeded", "Failed")
+
+    def failure_ratio(self):
+        """A ratio does not depend on the number of replicas."""
+        totals = collections.Counter()
+        for labels, _, shown in self.series:
+            totals[labels["type"]] += shown
+        return totals["task-failed"] / (totals["task-failed"] + totals["task-succeeded"])
+
+    def extrapolation(self):
+        """The largest factor by which `increase()` exceeds the samples."""
+        return max(shown / counted for _, counted, shown in self.series if counted)
+
+
+def check_counts(viewer, loads):
+    """The stats, the table and the rates. With a rate window of the whole time range, a rate is an increase per second."""
+    counted, seconds = Counted(viewer), viewer.end - viewer.start
+    viewer.values["__rate_interval"] = viewer.values["__range"]
+    cells = [(task, outcome) for task in LOAD for outcome in OUTCOMES]
+    truth = {(task, outcome): loads * LOAD[task].get(outcome, 0) for task, outcome in cells}
+    assert {cell: counted.events[cell][0] for cell in cells} == truth
+    table = {fields["Task"]: fields for fields in viewer.table("Tasks")}
+    assert {(task, outcome): table[task][outcome] for task in table for outcome in OUTCOMES} == pytest.approx(
+        {cell: counted.shown(*cell) for cell in cells}
+    )
+    for task, fields in table.items():
+        finished = counted.finished(task)
+        ratio = counted.shown(task, "Succeeded") / finished if finished else None
+        assert fields.get("Success ratio") == (pytest.approx(ratio) if finished else None), task
+    assert viewer.number("Failure ratio") == pytest.approx(counted.failure_ratio())
+    finished = {task: counted.finished(task) / seconds for task in LOAD if counted.finished(task)}
+    assert viewer.number("Finished tasks") == pytest.approx(sum(finished.values()))
+    assert viewer.only("Finished tasks, by task", "task") == pytest.approx(finished)
+    assert viewer.only("Failed tasks, by task", "task") == pytest.approx(
+        {task: counted.shown(task, "Failed") / seconds for task in ("fail", "reject")}
+    )
+    types = viewer.only("Events, by type", "type")
+    for outcome in OUTCOMES:
+        assert types[f"task-{outcome.lower()}"] * seconds == pytest.approx(sum(counted.shown(task, outcome) for task in LOAD))
+    return counted.extrapolation()
+
+
+def check_runtimes(viewer, histogram, runs, extrapolation):
+    """Quantiles are in the right bucket. Averages are exact up to the extrapolation, which differs between workers."""
+    viewer.values["__rate_interval"] = viewer.values["__range"]
+    naps = sorted(runtime for name, runtime in runs if name == "nap")
+    lower, upper = (0.25, 0.5) if histogram == "classic" else (naps[0] / 2**0.125, naps[-1] * 2**0.125)
+    assert lower < naps[0] * 2**0.125 and naps[-1] <= upper
+    table = {fields["Task"]: fields for fields in viewer.table("Tasks")}
+    p50, p95, p99 = (found[None] for found in viewer.panel("Runtime", None))
+    quantiles = {
+        "Runtime p95": viewer.number("Runtime p95"),
+        "Runtime p95 of nap": table["nap"]["Runtime p95"],
+        "Runtime p95, by task": viewer.only("Runtime p95, by task", "task")["nap"],
+        "Runtime, p95": p95,
+        "Runtime, p99": p99,
+    }
+    assert {name: value for name, value in quantiles.items() if not lower < value <= upper} == {}
+    assert p50 < 0.25, "more than half of the tasks only add"
+    for task in ("add", "nap", "retry"):
+        runtimes = [runtime for name, runtime in runs if name == task]
+        average = sum(runtimes) / len(runtimes)
+        assert average / extrapolation <= table[task]["Average runtime"] <= average * extrapolation, task
+    assert "Average runtime" not in table["fail"], "no data"
+
+
+def top_row(viewer):
+    """{title: number} of the stats that have a number."""
+    return {title: number for title in TOP if (number := viewer.number(title)) is not None}
+
+
+def check_variables(scene):
+    hostnames, tasks = {worker.hostname for worker in scene.workers}, set(LOAD)
+    assert scene.view(None).options("broker") == {"main", "cut", "grouped", "calm", "wrong", "down"}
+    assert scene.view("main").options("worker") == hostnames, "clients, which send task-sent, are not offered"
+    assert scene.view("grouped").options("worker") == {*hostnames, "pool"}
+    assert scene.view("main").options("task") == scene.view("grouped").options("task") == tasks
+    assert scene.view("wrong").options("worker") == scene.view("wrong").options("task") == set()
+
+
+def check_selection(scene):
+    """A worker, a task, and a group of workers, which has task panels but no worker panels."""
+    first, second = (worker.hostname for worker in scene.workers)
+    one = scene.view("main", worker=[first], task=["add", "nap", "a.(b)"])
+    assert one.number("Workers online") == 1 and one.number("Failure ratio") == 0
+    assert {fields["Task"] for fields in one.table("Tasks")} <= {"add", "nap"}
+    check_counts(scene.view("grouped", worker=["pool"]), 2)
+    group = top_row(scene.view("grouped", worker=["pool"]))
+    assert group.keys() == {"Finished tasks", "Failure ratio", "Runtime p95", "Prefetched"}
+    hosts = top_row(scene.view("grouped", worker=[first, second]))
+    assert hosts.keys() == {"Workers online", "Workers offline", "Executing"}
+
+
+def check_unknown(scene):
+    """Where nothing is known, there is no number: without an exporter, while it is down, and on a wrong database."""
+    for broker, exporter in [("nowhere", None), ("down", 0), ("wrong", 1)]:
+        viewer = scene.view(broker)
+        assert (broker, viewer.number("Exporter"), top_row(viewer), viewer.table("Tasks")) == (broker, exporter, {}, [])
+    assert [*scene.view("nowhere").missing()] == [*PANELS]
+
+
+def check_gauges(scene):
+    """Numbers that only gauges have, exactly. Before a task has finished, the failure ratio is unknown, and then it is 0."""
+    worker, other = ev.W, "other@tests"
+    scene.calm.publish(ev.heartbeat(active=3), ev.online(other), ev.offline(other))
+    scene.calm.publish(ev.received("a"), ev.received("b"), ev.received("c", name="nap"), ev.started("a", at=7))
+    scene.until(f'{PREFETCHED}{{broker="calm",task="nap"}} == 1')
+    view = partial(scene.view, "calm", worker=[worker, other])
+    viewer = view()
+    assert top_row(viewer) == {"Workers online": 1, "Workers offline": 1, "Executing": 3, "Prefetched": 2}
+    assert viewer.number("Exporter") == 1
+    tiles, times, executing, prefetched, waited = (viewer.only(title, "worker") for title in row("Workers"))
+    assert list(tiles) == [other, worker], "offline workers come first"
+    assert tiles == times == {worker: 1, other: 0}
+    assert (executing[worker], prefetched, waited) == (3, {worker: 2}, {worker: 7})
+    scene.calm.publish(ev.succeeded("a", at=9, runtime=2))
+    wait_until(lambda: view().number("Failure ratio") == 0, 20, lambda: view().table("Failure ratio"))
+    assert 1 < view().number("Runtime p95") <= 2.5
+
+
+def check_outage(scene):
+    """Two of the exporters lose their broker. One is a replica of main, where nothing changes. The other one is alone."""
+    whole, replica = (f"127.0.0.1:{exporter.port}" for exporter in scene.main)
+    scene.end, before = None, int(time.time())
+    scene.proxy.refuse()
+    scene.proxy.cut()
+    scene.until('flower_exporter_broker_connected{broker="cut"} == 0')
+    scene.until('flower_exporter_broker_connected{broker="main"} == 0')
+    cut, main = scene.view("cut"), scene.view("main")
+    assert scene.server.instant(f'{ONLINE}{{broker="cut"}} == 1'), "the gauges have not changed"
+    assert (cut.number("Exporter"), top_row(cut), cut.only("Workers", "worker")) == (0, {}, {})
+    assert (main.number("Exporter"), main.number("Workers online"), [*top_row(main)]) == (1, 2, TOP)
+    assert main.only("Connected", "instance") == {whole: 1, replica: 0}
+    wait_until(lambda: scene.view("main").only("Clock paused", "instance")[replica] > 0.9, 20, "the clock is paused")
+    assert scene.view("main").only("Clock paused", "instance")[whole] == 0
+    scene.proxy.resume()
+    scene.until('min(flower_exporter_gaps_total{broker=~"main|cut",cause="disconnected"} > 0)')
+    scene.end = scene.now()
+    check_losses(scene.view("main"), scene.main[1].metrics(), (whole, replica), before)
+
+
+def check_losses(viewer, metrics, ports, before):
+    """The replica was disconnected once, and this was a loss."""
+    whole, replica = ports
+    for title, name in [("Disconnects", "broker_disconnects_total"), ("Losses", "gaps_total")]:
+        assert metrics.total(f"flower_exporter_{name}") == 1
+        [(_, counted, shown)] = [one for one in increases(viewer, f'flower_exporter_{name}{{instance="{replica}"}}') if one[1]]
+        assert (counted, viewer.only(title, "instance")) == (1, pytest.approx({whole: 0, replica: shown}))
+    [target] = PANELS["Losses, by cause"]["targets"]
+    causes = {(labels["instance"], labels["cause"]): max(values) for labels, values in viewer.query(target["expr"])}
+    assert len(causes) == 2 * 7 and [key for key, most in causes.items() if most] == [(replica, "disconnected")]
+    [(labels, times)] = viewer.annotations("Losses")
+    assert (labels["cause"], labels["instance"]) == ("disconnected", replica)
+    assert before < times[0] <= times[-1] <= viewer.end
+
+
+def check_health(scene):
+    """The other panels about the exporters, against what an exporter itself shows."""
+    viewer, exporter = scene.view("calm"), scene.calm.exporter
+    metrics, instance = exporter.metrics(), f"127.0.0.1:{exporter.port}"
+    assert viewer.only("Up", "instance") == viewer.only("Connected", "instance") == {instance: 1}
+    assert scene.view("down").only("Up", "instance").keys() == {f"127.0.0.1:{port}" for port in scene.ports["down"]}
+    assert viewer.only("Buffer, of its limit", "instance") == {instance: 0}
+    memory = metrics.total("process_resident_memory_bytes")
+    assert viewer.only("Memory", "instance") == {instance: pytest.approx(memory, rel=0.2)}
+    [lag] = viewer.only("Event lag", "instance").values()
+    assert lag == pytest.approx(time.time() - ev.BASE, abs=30)
+
+
+def check_restart(scene):
+    """An annotation marks the time of each start."""
+
+    def starts():
+        [(_, times)] = scene.view("grouped").annotations("Exporter starts")
+        return times
+
+    [first] = starts()
+    assert first < scene.start, "the marker is left of the panels"
+    exporter, scene.end = scene.grouped, None
+    exporter.terminate()
+    restarted = scene.services.exporter(None, exporter.settings, ready=False)
+    again = time.time()
+    wait_until(lambda: len(starts()) == 2, 20, starts)
+    assert starts() == [first, pytest.approx(again, abs=2)]
+
+
+def check_exemplars(viewer, runs):
+    """The dots on the runtime panel are runs, with the runtimes that the workers measured."""
+    found = viewer.exemplars("Runtime")
+    assert found and found == {uuid: pytest.approx(runs[uuid][1]) for uuid in found}
+    assert any(runtime > 0.25 for runtime in found.values()), "one of nap"
+
+
+def check_flower(scene, start, runs):
+    """Flower has no metrics about itself, and no 0 in front of a new series: only the second load is in the time range."""
+    viewer = scene.view(None, scene.flower, start)
+    own = {"Connected", "Clock paused", "Disconnects", "Losses", "Losses, by cause", "Buffer, of its limit", "Event lag"}
+    assert viewer.missing().keys() == own
+    assert (viewer.number("Exporter"), viewer.number("Workers online")) == (1, 2)
+    check_runtimes(viewer, "classic", runs, check_counts(viewer, 1))
+    assert len(viewer.annotations("Exporter starts")) == 1
+    assert viewer.options("worker") == {worker.hostname for worker in scene.workers}
+    wait_until(lambda: not [*unhealthy_rules(scene.flower)], 20, lambda: [*unhealthy_rules(scene.flower)])
+
+
+def test_numbers_are_what_happened(services, redis, prometheus_release):
+    """Every query of the dashboard, in each situation, against the truth that the test produces."""
+    scene = Scene(services, redis, prometheus_release)
+    check_gauges(scene)
+    scene.load(1)
+    earlier, between = scene.runs(), scene.now()
+    scene.load(2)
+    scene.end, runs = scene.now(), scene.runs()
+
+    main = scene.view("main")
+    assert main.missing() == {}
+    assert [query for query in FLOWER_QUERIES if not main.query(query)] == []
+    assert (main.number("Workers online"), main.number("Workers offline")) == (2, 0)
+    check_exemplars(main, runs)
+    extrapolation = check_counts(main, 2)
+    check_runtimes(main, "classic", runs.values(), extrapolation)
+    check_runtimes(scene.view("main", scene.native, histogram="native"), "native", runs.values(), extrapolation)
+
+    check_variables(scene)
+    check_selection(scene)
+    check_unknown(scene)
+    check_health(scene)
+    check_flower(scene, between, [run for uuid, run in runs.items() if uuid not in earlier])
+    check_outage(scene)
+    check_restart(scene)
 
 
 def unhealthy_rules(server):
-    """Rules with an error, recording rules without data, and pending or firing alerts."""
+    """Rules with an error, and recording rules without data."""
     for rule in server.rules():
         empty = rule["type"] == "recording" and not server.instant(rule["name"])
-        if rule["health"] != "ok" or empty or rule.get("state", "inactive") != "inactive":
-            yield {key: rule.get(key) for key in ("name", "health", "lastError", "state", "alerts")}
+        if rule["health"] != "ok" or empty:
+            yield {key: rule.get(key) for key in ("name", "health", "lastError")}
+
+
+def expressions():
+    """Every query of the dashboard."""
+    targets = [target["expr"] for panel in PANELS.values() for target in panel["targets"]]
+    return [*targets, *(annotation["expr"] for annotation in ANNOTATIONS.values())]
+
+
+def test_expressions_are_short_and_plain():
+    """Nothing replaces a missing value by 0, and nothing corrects `increase()`."""
+    queries = [variable["query"]["query"] for variable in VARIABLES.values() if variable["type"] == "query"]
+    for expression in [*expressions(), *queries]:
+        assert len(expression) <= 250, expression
+        assert not re.search(r"vector\(|offset|absent", expression), expression
 
 
 def test_dashboard_is_complete():
     """It has ids, variables, units, descriptions and thresholds, and the file has a stable format."""
     assert FILE.read_text() == json.dumps(DASHBOARD, indent=2, ensure_ascii=False) + "\n"
-    assert "__inputs" not in DASHBOARD and DASHBOARD["id"] is None and DASHBOARD["uid"]
-    assert list(VARIABLES) == ["datasource", "broker", "worker", "task"]
+    assert "__inputs" not in DASHBOARD and DASHBOARD["id"] is None and DASHBOARD["uid"] == "flower-exporter"
+    assert list(VARIABLES) == ["datasource", "broker", "worker", "task", "histogram"]
     assert VARIABLES["datasource"]["type"] == "datasource"
     assert all(VARIABLES[name]["multi"] and VARIABLES[name]["includeAll"] for name in ("broker", "worker", "task"))
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
-    assert len(set(ids)) == len(ids)
+    titles = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+    assert len(set(ids)) == len(ids) and len(set(titles)) == len(titles)
+    datasource = {"type": "prometheus", "uid": "${datasource}"}
+    for title, panel in PANELS.items():
+        defaults = panel["fieldConfig"]["defaults"]
+        assert panel["description"] and defaults["unit"] and defaults["thresholds"], title
+        for source in [panel, *panel["targets"]]:
+            assert source["datasource"] == datasource, title
+        selected = ("broker",) if title == "Exporter" or title in row("Exporter") else ("broker", "worker")
+        for target in panel["targets"]:
+            assert all(f'{name}=~"${name}"' in target["expr"] for name in selected), target["expr"]
+    for annotation in ANNOTATIONS.values():
+        assert annotation["datasource"] == datasource and annotation["enable"] and '{{instance}}' in annotation["textFormat"]
+
+
+def test_panels_do_not_overlap():
     used = set()
     for panel in DASHBOARD["panels"]:
         position = panel["gridPos"]
         cells = {(position["x"] + x, position["y"] + y) for x in range(position["w"]) for y in range(position["h"])}
         assert not cells & used and max(cells)[0] < 24, panel["title"]
         used |= cells
-    datasource = {"type": "prometheus", "uid": "${datasource}"}
-    for panel in PANELS:
-        defaults = panel["fieldConfig"]["defaults"]
-        assert panel["title"] and panel["description"] and defaults["unit"] and defaults["thresholds"], panel["title"]
-        assert all(source["datasource"] == datasource for source in [panel, *panel["targets"]])
-        for target in panel["targets"]:
-            assert all(f'{name}=~"${name}"' in target["expr"] for name in ("broker", "worker")), target["expr"]
+
+
+def test_unknown_is_gray():
+    """Stats and tables show "no data" in gray. Stats show the present: the last value of a range may be an hour old."""
+    gray = {"type": "special", "options": {"match": "null+nan", "result": {"color": "gray", "index": 0, "text": "no data"}}}
+    for title, panel in PANELS.items():
+        if panel["type"] in ("stat", "table"):
+            defaults = panel["fieldConfig"]["defaults"]
+            assert gray in defaults["mappings"] and defaults["noValue"] == "no data", title
+            assert all(target["instant"] for target in panel["targets"]), title
+
+
+def test_runtime_panel_has_exemplars():
+    assert [target["refId"] for target in PANELS["Runtime"]["targets"] if target.get("exemplar")] == ["B"]
+
+
+def test_links_set_a_variable_and_keep_the_rest():
+    """A task in the table and a worker's tile: the link keeps the time range and the other variables."""
+    [task] = [
+        entry["value"]
+        for override in PANELS["Tasks"]["fieldConfig"]["overrides"]
+        for entry in override["properties"]
+        if override["matcher"]["options"] == "Task" and entry["id"] == "links"
+    ]
+    workers = [(PANELS[title]["fieldConfig"]["defaults"]["links"], "worker", "__field.labels.worker") for title in row("Workers")]
+    for links, name, value in [(task, "task", "__value.raw"), *workers]:
+        [link] = links
+        path, _, query = link["url"].partition("?")
+        kept = {f"${{{other}:queryparam}}" for other in VARIABLES if other != name}
+        assert path == f"/d/{DASHBOARD['uid']}" and link["title"] == f"Show only this {name}"
+        assert set(query.split("&")) == {"${__url_time_range}", *kept, f"var-{name}=${{{value}:percentencode}}"}
 
 
 def differing_paths(written, read, path=""):
@@ -233,12 +544,14 @@ def test_dashboard_matches_grafanas_schema():
         return set(differing_paths(dashboard, json.loads(read)))
 
     plugins.register_default_plugins()
-    only_written_by_grafana = {".templating.list[].definition"}
-    assert dropped(DASHBOARD) == only_written_by_grafana
+    # Written by Grafana, or read by its Prometheus data source: this release of the library lacks them.
+    annotations = {f".annotations.list[].{name}" for name in ("titleFormat", "textFormat", "useValueForTime")}
+    unknown = {".templating.list[].definition", *annotations}
+    assert dropped(DASHBOARD) == unknown
     wrong = json.loads(FILE.read_text())
     wrong["panels"][1]["fieldConfig"]["defaults"]["decimal"] = 1
     wrong["panels"][2]["options"]["graphMod"] = "area"
-    assert len(dropped(wrong)) == len(only_written_by_grafana) + 2
+    assert len(dropped(wrong)) == len(unknown) + 2
 
 
 def test_provisioning_examples():
