@@ -44,8 +44,8 @@ FLOWER_QUERIES = [
     "sum(avg_over_time(flower_task_prefetch_time_seconds[15m])) by (task, worker)",
 ]
 
-#: What one load causes: {task: {column of the table: events}}, half of them at each worker. A retry succeeds at the second attempt.
-#: Celery sends both task-rejected and task-failed for a task that raises Reject.
+#: What one load causes: {task: {column of the table: events}}, half of them at each worker. A retry succeeds at the second
+#: attempt. Celery sends both task-rejected and task-failed for a task that raises Reject.
 LOAD = {
     "add": {"Succeeded": 30, "Revoked": 2},
     "nap": {"Succeeded": 6},
@@ -240,7 +240,7 @@ def check_counts(viewer, loads):
         ratio = counted.shown(task, "Succeeded") / finished if finished else None
         assert fields.get("Success ratio") == (pytest.approx(ratio) if finished else None), task
     assert viewer.number("Failure ratio") == pytest.approx(counted.failure_ratio())
-    finished = {task: counted.finished(task) / seconds for task in LOAD if counted.finished(task)}
+    finished = {task: counted.finished(task) / seconds for task in LOAD}
     assert viewer.number("Finished tasks") == pytest.approx(sum(finished.values()))
     assert viewer.only("Finished tasks, by task", "task") == pytest.approx(finished)
     assert viewer.only("Failed tasks, by task", "task") == pytest.approx(
@@ -266,6 +266,7 @@ def check_runtimes(viewer, histogram, runs, extrapolation):
         "Runtime p95, by task": viewer.only("Runtime p95, by task", "task")["nap"],
         "Runtime, p95": p95,
         "Runtime, p99": p99,
+        **viewer.only("Runtime p95, by worker", "worker"),
     }
     assert {name: value for name, value in quantiles.items() if not lower < value <= upper} == {}
     assert p50 < 0.25, "more than half of the tasks only add"
@@ -274,6 +275,17 @@ def check_runtimes(viewer, histogram, runs, extrapolation):
         average = sum(runtimes) / len(runtimes)
         assert average / extrapolation <= table[task]["Average runtime"] <= average * extrapolation, task
     assert "Average runtime" not in table["fail"], "no data"
+
+
+def check_heat_map(viewer, native, runs):
+    """The number of runs. Replicas are counted once, but not in native histograms."""
+    for each in (viewer, native):
+        each.values["__rate_interval"] = each.values["__range"]
+    seconds, finished = viewer.end - viewer.start, sum(Counted(viewer).shown(task, "Succeeded") for task in LOAD)
+    assert viewer.only("Runtime heat map", "le")["+Inf"] == pytest.approx(finished / seconds)
+    [target] = PANELS["Runtime heat map"]["targets"]
+    [(_, count)] = native.server.instant(f"histogram_count({native.fill(target['expr'])})", native.end)
+    assert 2 * len(runs) <= count * seconds <= 2 * len(runs) * Counted(native).extrapolation()
 
 
 def top_row(viewer):
@@ -321,10 +333,11 @@ def check_gauges(scene):
     viewer = view()
     assert top_row(viewer) == {"Workers online": 1, "Workers offline": 1, "Executing": 3, "Prefetched": 2}
     assert viewer.number("Exporter") == 1
-    tiles, times, executing, prefetched, waited = (viewer.only(title, "worker") for title in row("Workers"))
-    assert list(tiles) == [other, worker], "offline workers come first"
-    assert tiles == times == {worker: 1, other: 0}
-    assert (executing[worker], prefetched, waited) == (3, {worker: 2}, {worker: 7})
+    found = {title: viewer.only(title, "worker") for title in row("Workers")}
+    assert list(found["Workers"]) == [other, worker], "offline workers come first"
+    assert found["Workers"] == found["Online, by worker"] == {worker: 1, other: 0}
+    assert found["Executing, by worker"][worker] == 3 and found["Prefetched, by worker"] == {worker: 2}
+    assert found["Prefetch time, by worker"] == {worker: 7} and found["Failed tasks, by worker"] == {}
     scene.calm.publish(ev.succeeded("a", at=9, runtime=2))
     wait_until(lambda: view().number("Failure ratio") == 0, 20, lambda: view().table("Failure ratio"))
     assert 1 < view().number("Runtime p95") <= 2.5
@@ -346,7 +359,7 @@ def check_outage(scene):
     wait_until(lambda: scene.view("main").only("Clock paused", "instance")[replica] > 0.9, 20, "the clock is paused")
     assert scene.view("main").only("Clock paused", "instance")[whole] == 0
     scene.proxy.resume()
-    scene.until('min(flower_exporter_gaps_total{broker=~"main|cut",cause="disconnected"} > 0)')
+    scene.until('count(flower_exporter_gaps_total{broker=~"main|cut",cause="disconnected"} == 1) == 2')
     scene.end = scene.now()
     check_losses(scene.view("main"), scene.main[1].metrics(), (whole, replica), before)
 
@@ -380,20 +393,19 @@ def check_health(scene):
 
 
 def check_restart(scene):
-    """An annotation marks the time of each start."""
+    """An annotation marks the time of each start in the time range."""
 
-    def starts():
-        [(_, times)] = scene.view("grouped").annotations("Exporter starts")
-        return times
+    def starts(start=None):
+        found = scene.view("grouped", start=start).annotations("Exporter starts")
+        return [(labels["instance"], at) for labels, times in found for at in times]
 
-    [first] = starts()
-    assert first < scene.start, "the marker is left of the panels"
+    assert starts() == [] and len(starts(scene.start - 60)) == 1
     exporter, scene.end = scene.grouped, None
     exporter.terminate()
-    restarted = scene.services.exporter(None, exporter.settings, ready=False)
-    again = time.time()
-    wait_until(lambda: len(starts()) == 2, 20, starts)
-    assert starts() == [first, pytest.approx(again, abs=2)]
+    began = time.time()
+    scene.services.exporter(None, exporter.settings, ready=False)
+    wait_until(starts, 20, "the start is marked")
+    assert starts() == [(f"127.0.0.1:{exporter.port}", pytest.approx(began, abs=2))]
 
 
 def check_exemplars(viewer, runs):
@@ -410,7 +422,7 @@ def check_flower(scene, start, runs):
     assert viewer.missing().keys() == own
     assert (viewer.number("Exporter"), viewer.number("Workers online")) == (1, 2)
     check_runtimes(viewer, "classic", runs, check_counts(viewer, 1))
-    assert len(viewer.annotations("Exporter starts")) == 1
+    assert len(scene.view(None, scene.flower, scene.start - 60).annotations("Exporter starts")) == 1
     assert viewer.options("worker") == {worker.hostname for worker in scene.workers}
     wait_until(lambda: not [*unhealthy_rules(scene.flower)], 20, lambda: [*unhealthy_rules(scene.flower)])
 
@@ -431,7 +443,9 @@ def test_numbers_are_what_happened(services, redis, prometheus_release):
     check_exemplars(main, runs)
     extrapolation = check_counts(main, 2)
     check_runtimes(main, "classic", runs.values(), extrapolation)
-    check_runtimes(scene.view("main", scene.native, histogram="native"), "native", runs.values(), extrapolation)
+    native = scene.view("main", scene.native, histogram="native")
+    check_runtimes(native, "native", runs.values(), extrapolation)
+    check_heat_map(main, native, runs)
 
     check_variables(scene)
     check_selection(scene)
@@ -511,15 +525,20 @@ def test_runtime_panel_has_exemplars():
 
 
 def test_links_set_a_variable_and_keep_the_rest():
-    """A task in the table and a worker's tile: the link keeps the time range and the other variables."""
+    """A task in the table or in a legend, and a worker's tile or line: the link keeps the time range and the other variables."""
     [task] = [
         entry["value"]
         for override in PANELS["Tasks"]["fieldConfig"]["overrides"]
         for entry in override["properties"]
         if override["matcher"]["options"] == "Task" and entry["id"] == "links"
     ]
-    workers = [(PANELS[title]["fieldConfig"]["defaults"]["links"], "worker", "__field.labels.worker") for title in row("Workers")]
-    for links, name, value in [(task, "task", "__value.raw"), *workers]:
+    found = [(task, "task", "__value.raw")]
+    for title in PANELS:
+        if title == "Workers" or title.endswith((", by task", ", by worker")):
+            name = "task" if title.endswith("task") else "worker"
+            found.append((PANELS[title]["fieldConfig"]["defaults"]["links"], name, f"__field.labels.{name}"))
+    assert len(found) == 11
+    for links, name, value in found:
         [link] = links
         path, _, query = link["url"].partition("?")
         kept = {f"${{{other}:queryparam}}" for other in VARIABLES if other != name}

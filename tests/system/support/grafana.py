@@ -33,7 +33,7 @@ class Viewer:
     def __init__(self, server, start, end, window="4s", histogram="classic", **chosen):
         self.server, self.start, self.end = server, start, end
         [kind] = [option["value"] for option in VARIABLES["histogram"]["options"] if option["text"] == histogram]
-        self.values = {"__range": f"{end - start}s", "__rate_interval": window, "histogram": kind}
+        self.values = {"__range": f"{end - start}s", "__from": str(1000 * start), "__rate_interval": window, "histogram": kind}
         for name in ("broker", "worker", "task"):
             self.values[name] = self.choice(chosen[name]) if name in chosen else VARIABLES[name]["allValue"]
 
