@@ -472,16 +472,11 @@ def unhealthy_rules(server):
             yield {key: rule.get(key) for key in ("name", "health", "lastError")}
 
 
-def expressions():
-    """Every query of the dashboard."""
-    targets = [target["expr"] for panel in PANELS.values() for target in panel["targets"]]
-    return [*targets, *(annotation["expr"] for annotation in ANNOTATIONS.values())]
-
-
 def test_expressions_are_short_and_plain():
     """Nothing replaces a missing value by 0, and nothing corrects `increase()`."""
-    queries = [variable["query"]["query"] for variable in VARIABLES.values() if variable["type"] == "query"]
-    for expression in [*expressions(), *queries]:
+    targets = [target["expr"] for panel in PANELS.values() for target in panel["targets"]]
+    variables = [variable["query"]["query"] for variable in VARIABLES.values() if variable["type"] == "query"]
+    for expression in [*targets, *variables, *(annotation["expr"] for annotation in ANNOTATIONS.values())]:
         assert len(expression) <= 250, expression
         assert not re.search(r"vector\(|offset|absent", expression), expression
 
@@ -506,7 +501,7 @@ def test_dashboard_is_complete():
         for target in panel["targets"]:
             assert all(f'{name}=~"${name}"' in target["expr"] for name in selected), target["expr"]
     for annotation in ANNOTATIONS.values():
-        assert annotation["datasource"] == datasource and annotation["enable"] and '{{instance}}' in annotation["textFormat"]
+        assert annotation["datasource"] == datasource and annotation["enable"] and "{{instance}}" in annotation["textFormat"]
 
 
 def test_panels_do_not_overlap():
@@ -533,7 +528,7 @@ def test_runtime_panel_has_exemplars():
 
 
 def test_links_set_a_variable_and_keep_the_rest():
-    """A task in the table or in a legend, and a worker's tile or line: the link keeps the time range and the other variables."""
+    """Links of tasks, in the table and in lines, and of workers, in tiles and lines."""
     [task] = [
         entry["value"]
         for override in PANELS["Tasks"]["fieldConfig"]["overrides"]
