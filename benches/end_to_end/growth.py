@@ -19,6 +19,9 @@ BOUNDS = {"max_workers": 6_000, "max_tasks": 10_000}
 PAIRS = 5_000
 #: Events in one part of a longer stream.
 EVENTS = 480_000
+#: The headers of each kind of scrape.
+PROTOBUF = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited"
+SCRAPES = {"plain": {}, "gzip": {"Accept-Encoding": "gzip"}, "protobuf": {"Accept": PROTOBUF}}
 #: Rounds for the CPU median.
 ROUNDS = 9
 
@@ -40,7 +43,7 @@ def measure(broker, profile, tasks=None):
         cpu = [subject.feed(last, MANY, halted=True)[0] / MANY * 1e6 for _ in range(ROUNDS)]
         scrapes = {
             kind: list(zip(*(subject.scrape(headers) for _ in range(5))))
-            for kind, headers in {"plain": {}, "gzip": {"Accept-Encoding": "gzip"}}.items()
+            for kind, headers in SCRAPES.items()
         }
         body = scrapes["plain"][4][-1]
         assert subject.counted(body) == subject.sent, f"{subject.sent - subject.counted(body)} events lost"
@@ -80,7 +83,7 @@ def main():
 
 
 def table(found):
-    keys = "plain ms", "plain CPU ms", "plain KiB", "gzip ms", "gzip CPU ms", "gzip KiB"
+    keys = [f"{kind} {key}" for kind in SCRAPES for key in ("ms", "CPU ms", "KiB")]
     lines = []
     for title, points in found.items():
         lines += [report.row([title, "CPU per event, µs", "memory, MiB", "series", *(f"scrape {key}" for key in keys)])]
@@ -104,7 +107,7 @@ def draw(found):
             panels.append((column, line, title, unit, {"": [(number, values[key]) for number, values in points]}))
     scraped = sorted((values["series"], values) for values in dict([*found.values()][1]).values())
     for line, key, unit in (0, "ms", "scrape, ms"), (1, "KiB", "scrape, KiB"):
-        curves = {kind: [(series, values[f"{kind} {key}"]) for series, values in scraped] for kind in ("plain", "gzip")}
+        curves = {kind: [(series, values[f"{kind} {key}"]) for series, values in scraped] for kind in SCRAPES}
         panels.append((len(found), line, "series", unit, curves))
     return plot.svg(panels)
 

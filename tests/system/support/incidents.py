@@ -44,17 +44,17 @@ class Pace:
         settings["broker"] = {"reconnect_backoff_max": self.text(5)}
         return settings
 
-    def rules(self):
-        """The shipped rules with all durations divided: in `for`, ranges, subqueries and offsets."""
+    def rules(self, files=tuple(RULES / name for name in FILES)):
+        """Rules with all durations divided: in `for`, ranges, subqueries and offsets."""
         home = directory("rules")
-        for name in FILES:
-            groups = yaml.safe_load((RULES / name).read_text())
+        for path in files:
+            groups = yaml.safe_load(path.read_text())
             for rule in (rule for group in groups["groups"] for rule in group["rules"]):
                 rule["expr"] = re.sub(r"(?<=\[|:)[0-9][0-9ms]*(?=[\]:])|(?<=offset )\w+", self._faster, rule["expr"])
                 if "for" in rule:
                     rule["for"] = re.sub(r".+", self._faster, rule["for"])
-            (home / name).write_text(json.dumps(groups))
-        return [home / name for name in FILES]
+            (home / path.name).write_text(json.dumps(groups))
+        return [home / path.name for path in files]
 
     def _faster(self, duration):
         minutes, seconds = re.fullmatch(r"(?:(\d+)m)?(?:(\d+)s)?", duration[0]).groups()
