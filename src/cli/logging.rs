@@ -14,10 +14,12 @@ use std::thread;
 use std::time::Duration;
 
 use tokio::time::sleep;
+use tracing::field::Field;
 use tracing::{Event, Subscriber};
 use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
+use tracing_subscriber::field::MakeExt;
 use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::fmt::format::{JsonFields, Writer};
+use tracing_subscriber::fmt::format::{JsonFields, Writer, debug_fn};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, format};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
@@ -65,13 +67,16 @@ impl Logging {
             .map_err(|_| io::Error::other("failed to start a thread for the log"))?;
         let (filter, level) = reload::Layer::new(targets(log.level));
         let lines = tracing_subscriber::fmt::layer().with_writer(writer.clone());
-        let text = format().with_target(false);
+        let (text, fields) = (format().with_target(false), debug_fn(write_field).delimited(" "));
         let layer = match log.format {
             // The journal adds the time.
             LogFormat::Text if is_journal() => {
-                lines.with_ansi(false).event_format(Journal(text.without_time())).boxed()
+                lines.with_ansi(false).fmt_fields(fields).event_format(Journal(text.without_time())).boxed()
             }
-            LogFormat::Text => lines.with_ansi(io::IsTerminal::is_terminal(&io::stderr())).event_format(text).boxed(),
+            LogFormat::Text => {
+                let is_terminal = io::IsTerminal::is_terminal(&io::stderr());
+                lines.with_ansi(is_terminal).fmt_fields(fields).event_format(text).boxed()
+            }
             LogFormat::Json => {
                 let json = format().json().with_target(false).flatten_event(true);
                 let json = json.with_current_span(false).with_span_list(false);
@@ -181,6 +186,37 @@ fn is_journal() -> bool {
     false
 }
 
+/// Writes the message, or a field as in logfmt: a value with blanks, quotes or equals signs is in quotes.
+fn write_field(writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -> fmt::Result {
+    let text = format!("{value:?}");
+    if field.name() == "message" {
+        return text.chars().try_for_each(|c| match c {
+            // A hostname must not be able to forge a line.
+            c if c.is_control() => write!(writer, "{}", c.escape_default()),
+            c => writer.write_char(c),
+        });
+    }
+    let needs_quotes =
+        text.is_empty() || text.contains(|c: char| c.is_whitespace() || c.is_control() || "\"=".contains(c));
+    if needs_quotes && !is_quoted(&text) {
+        write!(writer, "{}={text:?}", field.name())
+    } else {
+        write!(writer, "{}={text}", field.name())
+    }
+}
+
+/// Whether the text is one quoted string, as `Debug` writes strings.
+fn is_quoted(text: &str) -> bool {
+    let Some(inner) = text.strip_prefix('"').and_then(|text| text.strip_suffix('"')) else { return false };
+    let mut is_escaped = false;
+    let is_string = inner.chars().all(|c| {
+        let ends = c == '"' && !is_escaped;
+        is_escaped = c == '\\' && !is_escaped;
+        !ends && !c.is_control()
+    });
+    is_string && !is_escaped
+}
+
 /// Formats lines for the journal, with their priority in front (`sd-daemon(3)`).
 struct Journal<F>(F);
 
@@ -211,4 +247,47 @@ fn targets(level: Level) -> Targets {
         Level::Trace => LevelFilter::TRACE,
     };
     Targets::new().with_target("flower_exporter", level)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// A writer to memory.
+    #[derive(Clone, Default)]
+    struct Memory(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Memory {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn values_with_blanks_are_quoted() {
+        let memory = Memory::default();
+        let lines = tracing_subscriber::fmt::layer().with_writer({
+            let memory = memory.clone();
+            move || memory.clone()
+        });
+        let lines = lines.with_ansi(false).fmt_fields(debug_fn(write_field).delimited(" "));
+        let layer = lines.event_format(format().with_target(false).without_time());
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
+            let (error, quoted) = (format_args!("refused (os error 111)"), format_args!(r#""a" is not "b""#));
+            tracing::info!(text = "a b", error = %error, quoted = %quoted, empty = %"", "first line\nforged");
+            tracing::info!(number = 7, flag = true, plain = %"redis://h:1/0", equals = %"a=b", tail = %"a\\", "second");
+        });
+        let written = String::from_utf8(memory.0.lock().unwrap().clone()).unwrap();
+        let expected = [
+            r#" INFO first line\nforged text="a b" error="refused (os error 111)" quoted="\"a\" is not \"b\"" empty="""#,
+            r#" INFO second number=7 flag=true plain=redis://h:1/0 equals="a=b" tail=a\"#,
+        ];
+        assert_eq!(written.lines().collect::<Vec<_>>(), expected);
+    }
 }

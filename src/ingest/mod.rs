@@ -12,6 +12,7 @@ mod redelivery;
 mod save_scheduler;
 mod wall_clock;
 
+use std::borrow::Cow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
@@ -260,9 +261,9 @@ impl IngestLoop {
     fn record_delivery(&mut self, message: &Message) -> bool {
         let Some((hash, is_duplicate)) = self.redelivery_filter.check(message) else { return false };
         if let Some(cause) = self.continuity.record_delivery(hash, is_duplicate) {
-            let payload_prefix = message.bytes[..message.bytes.len().min(PAYLOAD_PREFIX_LEN)].escape_ascii();
+            let payload_prefix = &*payload_prefix(&message.bytes);
             let (redelivered, witness) = (message.redelivered, message.is_witness());
-            tracing::debug!(%payload_prefix, redelivered, witness, "another message came before the newest saved one");
+            tracing::debug!(payload_prefix, redelivered, witness, "another message came before the newest saved one");
             self.record_gap(Gap::new(cause));
         }
         is_duplicate
@@ -335,9 +336,9 @@ impl IngestLoop {
     fn skip_invalid(&mut self, failure: &DecodeFailure, bytes: &[u8]) {
         self.context.self_metrics.invalid(failure.reason).inc();
         if let Some(suppressed) = self.log_throttle.check(failure.reason.as_str()) {
-            let payload_prefix = bytes[..bytes.len().min(PAYLOAD_PREFIX_LEN)].escape_ascii();
+            let payload_prefix = &*payload_prefix(bytes);
             let (reason, value) = (failure.reason.as_str(), failure.value.as_deref());
-            tracing::warn!(reason, value, %payload_prefix, suppressed, "skipped invalid message");
+            tracing::warn!(reason, value, payload_prefix, suppressed, "skipped invalid message");
         }
     }
 
@@ -408,6 +409,11 @@ fn no_task_events_warning(hostname: &str) -> String {
         "worker {} processes tasks but sends no task events; start it with -E or enable remote control",
         hostname.escape_debug()
     )
+}
+
+/// The beginning of a message, for the log.
+fn payload_prefix(bytes: &[u8]) -> Cow<'_, str> {
+    String::from_utf8_lossy(&bytes[..bytes.len().min(PAYLOAD_PREFIX_LEN)])
 }
 
 fn timeouts(config: &Config) -> Timeouts {
