@@ -45,6 +45,13 @@ def test_rules_pass_promtool(prometheus_release):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_expressions_are_short_and_plain(groups):
+    """Nothing reconstructs the first events of a series: `metrics.zero_first` or start timestamps make them visible."""
+    for rule in (rule for group in groups.values() for rule in group["rules"]):
+        assert len(rule["query"]) <= 400, rule["name"]
+        assert "unless flower_events_total offset" not in rule["query"] and "up offset" not in rule["query"]
+
+
 def test_every_alert_is_tested_firing_and_not_firing(prometheus_release, groups, alerts):
     """By mutation: an alert that never fires fails its tests, and so does an alert that always fires."""
 
@@ -79,7 +86,8 @@ def test_every_alert_is_tested_firing_and_not_firing(prometheus_release, groups,
 
 def test_every_alert_has_annotations_and_a_runbook_entry(alerts):
     """Each alert has a summary, a description, a severity and a runbook entry with a remedy. Each entry has an alert."""
-    entries = dict(re.findall(r"^### (\w+)$(.*?)(?=^##|\Z)", (ROOT / "docs/alerting.md").read_text(), re.M | re.S))
+    runbook = (ROOT / "docs/alerting.md").read_text().split("\n## Runbook\n")[1]
+    entries = dict(re.findall(r"^### (\w+)$(.*?)(?=^##|\Z)", runbook, re.M | re.S))
     assert set(entries) == set(alerts)
     for name, rule in alerts.items():
         annotations = rule["annotations"]
