@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts that count instructions: builds the benchmark of the stages, and defines per_item and ratio.
 
 command -v valgrind >/dev/null || { echo "valgrind not found: run apt-get install valgrind as root" >&2; exit 1; }

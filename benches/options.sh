@@ -6,8 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null
 . benches/count.sh
 
-# Memory per label set: with 20,000 of them, and with 50.
-per_label_set() { echo $((($("$binary" --memory "$1" 20000) - $("$binary" --memory "$1" 50)) / 19950)); }
+per_label_set() { echo $((($("$binary" --memory "$1" 30000) - $("$binary" --memory "$1" 10000)) / 20000)); }
 
 default=$(per_item ingest-default) all=$(per_item ingest-all)
 read -r text protobuf < <("$binary" --scrapes default)

@@ -109,7 +109,7 @@ fn filled_state(options: &str, label_sets: usize) -> State {
     let options = if options == "all" { all_options() } else { SeriesOptions::default() };
     let (mut state, deployment) = (state_with(options), Deployment { varied: true, ..with_label_sets(label_sets) });
     let chunk = 10_000;
-    for first in (0..RUNS * LABEL_SETS).step_by(chunk) {
+    for first in (0..RUNS * label_sets).step_by(chunk) {
         ingest(&mut state, &deployment.bodies(first, chunk));
     }
     state

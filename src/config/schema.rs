@@ -231,7 +231,7 @@ keys! {
     Scalar http.idle_timeout => live();
     /// The least severe level that is logged: `error`, `warn`, `info`, `debug` or `trace`.
     Text log.level => live();
-    /// The format of log lines: `text` or `json`.
+    /// The format of log lines: `text`, with fields as in logfmt, or `json`.
     Text log.format;
 }
 
