@@ -152,7 +152,7 @@ def test_login_method_that_is_not_offered_is_explained(services, authority, exte
     given = merge({"broker": {"url": url, "tls": {"ca_file": str(external.certificate)}}}, FAST)
     offered = "EXTERNAL PLAIN" if scheme == "amqps" else "PLAIN"
     exporter = services.exporter(None, given)
-    line = rf"error=the server does not offer login method {method} \(broker.amqp.login_method.*\); it offers {offered} "
+    line = rf'error="the server does not offer login method {method} \(broker.amqp.login_method.*\); it offers {offered}" '
     wait_until(lambda: re.search(line, exporter.log()), 10, exporter.log)
     assert "client certificate" not in exporter.log(), "the server accepts clients without one"
 
