@@ -42,6 +42,7 @@ INCIDENTS = {
         [alert("FlowerExporterNotConnected", instance="1"), alert("FlowerExporterMissedEvents", instance="2", cause="disconnected"),
          alert("CeleryWorkerDown", worker="w")],
         [alert("FlowerExporterMissedEvents", instance="1", cause="disconnected"), alert("FlowerExporterSeesNoWorkers"),
+         alert("CeleryPrefetchBacklog", worker="w"),
          alert("FlowerExporterConnectionFlapping", instance="1")],
     ),
     "a connection flaps, and the queue loses messages": (

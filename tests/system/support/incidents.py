@@ -57,8 +57,8 @@ class Pace:
         return [home / path.name for path in files]
 
     def _faster(self, duration):
-        minutes, seconds = re.fullmatch(r"(?:(\d+)m)?(?:(\d+)s)?", duration[0]).groups()
-        return self.text(60 * int(minutes or 0) + int(seconds or 0))
+        hours, minutes, seconds = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", duration[0]).groups("0")
+        return self.text(3600 * int(hours) + 60 * int(minutes) + int(seconds))
 
 
 class Monitoring:
