@@ -93,7 +93,7 @@ def test_passwords_of_servers_and_sentinels(services):
 def test_unknown_master_is_logged(services):
     deployment = SentinelDeployment(services)
     exporter = services.exporter(None, merge({"broker": {"url": deployment.url}}, deployment.settings(master_name="unknown")))
-    wait_until(lambda: 'no master named "unknown"; check broker.redis.master_name' in exporter.log(), 10, exporter.log)
+    wait_until(lambda: 'no master named \\"unknown\\"; check broker.redis.master_name' in exporter.log(), 10, exporter.log)
     assert exporter.healthz(ready=True)[0] == 503
 
 
