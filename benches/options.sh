@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Measures what the options cost that are off by default: instructions with valgrind, resident memory, and the time of scrapes.
 # Prints tables. `--write` also saves them in benches/RESULTS.md. It takes three minutes, plus the build.
+# `--write` needs tests/setup.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null
@@ -32,4 +33,4 @@ nothing for an event. Each label set has 80 tasks, with runtimes from 10 ms to 1
 END
 )
 echo "$table"
-[ "${1-}" != --write ] || PYTHONPATH=benches/end_to_end python3 -B -c 'import sys, report; report.save(sys.argv[1])' "$table"
+[ "${1-}" != --write ] || PYTHONPATH=benches/end_to_end:tests/system target/test-env/flower/bin/python -B -c 'import sys, report; report.save(sys.argv[1])' "$table"
