@@ -211,8 +211,7 @@ impl Exporter {
     /// The scheme and the address of `/metrics`.
     #[must_use]
     pub fn url(&self) -> String {
-        let scheme = if self.web_config.borrow().identity().is_some() { "https" } else { "http" };
-        format!("{scheme}://{}", self.address)
+        format!("{}://{}", self.web_config.borrow().scheme(), self.address)
     }
 
     /// The state behind `/healthz`.

@@ -29,8 +29,7 @@ pub(super) async fn run(overrides: &Overrides) -> anyhow::Result<()> {
     let http = config::load_probe(overrides)?;
     let address = connect_address(http.listen);
     let web_config = WebConfig::load(http.web_config_file.as_deref())?;
-    let scheme = if web_config.identity().is_some() { "https" } else { "http" };
-    let url = format!("{scheme}://{address}/healthz");
+    let url = format!("{}://{address}/healthz", web_config.scheme());
     let Ok(response) = timeout(TIMEOUT, query(address, web_config.identity())).await else {
         bail!("{url} did not respond within {} s", TIMEOUT.as_secs());
     };
@@ -48,8 +47,7 @@ async fn query(address: SocketAddr, identity: Option<&Identity>) -> anyhow::Resu
     let stream = TcpStream::connect(address).await.with_context(|| format!("failed to connect to {address}"))?;
     let Some(identity) = identity else { return request(stream, address).await };
     let tls = TlsConfig::new(&tls_options(identity))?;
-    let answer = async { request(tls.handshake("localhost", stream, TIMEOUT).await?, address).await };
-    let answer = answer.await;
+    let answer = async { request(tls.handshake("localhost", stream, TIMEOUT).await?, address).await }.await;
     if identity.requires_client_certificate {
         return answer.context(
             "the server requires a client certificate, and may not accept its own: issue \

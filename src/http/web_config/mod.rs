@@ -65,4 +65,10 @@ impl WebConfig {
     pub fn identity(&self) -> Option<&Identity> {
         self.identity.as_ref()
     }
+
+    /// The scheme of the server's URLs.
+    #[must_use]
+    pub fn scheme(&self) -> &'static str {
+        if self.identity.is_some() { "https" } else { "http" }
+    }
 }

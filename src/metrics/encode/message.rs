@@ -4,36 +4,30 @@ use crate::metrics::exemplars::{self, Exemplar};
 use crate::metrics::native::{NativeBuckets, ZERO_THRESHOLD, spans};
 
 /// Numbers of fields.
-pub(super) mod field {
-    pub(in super::super) mod family {
-        pub(in super::super::super) const NAME: u32 = 1;
-        pub(in super::super::super) const HELP: u32 = 2;
-        pub(in super::super::super) const TYPE: u32 = 3;
-        pub(in super::super::super) const METRIC: u32 = 4;
+mod field {
+    pub(super) mod metric {
+        pub(in super::super) const LABEL: u32 = 1;
+        pub(in super::super) const GAUGE: u32 = 2;
+        pub(in super::super) const COUNTER: u32 = 3;
+        pub(in super::super) const HISTOGRAM: u32 = 7;
     }
-    pub(in super::super) mod metric {
-        pub(in super::super::super) const LABEL: u32 = 1;
-        pub(in super::super::super) const GAUGE: u32 = 2;
-        pub(in super::super::super) const COUNTER: u32 = 3;
-        pub(in super::super::super) const HISTOGRAM: u32 = 7;
+    pub(super) mod counter {
+        pub(in super::super) const EXEMPLAR: u32 = 2;
+        pub(in super::super) const CREATED: u32 = 3;
     }
-    pub(in super::super) mod counter {
-        pub(in super::super::super) const EXEMPLAR: u32 = 2;
-        pub(in super::super::super) const CREATED: u32 = 3;
+    pub(super) mod histogram {
+        pub(in super::super) const COUNT: u32 = 1;
+        pub(in super::super) const SUM: u32 = 2;
+        pub(in super::super) const BUCKET: u32 = 3;
+        pub(in super::super) const SCHEMA: u32 = 5;
+        pub(in super::super) const ZERO_THRESHOLD: u32 = 6;
+        pub(in super::super) const ZERO_COUNT: u32 = 7;
+        pub(in super::super) const POSITIVE_SPAN: u32 = 12;
+        pub(in super::super) const POSITIVE_DELTA: u32 = 13;
+        pub(in super::super) const CREATED: u32 = 15;
     }
-    pub(in super::super) mod histogram {
-        pub(in super::super::super) const COUNT: u32 = 1;
-        pub(in super::super::super) const SUM: u32 = 2;
-        pub(in super::super::super) const BUCKET: u32 = 3;
-        pub(in super::super::super) const CREATED: u32 = 15;
-        pub(in super::super::super) const SCHEMA: u32 = 5;
-        pub(in super::super::super) const ZERO_THRESHOLD: u32 = 6;
-        pub(in super::super::super) const ZERO_COUNT: u32 = 7;
-        pub(in super::super::super) const POSITIVE_SPAN: u32 = 12;
-        pub(in super::super::super) const POSITIVE_DELTA: u32 = 13;
-    }
-    pub(in super::super) const BUCKET_EXEMPLAR: u32 = 3;
-    pub(in super::super) const EXEMPLAR_TIMESTAMP: u32 = 3;
+    pub(super) const BUCKET_EXEMPLAR: u32 = 3;
+    pub(super) const EXEMPLAR_TIMESTAMP: u32 = 3;
 }
 
 /// The only field, or the first of two.

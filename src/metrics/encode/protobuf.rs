@@ -6,18 +6,26 @@
 use prometheus::proto;
 
 use super::FAILED;
-use super::message::{Message, field, varint_len};
+use super::message::{Message, varint_len};
 use crate::metrics::Snapshot;
 use crate::metrics::exemplars::Exemplars;
 use crate::metrics::family::{Family, MetricType};
 
+/// Numbers of the fields of a family.
+mod field {
+    pub(super) const NAME: u32 = 1;
+    pub(super) const HELP: u32 = 2;
+    pub(super) const TYPE: u32 = 3;
+    pub(super) const METRIC: u32 = 4;
+}
+
 /// The head of a family, without its metrics.
 fn head(name: &str, help: &str, metric_type: MetricType) -> Message {
     let mut head = Message::default();
-    head.bytes(field::family::NAME, name.as_bytes());
-    head.bytes(field::family::HELP, help.as_bytes());
+    head.bytes(field::NAME, name.as_bytes());
+    head.bytes(field::HELP, help.as_bytes());
     head.number(
-        field::family::TYPE,
+        field::TYPE,
         match metric_type {
             MetricType::Counter => 0,
             MetricType::Gauge => 1,
@@ -173,7 +181,7 @@ fn delimited_len(metric: &[u8]) -> usize {
 
 fn write_metric(out: &mut Vec<u8>, metric: &[u8]) {
     let mut prefix = Message(std::mem::take(out));
-    prefix.bytes(field::family::METRIC, metric);
+    prefix.bytes(field::METRIC, metric);
     *out = prefix.0;
 }
 
