@@ -21,7 +21,7 @@ from support import events as ev
 from support import releases
 from support.exporter import merge
 from support.flood import RedisFlood
-from support.incidents import INTERVAL, Pace, now
+from support.incidents import INTERVAL, POD_SETTINGS, Pace, now
 from support.prometheus import FILES, RULES, Prometheus
 from support.services import Services
 
@@ -31,19 +31,10 @@ RULE_FILES = [*(RULES / name for name in FILES), HERE / "first_events.rules.yml"
 #: {row: (settings, features of Prometheus)}
 ROWS = {
     "default": ({}, []),
-    '`purge_stopped_workers = "2m"`, as for pods': ({"state": {"purge_stopped_workers": 120}, "metrics": {"zero_first": 30}}, []),
+    '`purge_stopped_workers = "2m"`, as for pods': (POD_SETTINGS, []),
     'a worker group: `["web=celery@web-*"]`': ({"metrics": {"worker_groups": ["web=celery@web-*"]}}, []),
     "native histograms without the classic buckets": ({"metrics": {"native_histogram_bucket_factor": 1.1}}, ["native-histograms"]),
 }
-
-
-def scaled(settings, pace):
-    """The settings with durations that fit the pace."""
-    durations = {"purge_stopped_workers", "zero_first"}
-    return {
-        table: {key: pace.text(value) if key in durations else value for key, value in keys.items()}
-        for table, keys in settings.items()
-    }
 
 
 def workers(deployment):
@@ -80,7 +71,7 @@ class Work:
 def measure(services, settings, features, pace):
     redis = services.redis()
     base = {"metrics": {"self_metrics": True}}
-    exporter = services.exporter(redis, merge(base, scaled(settings, pace)))
+    exporter = services.exporter(redis, merge(base, pace.scaled(settings)))
     work = Work(redis, "celeryev")
     for deployment in range(DEPLOYMENTS):
         work.round(deployment)

@@ -108,27 +108,26 @@ def failures_rise(run):
     run.wait(520)
 
 
-@incident(CeleryTaskAlwaysFails=180, also={"CeleryTaskFailures"})
-def every_run_fails(run):
+def every_run_becomes(run, outcome, runtime):
+    """All runs succeed quickly, and then none does."""
     run.exporter()
     rates = run.deploy("a").rates
     rates["pay", "succeeded", 0.1] = 2
     run.wait(60)
     run.begin()
     del rates["pay", "succeeded", 0.1]
-    rates["pay", "failed", None] = 2
+    rates["pay", outcome, runtime] = 2
+
+
+@incident(CeleryTaskAlwaysFails=180, also={"CeleryTaskFailures"})
+def every_run_fails(run):
+    every_run_becomes(run, "failed", None)
     run.wait(240)
 
 
 @incident(CeleryTaskSlow=780)
 def tasks_are_slow(run):
-    run.exporter()
-    rates = run.deploy("a").rates
-    rates["pay", "succeeded", 0.1] = 2
-    run.wait(60)
-    run.begin()
-    del rates["pay", "succeeded", 0.1]
-    rates["pay", "succeeded", 8.0] = 2
+    every_run_becomes(run, "succeeded", 8.0)
     run.wait(800)
 
 

@@ -35,7 +35,7 @@ from support.kubernetes import (
     workload,
 )
 from support.processes import ROOT, directory, wait_until
-from support.prometheus import FILES, RULES
+from support.prometheus import FILES, RULES, seconds
 
 #: Every documented build, and its oldest and newest supported Kubernetes.
 BUILDS = {
@@ -62,11 +62,6 @@ def exporter_container(documents):
     """(pod's spec, exporter container) of a build."""
     ((pod, container),) = containers(workload(documents))
     return pod, container
-
-
-def seconds(text):
-    """The seconds of a duration such as 1m 30s."""
-    return sum(int(number) * {"s": 1, "m": 60, "h": 3600}[unit] for number, unit in re.findall(r"(\d+)([smh])", text))
 
 
 # -- the files

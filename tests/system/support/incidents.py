@@ -4,21 +4,22 @@ import json
 import re
 import threading
 import time
+import tomllib
 from collections import Counter
 
 import yaml
 
 from . import events as ev
-from .processes import directory
-from .prometheus import FILES, RULES, Prometheus
+from .exporter import merge
+from .processes import ROOT, directory
+from .prometheus import FILES, RULES, Prometheus, seconds
 
 #: The scrape interval of all shipped configurations, which is also the interval of the rules.
 INTERVAL = 15
 #: The settings that are shipped for pods.
-POD_SETTINGS = {
-    "state": {"worker_timeout": 60, "purge_stopped_workers": 120},
-    "metrics": {"zero_first": 30},
-}
+POD_SETTINGS = tomllib.loads((ROOT / "deploy/kubernetes/base/flower-exporter.toml").read_text())
+#: The settings that depend on how fast the time runs.
+DURATIONS = {"worker_timeout", "purge_stopped_workers", "zero_first", "reconnect_backoff_max"}
 #: The clock of worker timeouts advances every 1.5 s, however fast the time runs.
 TICK = 1.5
 
@@ -35,13 +36,20 @@ class Pace:
     def text(self, seconds):
         return f"{seconds * 1000 / self.speed:.0f}ms"
 
+    def scaled(self, settings):
+        """Settings with all durations divided."""
+        return {
+            table: {key: self.text(seconds(value)) if key in DURATIONS else value for key, value in keys.items()}
+            for table, keys in settings.items()
+        }
+
     def settings(self):
         """Those for pods. What the tick delays is taken from the purge, which must end before the alert."""
-        settings = {table: {key: self.text(value) for key, value in keys.items()} for table, keys in POD_SETTINGS.items()}
+        settings = merge({"state": {"worker_timeout": "60s"}, "broker": {"reconnect_backoff_max": "5s"}}, POD_SETTINGS)
+        settings = self.scaled(settings)
         if self.speed > 1:
-            settings["state"]["purge_stopped_workers"] = self.text(120 - 2 * TICK * self.speed)
-        settings["metrics"]["self_metrics"] = True
-        settings["broker"] = {"reconnect_backoff_max": self.text(5)}
+            purge = seconds(POD_SETTINGS["state"]["purge_stopped_workers"]) - 2 * TICK * self.speed
+            settings["state"]["purge_stopped_workers"] = self.text(purge)
         return settings
 
     def rules(self, files=tuple(RULES / name for name in FILES)):
@@ -57,8 +65,7 @@ class Pace:
         return [home / path.name for path in files]
 
     def _faster(self, duration):
-        hours, minutes, seconds = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", duration[0]).groups("0")
-        return self.text(3600 * int(hours) + 60 * int(minutes) + int(seconds))
+        return self.text(seconds(duration[0]))
 
 
 class Monitoring:

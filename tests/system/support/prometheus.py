@@ -15,6 +15,11 @@ RULES = ROOT / "deploy/prometheus"
 FILES = ["flower.rules.yml", "flower.alerts.yml", "flower-self.alerts.yml"]
 
 
+def seconds(duration):
+    """The seconds of a duration such as 1m30s."""
+    return sum(int(number) * {"s": 1, "m": 60, "h": 3600}[unit] for number, unit in re.findall(r"(\d+)([smh])", duration))
+
+
 def promtool(release, *arguments, **options):
     """The finished run of a release's `promtool`."""
     command = [str(part) for part in release.command("promtool", *arguments)]
@@ -22,7 +27,7 @@ def promtool(release, *arguments, **options):
 
 
 class Prometheus(Process):
-    """Scrapes these local ports and evaluates the shipped rules, both every second unless told otherwise."""
+    """Scrapes these local ports and evaluates the shipped rules, both once in every `interval`."""
 
     def __init__(
         self, ports=(), rules=FILES, job="flower-exporter", release=None, features=(), scrape=None, web_config=None, interval="1s"
