@@ -195,7 +195,7 @@ impl Message {
         self.signed(field::histogram::SCHEMA, native.schema.into());
         self.double(field::histogram::ZERO_THRESHOLD, ZERO_THRESHOLD);
         self.number(field::histogram::ZERO_COUNT, native.zero_count);
-        let (spans, deltas) = spans(&native.counts);
+        let (spans, deltas) = spans(&native.buckets);
         for (offset, length) in spans {
             self.short(field::histogram::POSITIVE_SPAN, |span| {
                 span.signed(VALUE, offset.into());
