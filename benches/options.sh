@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Measures what the options cost that are off by default: instructions with valgrind, resident memory, and the time of scrapes.
-# Prints tables. `--write` also saves them in benches/RESULTS.md. It takes three minutes, plus the build.
-# `--write` needs tests/setup.sh.
+# Measures what the options cost that are off by default: instructions with valgrind, the time of scrapes, and the memory of a
+# running exporter. Prints tables. `--write` also saves them in benches/RESULTS.md. It takes four minutes, plus the builds.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null
 . benches/count.sh
 
-per_label_set() { echo $((($("$binary" --memory "$1" 30000) - $("$binary" --memory "$1" 10000)) / 20000)); }
+. benches/end_to_end/prepare.sh
 
 default=$(per_item ingest-default) all=$(per_item ingest-all)
 read -r text protobuf < <("$binary" --scrapes default)
+memory=$("$python" -B benches/end_to_end/options.py)
 read -r text_all protobuf_all < <("$binary" --scrapes all)
 table=$(cat <<END
 # Options
@@ -21,10 +21,11 @@ table=$(cat <<END
 All options: \`metrics.native_histogram_bucket_factor = 1.1\`, \`metrics.exemplars\` and \`metrics.zero_first\`. Worker groups cost
 nothing for an event. Each label set has 80 tasks, with runtimes from 10 ms to 1 s.
 
+$memory
+
 | | default | all options | ratio |
 | --- | ---: | ---: | ---: |
 | ingest, instructions per event | $default | $all | $(ratio "$all" "$default") |
-| memory of a label set, bytes | $(per_label_set default) | $(per_label_set all) | |
 
 | CPU of a scrape of 20,000 label sets, ms | text | protobuf | ratio |
 | --- | ---: | ---: | ---: |
@@ -33,4 +34,4 @@ nothing for an event. Each label set has 80 tasks, with runtimes from 10 ms to 1
 END
 )
 echo "$table"
-[ "${1-}" != --write ] || PYTHONPATH=benches/end_to_end:tests/system target/test-env/flower/bin/python -B -c 'import sys, report; report.save(sys.argv[1])' "$table"
+[ "${1-}" != --write ] || PYTHONPATH=benches/end_to_end:tests/system "$python" -B -c 'import sys, report; report.save(sys.argv[1])' "$table"

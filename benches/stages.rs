@@ -2,7 +2,7 @@
 //!
 //! `benches/instructions.sh` counts instructions instead, which are independent of noise. With `--count STAGE ROUNDS`,
 //! the program only runs a stage for a number of rounds. The difference between two such runs is the cost of the
-//! rounds. `benches/options.sh` also uses `--memory OPTIONS LABEL_SETS` and `--scrapes OPTIONS`.
+//! rounds. `benches/options.sh` also uses `--scrapes OPTIONS`.
 
 mod workload;
 
@@ -30,11 +30,10 @@ const FILLING: usize = 27;
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     let number = |index: usize| arguments[index].parse().expect("a number");
-    let modes = ["--count", "--memory", "--scrapes"];
+    let modes = ["--count", "--scrapes"];
     match arguments.iter().position(|argument| modes.contains(&&**argument)) {
         None => divan::main(),
         Some(index) if arguments[index] == "--scrapes" => time_scrapes(&arguments[index + 1]),
-        Some(index) if arguments[index] == "--memory" => measure_memory(&arguments[index + 1], number(index + 2)),
         Some(index) => count(&arguments[index + 1], number(index + 2)),
     }
 }
@@ -88,7 +87,7 @@ fn count_runtimes(options: SeriesOptions, rounds: usize) {
 
 /// Prints how many milliseconds a scrape of 20,000 label sets takes in text and in protobuf: medians of alternating runs.
 fn time_scrapes(options: &str) {
-    let snapshot = snapshot_of(&filled_state(options, LABEL_SETS));
+    let snapshot = snapshot_of(&filled_state(options));
     let mut times = [Format::Text, Format::Protobuf].map(|format| (format, Vec::new()));
     for _ in 0..SCRAPES {
         for (format, times) in &mut times {
@@ -104,24 +103,15 @@ fn time_scrapes(options: &str) {
     println!();
 }
 
-/// A state with so many label sets, and eighty tasks in each of them.
-fn filled_state(options: &str, label_sets: usize) -> State {
+/// A state with 20,000 label sets, and eighty tasks in each of them.
+fn filled_state(options: &str) -> State {
     let options = if options == "all" { all_options() } else { SeriesOptions::default() };
-    let (mut state, deployment) = (state_with(options), Deployment { varied: true, ..with_label_sets(label_sets) });
+    let (mut state, deployment) = (state_with(options), Deployment { varied: true, ..with_label_sets(LABEL_SETS) });
     let chunk = 10_000;
-    for first in (0..RUNS * label_sets).step_by(chunk) {
+    for first in (0..RUNS * LABEL_SETS).step_by(chunk) {
         ingest(&mut state, &deployment.bodies(first, chunk));
     }
     state
-}
-
-/// Prints the resident memory of a state with so many label sets, in bytes.
-fn measure_memory(options: &str, label_sets: usize) {
-    let state = filled_state(options, label_sets);
-    let pages = std::fs::read_to_string("/proc/self/statm").expect("Linux");
-    let pages: usize = pages.split(' ').nth(1).and_then(|pages| pages.parse().ok()).expect("a number");
-    println!("{}", pages * 4096);
-    drop(state);
 }
 
 fn envelopes() -> Vec<Vec<u8>> {
