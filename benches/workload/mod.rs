@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use base64_simd::STANDARD;
+use base64_turbo::STANDARD;
 use flower_exporter::celery::{envelope, event};
 use flower_exporter::config::MetricsConfig;
 use flower_exporter::metrics::SeriesOptions;
@@ -96,7 +96,7 @@ impl Deployment {
 
 /// A body in kombu's envelope, as received from Redis.
 pub fn enveloped(body: &[u8]) -> Vec<u8> {
-    let body = STANDARD.encode_to_string(body);
+    let body = STANDARD.encode(body);
     format!(
         concat!(
             r#"{{"body": "{body}", "content-encoding": "utf-8", "content-type": "application/json", "#,
@@ -142,7 +142,7 @@ pub fn decode(messages: &[Vec<u8>], buffer: &mut Vec<u8>) -> usize {
 pub fn ingest(state: &mut State, bodies: &[Vec<u8>]) {
     for body in bodies {
         event::decode(body, false, |event| {
-            state.apply(&event.expect("an event"), Arrival::in_order(Duration::from_secs(1)));
+            state.apply(event.expect("an event"), Arrival::in_order(Duration::from_secs(1)));
         });
     }
 }

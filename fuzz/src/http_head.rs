@@ -127,7 +127,7 @@ fn snapshot() -> Snapshot {
         series: SeriesOptions { max_label_sets: 9, bounds: vec![1.0], ..SeriesOptions::default() },
     });
     event::decode(BODY, false, |event| {
-        state.apply(&event.expect("an event"), Arrival::in_order(Duration::ZERO));
+        state.apply(event.expect("an event"), Arrival::in_order(Duration::ZERO));
     });
     let mut builder = SnapshotBuilder::new(state.series());
     while !builder.step(state.series(), 100) {}

@@ -88,7 +88,7 @@ fn task_event(kind: &str, uuid: &str, worker: &str, name: &str) -> String {
 
 fn apply(state: &mut State, event: &str) {
     event::decode(event.as_bytes(), false, |event| {
-        state.apply(&event.expect("an event"), Arrival::in_order(Duration::from_secs(1)));
+        state.apply(event.expect("an event"), Arrival::in_order(Duration::from_secs(1)));
     });
 }
 

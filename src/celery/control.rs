@@ -37,7 +37,7 @@ impl Broadcast {
     #[must_use]
     pub fn envelope(self, exchange: &str, delivery_tag: &str) -> String {
         json!({
-            "body": base64_simd::STANDARD.encode_to_string(self.body()),
+            "body": base64_turbo::STANDARD.encode(self.body()),
             "content-encoding": "utf-8",
             "content-type": "application/json",
             "headers": {},

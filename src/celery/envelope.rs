@@ -3,10 +3,10 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use base64_simd::{Out, STANDARD};
+use base64_turbo::STANDARD;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 
-use super::json::fast_json::{self, Scanner};
+use super::json::fast_json::Scanner;
 use super::json::{Key, Scalar, SerdeReader, ValueReader};
 use super::{DecodeError, truncate_label};
 
@@ -37,21 +37,41 @@ pub fn open<'a>(payload: &'a [u8], buffer: &'a mut Vec<u8>) -> Result<Cow<'a, [u
 /// Returns the length of the body in `buffer`, in bytes, or `None` if the envelope has another
 /// layout or invalid base64.
 fn open_fast_path(payload: &[u8], buffer: &mut Vec<u8>) -> Result<Option<usize>, DecodeFailure> {
-    let Some((body, Envelope { has_body: false, base64: true, content_type, compression, .. })) = scan(payload) else {
-        return Ok(None);
-    };
-    check_content(content_type.as_deref(), compression.as_deref())?;
+    let Some((body, rest)) = split_body(payload) else { return Ok(None) };
+    if !is_usual(rest) {
+        let Some(Envelope { has_body: false, base64: true, content_type, compression, .. }) = scan(rest) else {
+            return Ok(None);
+        };
+        check_content(content_type.as_deref(), compression.as_deref())?;
+    }
     Ok(decode_base64(body, buffer).ok().map(<[u8]>::len))
 }
 
-/// Splits the envelope into the body's text and the remaining members. Returns `None` if it has another layout.
-fn scan(payload: &[u8]) -> Option<(&[u8], Envelope<'_>)> {
+/// Splits the envelope into the body's text and the text of the remaining members. Returns `None` if the body is not
+/// first.
+fn split_body(payload: &[u8]) -> Option<(&[u8], &str)> {
     let text = payload.strip_prefix(br#"{"body": ""#)?;
     let (body, rest) = text.split_at(memchr::memchr(b'"', text)?);
-    let rest = fast_json::printable_ascii(&rest[1..])?;
+    Some((body, simdutf8::basic::from_utf8(&rest[1..]).ok()?))
+}
+
+/// Whether the members after the body are the ones that kombu writes for an event: they declare an uncompressed JSON body
+/// in base64.
+fn is_usual(rest: &str) -> bool {
+    let mut scanner = Scanner::new(rest);
+    let mut text_after = |literal| scanner.consume(literal) && scanner.skip_string().is_ok();
+    text_after(r#", "content-encoding": "utf-8", "content-type": "application/json", "headers": {"hostname": ""#)
+        && text_after(r#"}, "properties": {"delivery_mode": 1, "delivery_info": {"exchange": ""#)
+        && text_after(r#", "routing_key": ""#)
+        && text_after(r#"}, "priority": 0, "body_encoding": "base64", "delivery_tag": ""#)
+        && scanner.rest() == "}}"
+}
+
+/// Reads the members after the body. Returns `None` if the fast path cannot.
+fn scan(rest: &str) -> Option<Envelope<'_>> {
     let (mut scanner, mut envelope) = (Scanner::new(rest), Envelope::default());
     scanner.remaining_members(|key, values| envelope.read_member(key, values)).ok()?;
-    (scanner.position() == rest.len()).then_some((body, envelope))
+    scanner.rest().is_empty().then_some(envelope)
 }
 
 /// The delivery tag: a UUID that identifies the message. `None` if the envelope has no tag.
@@ -99,12 +119,12 @@ impl From<DecodeError> for DecodeFailure {
 }
 
 fn decode_base64<'a>(text: &[u8], buffer: &'a mut Vec<u8>) -> Result<&'a [u8], DecodeError> {
-    let length = STANDARD.estimated_decoded_length(text.len());
-    if buffer.len() < length {
-        buffer.resize(length, 0);
+    let max_length = STANDARD.decoded_len_estimate(text.len());
+    if buffer.len() < max_length {
+        buffer.resize(max_length, 0);
     }
-    let decoded = STANDARD.decode(text, Out::from_slice(&mut buffer[..length])).map_err(|_| DecodeError::Base64)?;
-    Ok(decoded)
+    let length = STANDARD.decode_slice(text, buffer).map_err(|_| DecodeError::Base64)?;
+    Ok(&buffer[..length])
 }
 
 #[derive(Default)]

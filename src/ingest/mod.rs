@@ -306,11 +306,11 @@ impl IngestLoop {
                 count += 1;
                 last = event.timestamp.or(last);
                 if config.events.hostnames.as_ref().is_none_or(|names| names.matches(&event.hostname)) {
-                    self.state.apply(&event, arrival);
+                    self.state.apply(event, arrival);
                 } else {
-                    self.state.learn_metadata(&event);
+                    self.state.learn_metadata(event);
                 }
-                self.observe(&event);
+                self.observe(event);
             }
             Err(reason) => self.skip_invalid(&reason.into(), body),
         });

@@ -38,7 +38,7 @@ impl Fixture {
 
     fn event(&mut self, event: &Value) -> &mut Self {
         let arrival = Arrival { at: self.now, may_be_late: self.may_be_late };
-        event::decode(event.to_string().as_bytes(), false, |event| self.state.apply(&event.unwrap(), arrival));
+        event::decode(event.to_string().as_bytes(), false, |event| self.state.apply(event.unwrap(), arrival));
         self
     }
 

@@ -1,19 +1,18 @@
 //! Celery events, borrowed from the message that contains them (`celery.events.event.Event`).
 //! Decoding is pure, and an invalid event does not affect the other events of its message.
 
+mod decode;
 #[cfg(test)]
 mod tests;
 
 use std::borrow::Cow;
-use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use serde::de::{Deserialize, DeserializeSeed, Deserializer, MapAccess, Visitor};
-use serde_json::value::RawValue;
+use serde::de::DeserializeSeed;
 
-use super::DecodeError;
-use super::json::fast_json::{self, Scanner};
-use super::json::{self, FieldSeed, Key, Scalar, SerdeReader, ValueReader};
+pub use decode::{decode, decode_slow_path};
+
+use super::json::{self, FieldSeed};
 
 /// The kind of an event, derived from its `type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -42,6 +41,9 @@ pub enum EventKind {
 }
 
 impl EventKind {
+    /// The number of kinds.
+    pub(crate) const COUNT: usize = Self::Other as usize + 1;
+
     /// The kind for a `type`, for example `task-received`.
     #[must_use]
     pub fn from_type(event_type: &str) -> Self {
@@ -68,6 +70,11 @@ impl EventKind {
     #[must_use]
     pub const fn is_task(self) -> bool {
         (self as u8) <= (Self::TaskCustom as u8)
+    }
+
+    /// Whether the kind stands for several types.
+    pub(crate) const fn is_custom(self) -> bool {
+        matches!(self, Self::TaskCustom | Self::WorkerCustom | Self::Other)
     }
 
     /// Whether the event is about the worker that sent it.
@@ -220,179 +227,4 @@ impl<'a> Event<'a> {
 pub(crate) fn system_time(seconds: f64) -> Option<SystemTime> {
     let distance = Duration::try_from_secs_f64(seconds.abs()).ok()?;
     if seconds < 0.0 { UNIX_EPOCH.checked_sub(distance) } else { UNIX_EPOCH.checked_add(distance) }
-}
-
-/// Decodes a message body, which is one event or a list of events, and calls `each` with every event in order. An
-/// invalid element is passed to `each` as an error and does not affect the others.
-///
-/// With `keep_raw`, each event keeps a reference to its JSON text, which [`Event::field`] requires.
-pub fn decode(body: &[u8], keep_raw: bool, each: impl FnMut(Result<Event<'_>, DecodeError>)) {
-    let text = body.trim_ascii_start();
-    decode_list(text, fast_json::printable_ascii(text), keep_raw, each);
-}
-
-/// [`decode`] without the fast path. Tests and fuzz targets compare the two.
-#[doc(hidden)]
-pub fn decode_slow_path(body: &[u8], keep_raw: bool, each: impl FnMut(Result<Event<'_>, DecodeError>)) {
-    decode_list(body.trim_ascii_start(), None, keep_raw, each);
-}
-
-/// `ascii` is `text` again if it is printable ASCII and the fast path may be tried.
-fn decode_list(text: &[u8], ascii: Option<&str>, keep_raw: bool, mut each: impl FnMut(Result<Event<'_>, DecodeError>)) {
-    let scan = |start: usize| ascii.and_then(|ascii| Fields::scan(&ascii[start..]));
-    let Some(list) = text.strip_prefix(b"[") else {
-        return match scan(0) {
-            Some((fields, length)) if length == text.len() => each(fields.into_event(keep_raw.then_some(text))),
-            _ => decode_element(text, keep_raw, &mut each),
-        };
-    };
-    json::for_each_element(list, |start| match scan(start + 1) {
-        Some((fields, length)) if matches!(list.get(start + length), Some(b',' | b']')) => {
-            let end = start + length;
-            each(fields.into_event(keep_raw.then_some(&list[start..end])));
-            end
-        }
-        _ => {
-            let end = start + json::element_length(&list[start..]);
-            decode_element(&list[start..end], keep_raw, &mut each);
-            end
-        }
-    });
-}
-
-fn decode_element(text: &[u8], keep_raw: bool, each: &mut impl FnMut(Result<Event<'_>, DecodeError>)) {
-    if let Ok(fields) = serde_json::from_slice::<Fields>(text) {
-        return each(fields.into_event(keep_raw.then_some(text)));
-    }
-    let sanitized = json::sanitize(text);
-    match serde_json::from_str::<Fields>(&sanitized) {
-        Ok(fields) => each(fields.into_event(keep_raw.then_some(sanitized.as_bytes()))),
-        Err(_) if serde_json::from_str::<&RawValue>(&sanitized).is_ok() => each(Err(DecodeError::NotAnEvent)),
-        Err(_) => each(Err(DecodeError::Json)),
-    }
-}
-
-/// The fields of an object that may not be an event.
-#[derive(Default)]
-struct Fields<'a> {
-    event_type: Option<Cow<'a, str>>,
-    hostname: Option<Cow<'a, str>>,
-    timestamp: Option<f64>,
-    uuid: Option<Cow<'a, str>>,
-    name: Option<Cow<'a, str>>,
-    eta: Eta<'a>,
-    runtime: Option<f64>,
-    retries: Option<u32>,
-    terminated: bool,
-    active: Option<f64>,
-    processed: Option<f64>,
-    freq: Option<f64>,
-    loadavg: Option<[f64; 3]>,
-    sw_ident: Option<Cow<'a, str>>,
-    sw_ver: Option<Cow<'a, str>>,
-    sw_sys: Option<Cow<'a, str>>,
-}
-
-impl<'a> Fields<'a> {
-    /// Checks that the mandatory fields are present.
-    fn into_event<'r>(self, raw: Option<&'r [u8]>) -> Result<Event<'r>, DecodeError>
-    where
-        'a: 'r,
-    {
-        let event_type = self.event_type.ok_or(DecodeError::NoType)?;
-        let kind = EventKind::from_type(&event_type);
-        let hostname = self.hostname.ok_or(DecodeError::NoHostname)?;
-        if self.timestamp.is_none() && !kind.is_worker() {
-            return Err(DecodeError::NoTimestamp);
-        }
-        if self.uuid.is_none() && kind.is_task() {
-            return Err(DecodeError::NoUuid);
-        }
-        Ok(Event {
-            kind,
-            event_type,
-            hostname,
-            timestamp: self.timestamp,
-            uuid: self.uuid.unwrap_or_default(),
-            name: self.name,
-            eta: self.eta,
-            runtime: self.runtime,
-            retries: self.retries,
-            terminated: self.terminated,
-            active: self.active,
-            processed: self.processed,
-            freq: self.freq,
-            loadavg: self.loadavg,
-            sw_ident: self.sw_ident,
-            sw_ver: self.sw_ver,
-            sw_sys: self.sw_sys,
-            raw,
-        })
-    }
-}
-
-impl<'de> Deserialize<'de> for Fields<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct FieldsVisitor;
-
-        impl<'de> Visitor<'de> for FieldsVisitor {
-            type Value = Fields<'de>;
-
-            fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
-                formatter.write_str("an event")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut fields = Fields::default();
-                while let Some(Key(key)) = map.next_key()? {
-                    fields.read_member(key.as_bytes(), &mut SerdeReader(&mut map))?;
-                }
-                Ok(fields)
-            }
-        }
-
-        deserializer.deserialize_map(FieldsVisitor)
-    }
-}
-
-impl<'a> Fields<'a> {
-    /// Reads the object at the start of `text` on the fast path. Returns its fields and its length in bytes, or `None`
-    /// if the fast path cannot read it.
-    fn scan(text: &'a str) -> Option<(Self, usize)> {
-        let (mut scanner, mut fields) = (Scanner::new(text), Self::default());
-        scanner.object(|key, values| fields.read_member(key, values)).ok()?;
-        Some((fields, scanner.position()))
-    }
-
-    #[inline]
-    fn read_member<V: ValueReader<'a>>(&mut self, key: &[u8], values: &mut V) -> Result<(), V::Error> {
-        let mut text = || values.scalar().map(Scalar::into_text);
-        match key {
-            b"type" => self.event_type = text()?,
-            b"hostname" => self.hostname = text()?,
-            b"uuid" => self.uuid = text()?,
-            b"name" => self.name = text()?.filter(|name| !name.is_empty()),
-            b"eta" => self.eta = text()?.filter(|eta| !eta.is_empty()).map_or(Eta::None, Eta::At),
-            b"sw_ident" => self.sw_ident = text()?,
-            b"sw_ver" => self.sw_ver = text()?,
-            b"sw_sys" => self.sw_sys = text()?,
-            b"timestamp" => self.timestamp = values.scalar()?.as_number(),
-            b"runtime" => self.runtime = values.scalar()?.as_number(),
-            b"retries" => self.retries = values.scalar()?.as_number().and_then(exact_u32),
-            b"terminated" => self.terminated = matches!(values.scalar()?, Scalar::Bool(true)),
-            b"active" => self.active = values.scalar()?.as_number(),
-            b"processed" => self.processed = values.scalar()?.as_number(),
-            b"freq" => self.freq = values.scalar()?.as_number(),
-            b"loadavg" => self.loadavg = values.three_numbers()?,
-            _ => values.skip()?,
-        }
-        Ok(())
-    }
-}
-
-/// `number` as an integer if the conversion is exact. `-0.0` is not exact.
-fn exact_u32(number: f64) -> Option<u32> {
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked by the round trip")]
-    let integer = number as u32;
-    (f64::from(integer).total_cmp(&number).is_eq()).then_some(integer)
 }

@@ -1,4 +1,11 @@
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::sample;
+
+use super::decode::Draft;
 use super::*;
+use crate::celery::DecodeError;
+use crate::celery::json::fast_json::Scanner;
 
 /// The task ID and hostname of every event in `body`.
 fn decode_all(body: &str, keep_raw: bool) -> Vec<Result<String, DecodeError>> {
@@ -12,7 +19,7 @@ fn decode_all(body: &str, keep_raw: bool) -> Vec<Result<String, DecodeError>> {
 /// Decodes a body that contains exactly one event.
 fn with_event(body: &str, check: impl FnOnce(&Event)) {
     let mut check = Some(check);
-    decode(body.as_bytes(), true, |event| check.take().unwrap()(&event.unwrap()));
+    decode(body.as_bytes(), true, |event| check.take().unwrap()(event.unwrap()));
     assert!(check.is_none());
 }
 
@@ -47,7 +54,7 @@ const PYTHON: &str = concat!(
     r#""x": [[], {"a": {}}], "type": "worker-heartbeat"}]"#
 );
 
-fn debug_all(decode: impl FnOnce(&mut dyn FnMut(Result<Event<'_>, DecodeError>))) -> Vec<String> {
+fn debug_all(decode: impl FnOnce(&mut dyn FnMut(Result<&Event<'_>, DecodeError>))) -> Vec<String> {
     let mut decoded = Vec::new();
     decode(&mut |event| decoded.push(format!("{event:?}")));
     decoded
@@ -57,17 +64,17 @@ fn debug_all(decode: impl FnOnce(&mut dyn FnMut(Result<Event<'_>, DecodeError>))
 fn fast_path_reads_events_that_python_encodes() {
     let mut rest = &PYTHON[1..];
     for _ in 0..3 {
-        let (_, length) = Fields::scan(rest).unwrap();
+        let length = Draft::default().scan(rest).unwrap();
         rest = rest[length..].trim_start_matches([',', ' ']);
     }
     assert_eq!(rest, "]");
 }
 
-proptest::proptest! {
+proptest! {
     /// Both paths agree on events that Python encodes, intact or damaged.
     #[test]
     fn fast_path_agrees_with_serde(
-        damage in proptest::collection::vec((0..PYTHON.len(), proptest::sample::select(&b"\"\\{}[],: 0-.e1nu\x00\x80\n"[..])), 0..4),
+        damage in vec((0..PYTHON.len(), sample::select(&b"\"\\{}[],: 0-.e1nu\x00\x80\n"[..])), 0..4),
         length in 0..PYTHON.len() * 2,
         keep_raw: bool,
     ) {
@@ -78,7 +85,78 @@ proptest::proptest! {
         body.truncate(length.max(1));
         let fast = debug_all(|each| decode(&body, keep_raw, each));
         let slow = debug_all(|each| decode_slow_path(&body, keep_raw, each));
-        proptest::prop_assert_eq!(fast, slow);
+        prop_assert_eq!(fast, slow);
+    }
+}
+
+/// Events with the members in Celery's order, as its workers and clients write them.
+const USUAL: [&str; 6] = [
+    r#"{"hostname": "gen1@h", "utcoffset": 0, "pid": 7, "clock": 1, "uuid": "a", "name": "add", "args": "(2, 'x')", "kwargs": "{}", "root_id": "a", "parent_id": null, "retries": 0, "eta": null, "expires": null, "queue": "celery", "exchange": "", "routing_key": "celery", "timestamp": 1763820000.1234567, "type": "task-sent"}"#,
+    r#"{"hostname": "celery@h", "utcoffset": -7, "pid": 7, "clock": 12, "uuid": "a", "name": "add", "args": "(2, 'x')", "kwargs": "{}", "root_id": "a", "parent_id": null, "retries": 0, "eta": null, "expires": null, "timestamp": 1763820000.125, "type": "task-received"}"#,
+    r#"{"hostname": "celery@h", "utcoffset": 0, "pid": 7, "clock": 13, "uuid": "a", "timestamp": 1763820000.5, "type": "task-started"}"#,
+    r#"{"hostname": "celery@h", "utcoffset": 0, "pid": 7, "clock": 14, "uuid": "a", "result": "4", "runtime": 0.04213751700008288, "timestamp": 1763820001.5, "type": "task-succeeded"}"#,
+    r#"{"hostname": "celery@h", "utcoffset": 0, "pid": 7, "clock": 15, "uuid": "a", "exception": "KeyError('x')", "traceback": "Traceback:\n \"f.py\"\n", "timestamp": 1763820001.5, "type": "task-failed"}"#,
+    r#"{"hostname": "celery@h", "utcoffset": 0, "pid": 7, "clock": 17, "freq": 2.0, "active": 0, "processed": 3, "loadavg": [0.5, 0.25, 1], "sw_ident": "py-celery", "sw_ver": "5.5.3", "sw_sys": "Linux", "timestamp": 1763820001.5, "type": "worker-heartbeat"}"#,
+];
+
+#[test]
+fn usual_members_are_read_without_a_search() {
+    for event in USUAL {
+        let mut scanner = Scanner::new(event);
+        assert_eq!(Draft::default().scan_usual_members(&mut scanner), Ok(true));
+        assert_eq!(scanner.rest(), "}", "{event}");
+    }
+}
+
+const UNUSUAL: [&str; 12] = [
+    r#""w""#,
+    r#""task-sent""#,
+    "null",
+    "7",
+    "0.5",
+    r#""""#,
+    r#""\n""#,
+    "[1, 2, 3]",
+    r#"{"a": []}"#,
+    "true",
+    "01",
+    "-0",
+];
+
+/// The members of an object as text.
+fn members(object: &str) -> Vec<String> {
+    let text = &object[1..object.len() - 1];
+    text.split(", \"").map(|member| format!("\"{}", member.trim_start_matches('"'))).collect()
+}
+
+/// A member with one of Celery's names and any value.
+fn unusual_member() -> impl Strategy<Value = String> {
+    let usual: Vec<String> = USUAL.iter().flat_map(|event| members(event)).collect();
+    (sample::select(usual), sample::select(&UNUSUAL[..]))
+        .prop_map(|(usual, value)| format!("{}: {value}", usual.split_once(": ").unwrap().0))
+}
+
+proptest! {
+    /// Members that are missing, repeated, in another order or of another type read as with `serde_json`, where the last
+    /// one with a name wins.
+    #[test]
+    fn unusual_members_are_read_like_any_object(
+        usual in sample::select(&USUAL[..]),
+        unusual in vec((unusual_member(), 0..20_usize), 0..4),
+        removed in vec(0..20_usize, 0..3),
+    ) {
+        let mut all = members(usual);
+        for index in removed {
+            let index = index % all.len();
+            all.remove(index);
+        }
+        for (member, index) in unusual {
+            all.insert(index % (all.len() + 1), member);
+        }
+        let body = format!("[{{{}}}]", all.join(", "));
+        let fast = debug_all(|each| decode(body.as_bytes(), true, each));
+        let slow = debug_all(|each| decode_slow_path(body.as_bytes(), true, each));
+        prop_assert_eq!(fast, slow, "{}", body);
     }
 }
 

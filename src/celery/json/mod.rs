@@ -23,6 +23,7 @@ pub(crate) enum Scalar<'a> {
 }
 
 impl<'a> Scalar<'a> {
+    #[inline]
     pub(crate) fn into_text(self) -> Option<Cow<'a, str>> {
         match self {
             Self::Text(text) => Some(text),
@@ -30,6 +31,7 @@ impl<'a> Scalar<'a> {
         }
     }
 
+    #[inline]
     pub(crate) fn as_number(&self) -> Option<f64> {
         match *self {
             Self::Number(number) => Some(number),
@@ -52,6 +54,19 @@ pub(crate) trait ValueReader<'a> {
 
     /// Reads any value.
     fn scalar(&mut self) -> Result<Scalar<'a>, Self::Error>;
+
+    /// Reads a string. Any other value reads as `None`.
+    #[inline(always)]
+    #[allow(clippy::inline_always, reason = "on the fast path, a call would cost more than reading the string")]
+    fn text(&mut self) -> Result<Option<Cow<'a, str>>, Self::Error> {
+        self.scalar().map(Scalar::into_text)
+    }
+
+    /// Reads a number. Any other value reads as `None`.
+    #[inline]
+    fn number(&mut self) -> Result<Option<f64>, Self::Error> {
+        self.scalar().map(|value| value.as_number())
+    }
 
     /// Reads an array of exactly three numbers. Any other value reads as `None`.
     fn three_numbers(&mut self) -> Result<Option<[f64; 3]>, Self::Error>;

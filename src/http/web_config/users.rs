@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use base64_simd::STANDARD;
+use base64_turbo::STANDARD;
 use bcrypt::HashParts;
 use hyper::HeaderMap;
 use hyper::header::AUTHORIZATION;
@@ -110,7 +110,7 @@ fn cost(name: &str, hash: &str) -> Result<u32, String> {
 /// The name and the password of a request.
 fn credentials(headers: &HeaderMap) -> Option<(String, Vec<u8>)> {
     let (scheme, encoded) = headers.get(AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
-    let decoded = STANDARD.decode_to_vec(encoded.trim()).ok().filter(|_| scheme.eq_ignore_ascii_case("basic"))?;
+    let decoded = STANDARD.decode(encoded.trim()).ok().filter(|_| scheme.eq_ignore_ascii_case("basic"))?;
     let colon = decoded.iter().position(|byte| *byte == b':')?;
     let name = String::from_utf8(decoded[..colon].to_vec()).ok()?;
     Some((name, decoded[colon + 1..].to_vec()))
@@ -127,7 +127,7 @@ mod tests {
     }
 
     fn headers(credentials: &str) -> HeaderMap {
-        let value = format!("Basic {}", STANDARD.encode_to_string(credentials));
+        let value = format!("Basic {}", STANDARD.encode(credentials));
         HeaderMap::from_iter([(AUTHORIZATION, HeaderValue::from_str(&value).unwrap())])
     }
 
