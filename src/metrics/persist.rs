@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 
 use super::event_count::EventCount;
 use super::histogram::Histogram;
@@ -77,7 +78,7 @@ impl SeriesTable {
             worker: series.worker.0,
             task: series.task.map(|id| Cow::Borrowed(name(id))),
             events: Cow::Borrowed(&series.events),
-            runtime: series.runtime.as_deref().map(|histogram| SavedHistogram {
+            runtime: series.runtime.as_ref().map(|histogram| SavedHistogram {
                 counts: Cow::Borrowed(&histogram.counts),
                 sum: histogram.sum,
                 created: histogram.created,
@@ -199,8 +200,8 @@ impl SeriesTable {
             _ => return None,
         };
         let series = &mut self.label_sets[key.index()];
-        series.events = saved.events.into_owned();
-        series.runtime = histogram.map(Box::new);
+        series.events = SmallVec::from_slice(&saved.events);
+        series.runtime = histogram;
         series.prefetch_time = saved.prefetch_time;
         series.prefetched = saved.prefetched;
         Some(key)

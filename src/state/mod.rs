@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use interner::{NameId, NameInterner};
 use starting::StartingWorkers;
-use tasks::{Task, Tasks};
+use tasks::{EvictedTask, Task, Tasks};
 use worker_changes::WorkerChanges;
 use workers::{Presence, Worker, Workers};
 
@@ -209,7 +209,7 @@ impl State {
         if is_worker && worker.presence == Presence::Client {
             worker.presence = Presence::Unconfirmed;
         }
-        worker.count(&event.event_type);
+        worker.count(event.kind, &event.event_type);
         if event.kind.is_task() {
             worker.task_event_baseline = None;
             if worker.starting_group != 0 {
@@ -252,17 +252,16 @@ impl State {
         slot
     }
 
-    fn warn_unfinished(&mut self, evicted: &Task) {
-        let is_unfinished = evicted.is_counted && !evicted.state.is_finished();
-        if is_unfinished && !std::mem::replace(&mut self.warned_unfinished, true) {
+    fn warn_unfinished(&mut self, evicted: &EvictedTask) {
+        if evicted.is_unfinished && !std::mem::replace(&mut self.warned_unfinished, true) {
             let max_tasks = self.tasks.max;
             tracing::warn!(max_tasks, "state.max_tasks reached; later events of evicted tasks have no task name");
         }
     }
 
-    fn forget_task(&mut self, task: &Task) {
+    fn forget_task(&mut self, task: &EvictedTask) {
         self.release_entry(task.entry);
-        self.finish_run(task.open_run());
+        self.finish_run(task.run);
         self.names.release(task.name);
     }
 

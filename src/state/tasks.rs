@@ -69,6 +69,15 @@ pub(super) struct OpenRun {
     pub(super) key: Option<SeriesKey>,
 }
 
+/// What an evicted task has left behind.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct EvictedTask {
+    pub(super) name: NameId,
+    pub(super) entry: Option<PrefetchEntry>,
+    pub(super) run: Option<OpenRun>,
+    pub(super) is_unfinished: bool,
+}
+
 /// A tracked task, 136 bytes, because there may be a million. Times are Unix seconds by the sender's clock; 0 means
 /// unknown.
 #[derive(Debug)]
@@ -137,6 +146,12 @@ impl Task {
         self.run.map(|run| OpenRun { worker: self.started_by, started: self.started, key: run.key })
     }
 
+    /// What remains to be done when the task is evicted.
+    pub(super) fn evicted(&self) -> EvictedTask {
+        let is_unfinished = self.is_counted && !self.state.is_finished();
+        EvictedTask { name: self.name, entry: self.entry, run: self.open_run(), is_unfinished }
+    }
+
     fn is_evicted_first(&self) -> bool {
         self.state.is_finished() || !self.is_counted
     }
@@ -202,16 +217,18 @@ impl Tasks {
         [self.evict_first.oldest, self.evict_last.oldest].into_iter().find(|slot| *slot != NIL)
     }
 
-    /// Adds a task in the slot of `eviction_candidate`, or in a new slot. Returns the slot and the evicted task.
-    pub(super) fn add(&mut self, id: TaskId, eviction_candidate: Option<u32>) -> (u32, Option<Task>) {
-        let task = Task::new(id);
+    /// Adds a task in the slot of `eviction_candidate`, or in a new slot. Returns the slot and what was evicted.
+    pub(super) fn add(&mut self, id: TaskId, eviction_candidate: Option<u32>) -> (u32, Option<EvictedTask>) {
         let (slot, evicted) = match eviction_candidate {
             Some(slot) => {
                 self.unlink(slot);
                 self.index_remove(slot);
-                (slot, Some(std::mem::replace(self.get_mut(slot), task)))
+                let task = self.get_mut(slot);
+                let evicted = task.evicted();
+                *task = Task::new(id);
+                (slot, Some(evicted))
             }
-            None => (self.push(task), None),
+            None => (self.push(Task::new(id)), None),
         };
         self.index_insert(slot);
         self.link(slot, false);
@@ -227,7 +244,7 @@ impl Tasks {
 
     /// Links the restored tasks into their lists, in the saved order. Returns the tasks that exceed the limit; if there
     /// are any, the others have moved to new slots.
-    pub(super) fn finish_restore(&mut self) -> Vec<Task> {
+    pub(super) fn finish_restore(&mut self) -> Vec<EvictedTask> {
         let mut order: Vec<u32> = (0..to_u32(self.len)).collect();
         let excess = self.len.saturating_sub(self.max);
         // Over the limit, the tasks that would be evicted first come first.
@@ -238,7 +255,7 @@ impl Tasks {
         if excess > 0 {
             let mut all: Vec<_> = std::mem::take(&mut self.chunks).into_iter().flatten().map(Some).collect();
             let mut in_order = order.iter().filter_map(|slot| all[*slot as usize].take());
-            let evicted = in_order.by_ref().take(excess).collect();
+            let evicted = in_order.by_ref().take(excess).map(|task| task.evicted()).collect();
             *self = Self { dirty: std::mem::take(&mut self.dirty), ..Self::new(self.max) };
             for task in in_order {
                 let slot = self.restore(task);

@@ -83,6 +83,8 @@ pub struct Worker {
     pub software: [Option<Box<str>>; 3],
     /// Event counts by type.
     pub events: Vec<(Box<str>, u64)>,
+    /// The index in `events` of each kind that is one type, so that its name needs no lookup.
+    events_by_kind: [Option<u8>; EventKind::COUNT],
     /// The baseline since its last task event.
     pub task_event_baseline: Option<TaskEventBaseline>,
     /// The group of starting workers that it belongs to, until its first task event. 0: none.
@@ -117,6 +119,7 @@ impl Worker {
             loadavg: None,
             software: [const { None }; 3],
             events: Vec::new(),
+            events_by_kind: [None; EventKind::COUNT],
             task_event_baseline: None,
             starting_group: 0,
             may_hold_prefetched: false,
@@ -191,12 +194,26 @@ impl Worker {
         freq.min(MAX_FREQ)
     }
 
-    pub(super) fn count(&mut self, event_type: &str) {
+    /// Counts an event by its type.
+    #[inline]
+    pub(super) fn count(&mut self, kind: EventKind, event_type: &str) {
+        let known = self.events_by_kind.get(kind as usize).copied().flatten();
+        match known.and_then(|index| self.events.get_mut(usize::from(index))) {
+            Some((_, count)) => *count += 1,
+            None => self.count_by_name(kind, event_type),
+        }
+    }
+
+    fn count_by_name(&mut self, kind: EventKind, event_type: &str) {
         let name = truncate_label(event_type);
-        if let Some((_, count)) = self.events.iter_mut().find(|(known, _)| **known == *name) {
-            *count += 1;
-        } else if self.events.len() < MAX_EVENT_TYPES {
-            self.events.push((name.into(), 1));
+        let index = self.events.iter().position(|(known, _)| **known == *name).unwrap_or(self.events.len());
+        match self.events.get_mut(index) {
+            Some((_, count)) => *count += 1,
+            None if index < MAX_EVENT_TYPES => self.events.push((name.into(), 1)),
+            None => return,
+        }
+        if !kind.is_custom() {
+            self.events_by_kind[kind as usize] = u8::try_from(index).ok();
         }
     }
 
