@@ -15,6 +15,10 @@ use tokio::sync::Notify;
 use crate::celery::envelope::DecodeFailure;
 use crate::observability::{GapCause, Health, SelfMetrics};
 
+/// The ingest loop is behind if more bytes than this are in the buffer, and has caught up if at most half of them are.
+const BEHIND: usize = 1 << 20;
+const CAUGHT_UP: usize = BEHIND / 2;
+
 /// How a message's bytes are encoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Encoding {
@@ -172,6 +176,7 @@ struct Buffer {
     limit: usize,
     bytes: AtomicUsize,
     freed: Notify,
+    caught_up: Notify,
     dropped: Notify,
     received_messages: AtomicU64,
     received_bytes: AtomicU64,
@@ -190,6 +195,7 @@ impl Inbox {
             limit,
             bytes: AtomicUsize::new(0),
             freed: Notify::new(),
+            caught_up: Notify::new(),
             dropped: Notify::new(),
             received_messages: AtomicU64::new(0),
             received_bytes: AtomicU64::new(0),
@@ -243,6 +249,19 @@ impl Inbox {
             self.buffer.record_dropped(dropped as u64);
         }
         (BufferPermit::new(&self.buffer, batch.bytes), dropped)
+    }
+
+    /// Whether so much is in the buffer that the ingest loop should catch up.
+    #[must_use]
+    pub fn is_behind(&self) -> bool {
+        self.buffer.used() > BEHIND
+    }
+
+    /// Waits until little is in the buffer. For one caller at a time.
+    pub async fn caught_up(&self) {
+        while self.buffer.used() > CAUGHT_UP {
+            self.buffer.caught_up.notified().await;
+        }
     }
 
     /// Waits until messages are dropped. For one caller at a time.
@@ -315,6 +334,9 @@ impl Drop for BufferPermit {
         self.buffer.report(before - self.bytes);
         self.buffer.health.batch_processed();
         self.buffer.freed.notify_one();
+        if before > CAUGHT_UP && before - self.bytes <= CAUGHT_UP {
+            self.buffer.caught_up.notify_one();
+        }
     }
 }
 

@@ -87,6 +87,14 @@ impl Ingest {
     }
 }
 
+/// What a batch contained.
+#[derive(Clone, Copy, Default)]
+struct Decoded {
+    events: u64,
+    /// Of the last event that has one.
+    last_timestamp: Option<f64>,
+}
+
 struct IngestLoop {
     context: Ingest,
     state: State,
@@ -235,6 +243,7 @@ impl IngestLoop {
     fn process_batch(&mut self, batch: &Batch) {
         self.state.set_time(self.wall_clock.millis(batch.arrived));
         let is_reordered = self.reordered_until.is_some_and(|until| batch.arrived < until);
+        let mut decoded = Decoded::default();
         for message in &batch.messages {
             if let Encoding::Witness(witness) = message.encoding {
                 self.process_witness(witness);
@@ -248,8 +257,9 @@ impl IngestLoop {
                 continue;
             }
             let may_be_late = message.redelivered || is_reordered;
-            self.process_message(message, Arrival { at: self.clock.time_at(batch.arrived), may_be_late });
+            self.process_message(message, Arrival { at: self.clock.time_at(batch.arrived), may_be_late }, &mut decoded);
         }
+        self.record_decoded(decoded);
         if let Some(any_starting) = self.state.starting_workers().take_change() {
             self.context.starts_tx.send_replace(WorkerStarts { last: any_starting.then(Instant::now) });
         }
@@ -281,7 +291,17 @@ impl IngestLoop {
         self.tick(Instant::now());
     }
 
-    fn process_message(&mut self, message: &Message, arrival: Arrival) {
+    /// Records what a batch contained. Reading the clock for every message would take longer than decoding an event.
+    fn record_decoded(&mut self, decoded: Decoded) {
+        self.context.self_metrics.decoded_events.inc_by(decoded.events);
+        self.rate.record(decoded.events);
+        if let Some(timestamp) = decoded.last_timestamp {
+            self.context.health.record_event();
+            self.context.self_metrics.event_lag.set(unix_now() - timestamp);
+        }
+    }
+
+    fn process_message(&mut self, message: &Message, arrival: Arrival, decoded: &mut Decoded) {
         let mut base64 = std::mem::take(&mut self.base64);
         let body = match &message.encoding {
             Encoding::KombuEnvelope => envelope::open(&message.bytes, &mut base64),
@@ -290,21 +310,19 @@ impl IngestLoop {
             Encoding::Witness(_) => return,
         };
         match body {
-            Ok(body) => self.process_events(&body, arrival),
+            Ok(body) => self.process_events(&body, arrival, decoded),
             Err(failure) => self.skip_invalid(&failure, &message.bytes),
         }
         // One huge message must not keep a huge buffer allocated.
         self.base64 = if base64.len() > MAX_RETAINED_BUFFER { Vec::new() } else { base64 };
     }
 
-    fn process_events(&mut self, body: &[u8], arrival: Arrival) {
-        let mut count = 0;
-        let mut last = None;
+    fn process_events(&mut self, body: &[u8], arrival: Arrival, decoded: &mut Decoded) {
         let config = Arc::clone(&self.config);
         event::decode(body, !self.context.observers.is_empty(), |event| match event {
             Ok(event) => {
-                count += 1;
-                last = event.timestamp.or(last);
+                decoded.events += 1;
+                decoded.last_timestamp = event.timestamp.or(decoded.last_timestamp);
                 if config.events.hostnames.as_ref().is_none_or(|names| names.matches(&event.hostname)) {
                     self.state.apply(event, arrival);
                 } else {
@@ -314,12 +332,6 @@ impl IngestLoop {
             }
             Err(reason) => self.skip_invalid(&reason.into(), body),
         });
-        self.context.self_metrics.decoded_events.inc_by(count);
-        self.rate.record(count);
-        if let Some(timestamp) = last {
-            self.context.health.record_event();
-            self.context.self_metrics.event_lag.set(unix_now() - timestamp);
-        }
     }
 
     fn observe(&mut self, event: &Event) {

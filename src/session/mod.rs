@@ -9,6 +9,7 @@ mod connector;
 mod drop_reporter;
 mod enable_events;
 mod maintenance;
+mod pace;
 mod reader;
 mod witness;
 

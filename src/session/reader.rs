@@ -1,5 +1,6 @@
 //! Moves messages from the broker into the inbox.
 
+use super::pace::Pace;
 use crate::broker::{BrokerError, EventReceiver};
 use crate::inbox::{Batch, BufferPermit, Inbox, IngestMessage};
 
@@ -13,7 +14,7 @@ pub(super) struct Reader<'s> {
 
 impl Reader<'_> {
     pub(super) async fn run(mut self) -> BrokerError {
-        let mut gap = 0;
+        let (mut gap, mut pace) = (0, Pace::new());
         loop {
             let batch = match self.receiver.next().await {
                 Ok(batch) => batch,
@@ -23,6 +24,7 @@ impl Reader<'_> {
                 }
             };
             *self.received |= batch.payload_count() > 0;
+            let arrived = batch.arrived;
             let (batch, permit, dropped) = self.reserve_or_drop(batch).await;
             if !batch.messages.is_empty() {
                 self.report(std::mem::take(&mut gap));
@@ -30,6 +32,9 @@ impl Reader<'_> {
             }
             // The gap follows the messages that still fit: it is reported before the next ones.
             gap += dropped;
+            if !self.receiver.supports_backpressure() {
+                pace.wait(self.inbox, arrived).await;
+            }
         }
     }
 

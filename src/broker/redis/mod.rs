@@ -8,6 +8,7 @@ mod channels;
 mod dedup;
 mod handle;
 mod ping;
+mod read_buffer;
 mod receiver;
 mod resp;
 mod role;

@@ -3,14 +3,15 @@
 use std::fmt;
 use std::ops::Range;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::channels::Channels;
 use super::dedup::DedupWindow;
 use super::ping::{Found, Ping};
-use super::resp::{Connection, Frame, READ_SIZE, Scan, protocol_error};
+use super::read_buffer::READ_SIZE;
+use super::resp::{Connection, Frame, Scan, protocol_error};
 use crate::broker::{BrokerError, RESPONSE_TIMEOUT, witness_interval};
 use crate::celery::DecodeError;
 use crate::config::broker_url::Address;
@@ -126,8 +127,8 @@ impl EventReceiver {
     async fn read(&mut self) -> Result<(), BrokerError> {
         self.connection.read().await?;
         self.last_byte = Instant::now();
-        let discarded = self.bytes_to_discard.min(self.connection.buffer.len());
-        let _ = self.connection.buffer.split_to(discarded);
+        let discarded = self.bytes_to_discard.min(self.connection.buffer.bytes().len());
+        self.connection.buffer.skip(discarded);
         self.bytes_to_discard -= discarded;
         Ok(())
     }
@@ -138,7 +139,7 @@ impl EventReceiver {
         let mut found: Vec<Found> = Vec::new();
         let (mut parsed, mut oversized) = (0, None);
         while found.len() < MAX_BATCH {
-            let rest = &self.connection.buffer[parsed..];
+            let rest = &self.connection.buffer.bytes()[parsed..];
             let step = match Frame::scan(rest) {
                 Ok(Scan::Complete(frame)) => self.ping.classify(&frame, rest).map(|found| (found, frame.length)),
                 Ok(Scan::Partial(string)) => {
@@ -163,9 +164,7 @@ impl EventReceiver {
                 Err(error) => return Err(error),
             }
         }
-        let taken = self.connection.buffer.split_to(parsed);
-        // A few bytes must not keep a whole buffer allocated.
-        let taken = if parsed < READ_SIZE / 4 { Bytes::copy_from_slice(&taken) } else { taken.freeze() };
+        let taken = self.connection.buffer.take(parsed).map_err(|error| BrokerError::from(&error))?;
         let to_message = |found| match found {
             Found::Payload(range) => self.message(taken.slice(range)),
             Found::Witness(sent) => Message::witness(sent),
@@ -185,10 +184,10 @@ impl EventReceiver {
     /// Discards the rest of an oversized message.
     fn discard_oversized(&mut self, string: &Range<usize>) -> Message {
         let buffer = &mut self.connection.buffer;
-        let bytes = Bytes::copy_from_slice(&buffer[string.start..string.start + SAMPLE_LEN]);
-        let arrived = buffer.len().min(string.end + 2);
+        let bytes = Bytes::copy_from_slice(&buffer.bytes()[string.start..string.start + SAMPLE_LEN]);
+        let arrived = buffer.bytes().len().min(string.end + 2);
         self.bytes_to_discard = string.end + 2 - arrived;
-        *buffer = BytesMut::from(&buffer[arrived..]);
+        buffer.skip(arrived);
         Message { bytes, encoding: Encoding::Undecodable(DecodeError::TooLarge.into()), redelivered: false }
     }
 }
@@ -229,6 +228,6 @@ mod tests {
             () = endless => unreachable!("the receiver is still there"),
             end = receiver.next() => assert!(end.unwrap_err().to_string().contains("RESP")),
         }
-        assert!(receiver.connection.buffer.len() < 4 * max);
+        assert!(receiver.connection.buffer.bytes().len() < 4 * max);
     }
 }

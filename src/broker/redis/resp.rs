@@ -5,10 +5,10 @@ use std::net::SocketAddr;
 use std::ops::Range;
 use std::time::Duration;
 
-use bytes::BytesMut;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 
+use super::read_buffer::ReadBuffer;
 use crate::broker::net::{CoalescingSocket, UsedAddresses, happy_eyeballs};
 use crate::broker::{BrokerError, ConnectionHistory};
 use crate::config::broker_url::Address;
@@ -17,8 +17,6 @@ use crate::tls::TlsConfig;
 
 /// Maximum number of bytes in a reply.
 const MAX_REPLY: usize = 64 << 10;
-/// Bytes read at a time: below the mmap threshold of common allocators.
-pub(super) const READ_SIZE: usize = 64 << 10;
 
 pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
@@ -79,7 +77,7 @@ impl ConnectOptions {
 /// An open connection, and the bytes received on it that are not parsed yet.
 pub(super) struct Connection {
     stream: Box<dyn Stream>,
-    pub(super) buffer: BytesMut,
+    pub(super) buffer: ReadBuffer,
     /// The TCP address of the server: a name may have several.
     pub(super) peer: Option<SocketAddr>,
     /// TLS, until the server has sent something.
@@ -88,16 +86,17 @@ pub(super) struct Connection {
 
 impl Connection {
     pub(super) fn new(stream: Box<dyn Stream>) -> Self {
-        Self { stream, buffer: BytesMut::with_capacity(READ_SIZE), peer: None, unanswered_tls: None }
+        Self { stream, buffer: ReadBuffer::default(), peer: None, unanswered_tls: None }
     }
 
     /// Sends a command and waits for its reply. Returns the first four strings of it.
     pub(super) async fn request(&mut self, command: &[&str]) -> Result<Vec<String>, BrokerError> {
         self.send(command).await?;
         loop {
-            if let Scan::Complete(frame) = Frame::scan(&self.buffer)? {
-                let reply = self.buffer.split_to(frame.length);
-                let strings: Vec<String> = frame.strings().iter().map(|range| text(&reply, range)).collect();
+            if let Scan::Complete(frame) = Frame::scan(self.buffer.bytes())? {
+                let strings = frame.strings().iter();
+                let strings: Vec<String> = strings.map(|range| text(self.buffer.bytes(), range)).collect();
+                self.buffer.skip(frame.length);
                 return match frame.kind {
                     b'-' => {
                         Err(BrokerError::Refused(format!("{}: {}", command[0], strip_arguments(&strings.concat()))))
@@ -105,7 +104,7 @@ impl Connection {
                     _ => Ok(strings),
                 };
             }
-            if self.buffer.len() > MAX_REPLY {
+            if self.buffer.bytes().len() > MAX_REPLY {
                 return Err(protocol_error());
             }
             self.read().await?;
@@ -122,9 +121,7 @@ impl Connection {
 
     /// Waits for bytes. Cancelling loses nothing.
     pub(super) async fn read(&mut self) -> Result<(), BrokerError> {
-        // Doubling keeps the cost of copying the start of a large message linear.
-        self.buffer.reserve(READ_SIZE.max(self.buffer.len()));
-        match self.stream.read_buf(&mut self.buffer).await {
+        match self.buffer.read_from(&mut *self.stream).await {
             Ok(0) => Err(self.explain(BrokerError::Disconnected("the server closed the connection".to_owned()))),
             Ok(_) => {
                 self.unanswered_tls = None;
@@ -250,11 +247,15 @@ fn line(buffer: &[u8], start: usize) -> Result<Option<(u8, Range<usize>)>, Broke
 
 /// A number of bytes or elements; `None` for null, which is -1.
 fn length(line: &[u8]) -> Result<Option<usize>, BrokerError> {
-    match std::str::from_utf8(line) {
-        Ok("-1") => Ok(None),
-        Ok(text) => text.parse().map(Some).map_err(|_| protocol_error()),
-        Err(_) => Err(protocol_error()),
+    if line == b"-1" {
+        return Ok(None);
     }
+    let append = |number: usize, byte: &u8| {
+        let digit = byte.is_ascii_digit().then(|| usize::from(byte - b'0'))?;
+        number.checked_mul(10)?.checked_add(digit)
+    };
+    let number = line.iter().try_fold(0, append).filter(|_| !line.is_empty());
+    number.map(Some).ok_or_else(protocol_error)
 }
 
 /// The bytes in `range` as text.
