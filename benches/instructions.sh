@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Counts instructions per event (decode, ingest) and per line of a scrape (render) with valgrind, and compares them with
-# benches/instructions.txt. An increase of more than 5% fails. `--write` saves the figures of this run instead.
+# benches/instructions.txt. An increase of more than 3% fails. `--write` saves the figures of this run instead.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null
@@ -19,7 +19,7 @@ failed=0
 while read -r stage now; do
     before=$(awk -v stage="$stage" '$1 == stage { print $2 }' "$committed")
     verdict=ok
-    if [ -z "$before" ] || [ $((now * 100)) -gt $((before * 105)) ]; then verdict="INCREASED by more than 5%" failed=1; fi
+    if [ -z "$before" ] || [ $((now * 100)) -gt $((before * 103)) ]; then verdict="INCREASED by more than 3%" failed=1; fi
     printf '%-8s %6s instructions, committed %6s: %s\n' "$stage" "$now" "${before:-none}" "$verdict"
 done <<<"$figures"
 if [ $failed = 1 ]; then

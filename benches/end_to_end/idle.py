@@ -1,8 +1,6 @@
 """Measures what an idle exporter costs: CPU time, wake-ups and memory, with default settings and no worker."""
 
 import argparse
-import glob
-import re
 import sys
 import time
 from pathlib import Path
@@ -18,22 +16,16 @@ from support.redis import Redis
 LIMITS = {"redis": (0.3, 6, 12), "rabbitmq": (0.5, None, 18)}
 
 
-def wake_ups(pid):
-    """How often a thread of the process has started to run after it waited."""
-    statuses = (Path(path).read_text() for path in glob.glob(f"/proc/{pid}/task/*/status"))
-    return sum(int(re.search(r"^voluntary_ctxt_switches:\s+(\d+)", text, re.M)[1]) for text in statuses)
-
-
 def measure(broker, settle, seconds):
     """Returns milliseconds of CPU per second, wake-ups per second, and MiB of resident memory."""
     subject = Ours(broker)
     subject.start()
     try:
         time.sleep(settle)
-        began, cpu, woken = time.perf_counter(), subject.cpu(), wake_ups(subject.process.pid)
+        began, cpu, woken = time.perf_counter(), subject.cpu(), subject.wake_ups()
         time.sleep(seconds)
         took = time.perf_counter() - began
-        used, woken = subject.cpu() - cpu, wake_ups(subject.process.pid) - woken
+        used, woken = subject.cpu() - cpu, subject.wake_ups() - woken
         return used / took * 1000, woken / took, subject.memory()[0]
     finally:
         subject.stop()

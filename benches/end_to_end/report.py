@@ -11,14 +11,15 @@ from support.exporter import BINARY
 
 from subjects import SUBJECTS, median
 
-RATIOS = [("flower", "ours"), ("celery-exporter", "ours"), ("ours", "bare")]
+RATIOS = [("flower", "ours"), ("celery-exporter", "ours"), ("ours", "bare"), ("ours", "floor")]
 #: Names in the headings of the ratios.
 SHORT = {"ours": "exporter", "bare": "baseline"}
 #: (measure, key, format, whether a ratio is meaningful)
 ROWS = [
     ("CPU per event, 5,000 events/s, µs", "trickle", "{:.2f}", True),
     ("CPU per event, full backlog, µs", "backlog", "{:.2f}", True),
-    ("CPU when idle, ms/s", "idle", lambda value: f"{1000 * value:.2f}", False),
+    ("CPU when idle, ms/s", "idle cpu", lambda value: f"{1000 * value:.2f}", False),
+    ("wake-ups when idle, per second", "idle wake-ups", "{:.1f}", False),
     ("highest rate without loss, events/s", "rate", "{:,.0f}", True),
     ("counted of a burst of 80,000", "burst", "{:.1%}", False),
     ("start to first scrape, ms", "start", lambda value: f"{1000 * value:.0f}", True),
@@ -74,6 +75,8 @@ def cell(values, write):
 
 
 def ratio(results, key, name, base):
+    if base == "floor" and key not in ("trickle", "backlog", "crowded"):
+        return ""
     value, reference = (median(results[which].get(key) or ()) for which in (name, base))
     if not value or not reference:
         return ""
@@ -135,6 +138,9 @@ def tail(notes):
 {lines}
 - CPU, full backlog: the process is stopped by a signal, the broker receives tens of thousands of events, and the
   process continues.
+- Idle: for 60 s, from 30 s after the start, without any worker.
+- The floor does only what no exporter can avoid: it receives, decodes base64 on Redis, and looks up each event's task in
+  a table of 100,000. On RabbitMQ, it receives with lapin, like the exporter.
 - The highest rate is sustained for several seconds: every event is counted, and processing ends within 0.3 s plus a
   tenth of that time. A subject that failed is restarted first.
 - Celery's event state, in Flower and celery-exporter, keeps the latest events in a list, four for each task that it

@@ -1,4 +1,4 @@
-"""The four subjects of the comparison: how to start each one, and how to measure it from outside."""
+"""The subjects of the comparison: how to start each one, and how to measure it from outside."""
 
 import contextlib
 import glob
@@ -107,6 +107,11 @@ class Subject:
             if 0 <= self.busy() - before < QUIET:
                 return began
         return None
+
+    def wake_ups(self):
+        """How often a thread has started to run after it waited."""
+        statuses = (Path(path).read_text() for path in glob.glob(f"/proc/{self.process.pid}/task/*/status"))
+        return sum(int(re.search(r"^voluntary_ctxt_switches:\s+(\d+)", text, re.M)[1]) for text in statuses)
 
     def memory(self):
         """Returns (RSS, peak RSS) in MiB."""
@@ -236,6 +241,13 @@ class Bare(Subject):
         return Process("bare", [BARE, *self.options, self.broker.url, self.port], env={"RUST_BACKTRACE": None})
 
 
+class Floor(Bare):
+    """Does only what no exporter can avoid: receives, decodes base64, and looks up each task."""
+
+    name, title = "floor", "floor"
+    options = ["--floor"]
+
+
 class Discard(Bare):
     """Discards everything unread, to measure how much the server can publish."""
 
@@ -243,7 +255,7 @@ class Discard(Bare):
 
 
 TITLES = {"redis": "Redis", "rabbitmq": "RabbitMQ"}
-SUBJECTS = {kind.name: kind for kind in (Ours, Flower, CeleryExporter, Bare)}
+SUBJECTS = {kind.name: kind for kind in (Ours, Flower, CeleryExporter, Bare, Floor)}
 
 
 class Brokers(contextlib.ExitStack):
