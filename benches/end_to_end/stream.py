@@ -19,15 +19,14 @@ BATCH = 6
 CLIENTS = [f"gen{1000 + number}@web-{number}" for number in range(4)]
 
 _COMMON = '{"hostname": "%s", "utcoffset": 0.0, "pid": %d, "clock": %d, "uuid": "%s", '
-_ARGS = (
-    '"name": "%s", "args": "(%d, \'someone@example.com\')", "kwargs": "{\'retry\': True}", "root_id": "%s",'
-    ' "parent_id": null'
-)
+_NAME = '"name": "%s", "args": "(%d, \'someone@example.com\')", "kwargs": "{\'retry\': True}", '
+_FAMILY = '"root_id": "%s", "parent_id": null, '
+_REST = '"retries": 0, "eta": null, "expires": null, '
 SENT = (
-    _COMMON + _ARGS + ', "retries": 0, "eta": null, "expires": null, "queue": "celery", "exchange": "",'
-    ' "routing_key": "celery", "timestamp": %r, "type": "task-sent"}'
+    _COMMON + _FAMILY + _NAME + _REST + '"queue": "celery", "exchange": "", "routing_key": "celery", "timestamp": %r,'
+    ' "type": "task-sent"}'
 )
-RECEIVED = _COMMON + _ARGS + ', "retries": 0, "eta": null, "expires": null, "timestamp": %r, "type": "task-received"}'
+RECEIVED = _COMMON + _NAME + _FAMILY + _REST + '"timestamp": %r, "type": "task-received"}'
 STARTED = _COMMON + '"timestamp": %r, "type": "task-started"}'
 SUCCEEDED = _COMMON + '"result": "None", "runtime": %r, "timestamp": %r, "type": "task-succeeded"}'
 
@@ -105,7 +104,7 @@ class Stream:
         self.add(
             client,
             [
-                SENT % (client, 1000, self.tick(), uuid, name, number, uuid, self.at())
+                SENT % (client, 1000, self.tick(), uuid, uuid, name, number, self.at())
                 for uuid, _, name, number in tasks
             ],
         )
@@ -124,7 +123,7 @@ class Stream:
         self.prefetched[number] = pair, received
         while len(events) < BATCH:  # first visits, with nothing prefetched yet: the worker sends tasks itself
             uuid, _, name, task = pair[len(events) % 2]
-            events.append(SENT % (host, pid, self.tick(), uuid, name, task, uuid, self.at()))
+            events.append(SENT % (host, pid, self.tick(), uuid, uuid, name, task, self.at()))
         self.add(host, events)
 
     def add(self, hostname, events):

@@ -62,7 +62,7 @@ impl Deployment {
             let clock = EVENTS_PER_TASK * task + clock;
             let event = format!(
                 concat!(
-                    r#"{{"hostname": "{hostname}", "utcoffset": 0, "pid": 4242, "clock": {clock}, "uuid": "{uuid}", "#,
+                    r#"{{"hostname": "{hostname}", "utcoffset": 0.0, "pid": 4242, "clock": {clock}, "uuid": "{uuid}", "#,
                     r#"{fields}"timestamp": {time}, "type": "{kind}"}}"#
                 ),
                 hostname = hostname,
@@ -74,20 +74,16 @@ impl Deployment {
             );
             (hostname.to_owned(), event)
         };
-        let description = format!(
-            concat!(
-                r#""name": "project.application.tasks.number_{name}", "args": "(17, 'someone@example.com')", "#,
-                r#""kwargs": "{{'retry': True}}", "root_id": "{uuid}", "parent_id": null, "retries": 0, "eta": null, "#,
-                r#""expires": null, "#
-            ),
-            name = name,
-            uuid = uuid
+        let name = format!(
+            r#""name": "project.application.tasks.number_{name}", "args": "(17, 'someone@example.com')", "kwargs": "{{'retry': True}}", "#
         );
+        let family = format!(r#""root_id": "{uuid}", "parent_id": null, "#);
+        let rest = r#""retries": 0, "eta": null, "expires": null, "#;
         let runtime = if self.varied { 0.01 * 100_f64.powf((task as f64 * 0.618_034).fract()) } else { 0.042_137_5 };
-        let sent = format!(r#"{description}"queue": "celery", "exchange": "", "routing_key": "celery", "#);
+        let sent = format!(r#"{family}{name}{rest}"queue": "celery", "exchange": "", "routing_key": "celery", "#);
         [
             event("task-sent", &client, 0, 0.0, &sent),
-            event("task-received", &worker, 1, 0.002, &description),
+            event("task-received", &worker, 1, 0.002, &format!("{name}{family}{rest}")),
             event("task-started", &worker, 2, 0.013, ""),
             event("task-succeeded", &worker, 3, 0.055, &format!(r#""result": "42", "runtime": {runtime}, "#)),
         ]

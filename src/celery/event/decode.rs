@@ -165,8 +165,15 @@ impl<'a> Draft<'a> {
             return Ok(false);
         }
         self.read_member(b"hostname", scanner)?;
-        read_each!("utcoffset", "pid", "clock");
+        // Most hosts are in UTC.
+        if scanner.consume(", \"utcoffset\": 0.0, \"pid\": ") {
+            scanner.skip()?;
+        } else {
+            read_each!("utcoffset", "pid");
+        }
+        read_each!("clock");
         if read!("uuid") {
+            read_each!("root_id", "parent_id");
             if read!("name") {
                 read_each!("args", "kwargs", "root_id", "parent_id", "retries", "eta", "expires");
                 read_each!("queue", "exchange", "routing_key");

@@ -46,7 +46,7 @@ fn an_invalid_element_does_not_affect_the_others() {
 
 /// Events as Python encodes them: a received task, a succeeded task and a heartbeat.
 const PYTHON: &str = concat!(
-    r#"[{"hostname": "celery@w1", "utcoffset": 0, "pid": 77, "clock": 12, "uuid": "0b6a3b4e-9d3f-4a53-93a1", "#,
+    r#"[{"hostname": "celery@w1", "utcoffset": 0.0, "pid": 77, "clock": 12, "uuid": "0b6a3b4e-9d3f-4a53-93a1", "#,
     r#""name": "shop.add", "args": "('it\\'s', \"\u00e9\")", "kwargs": "{}", "root_id": null, "retries": 1, "eta": null, "#,
     r#""timestamp": 1763820000.1234567, "type": "task-received"}, {"hostname": "w", "uuid": "a", "result": "[1, 2]", "#,
     r#""runtime": 8.8e-05, "timestamp": 1763820000.5, "type": "task-succeeded"}, {"hostname": "w", "freq": 2.0, "#,
@@ -91,12 +91,12 @@ proptest! {
 
 /// Events with the members in Celery's order, as its workers and clients write them.
 const USUAL: [&str; 6] = [
-    r#"{"hostname": "gen1@h", "utcoffset": 0, "pid": 7, "clock": 1, "uuid": "a", "name": "add", "args": "(2, 'x')", "kwargs": "{}", "root_id": "a", "parent_id": null, "retries": 0, "eta": null, "expires": null, "queue": "celery", "exchange": "", "routing_key": "celery", "timestamp": 1763820000.1234567, "type": "task-sent"}"#,
+    r#"{"hostname": "gen1@h", "utcoffset": 0.0, "pid": 7, "clock": 1, "uuid": "a", "root_id": "a", "parent_id": null, "name": "add", "args": "(2, 'x')", "kwargs": "{}", "retries": 0, "eta": null, "expires": null, "queue": "celery", "exchange": "", "routing_key": "celery", "timestamp": 1763820000.1234567, "type": "task-sent"}"#,
     r#"{"hostname": "celery@h", "utcoffset": -7, "pid": 7, "clock": 12, "uuid": "a", "name": "add", "args": "(2, 'x')", "kwargs": "{}", "root_id": "a", "parent_id": null, "retries": 0, "eta": null, "expires": null, "timestamp": 1763820000.125, "type": "task-received"}"#,
-    r#"{"hostname": "celery@h", "utcoffset": 0, "pid": 7, "clock": 13, "uuid": "a", "timestamp": 1763820000.5, "type": "task-started"}"#,
-    r#"{"hostname": "celery@h", "utcoffset": 0, "pid": 7, "clock": 14, "uuid": "a", "result": "4", "runtime": 0.04213751700008288, "timestamp": 1763820001.5, "type": "task-succeeded"}"#,
-    r#"{"hostname": "celery@h", "utcoffset": 0, "pid": 7, "clock": 15, "uuid": "a", "exception": "KeyError('x')", "traceback": "Traceback:\n \"f.py\"\n", "timestamp": 1763820001.5, "type": "task-failed"}"#,
-    r#"{"hostname": "celery@h", "utcoffset": 0, "pid": 7, "clock": 17, "freq": 2.0, "active": 0, "processed": 3, "loadavg": [0.5, 0.25, 1], "sw_ident": "py-celery", "sw_ver": "5.5.3", "sw_sys": "Linux", "timestamp": 1763820001.5, "type": "worker-heartbeat"}"#,
+    r#"{"hostname": "celery@h", "utcoffset": 0.0, "pid": 7, "clock": 13, "uuid": "a", "timestamp": 1763820000.5, "type": "task-started"}"#,
+    r#"{"hostname": "celery@h", "utcoffset": 0.0, "pid": 7, "clock": 14, "uuid": "a", "result": "4", "runtime": 0.04213751700008288, "timestamp": 1763820001.5, "type": "task-succeeded"}"#,
+    r#"{"hostname": "celery@h", "utcoffset": 0.0, "pid": 7, "clock": 15, "uuid": "a", "exception": "KeyError('x')", "traceback": "Traceback:\n \"f.py\"\n", "timestamp": 1763820001.5, "type": "task-failed"}"#,
+    r#"{"hostname": "celery@h", "utcoffset": 0.0, "pid": 7, "clock": 17, "freq": 2.0, "active": 0, "processed": 3, "loadavg": [0.5, 0.25, 1], "sw_ident": "py-celery", "sw_ver": "5.5.3", "sw_sys": "Linux", "timestamp": 1763820001.5, "type": "worker-heartbeat"}"#,
 ];
 
 #[test]

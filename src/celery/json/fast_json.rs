@@ -1,9 +1,9 @@
 //! The fast path: a parser for the JSON that Python writes, tried before `serde_json`.
 //!
 //! It accepts a subset of JSON: UTF-8 with spaces exactly where Python's `json` module puts them, and no escapes in the
-//! strings that are read. Any other input is a [`Fallback`] and is parsed by `serde_json`, which alone
-//! decides what is valid JSON. If the fast path succeeds, its result is the same as that of `serde_json`. The fuzz
-//! targets `event` and `envelope` compare the two.
+//! strings that are read. Any other input is a [`Fallback`] and is parsed by `serde_json`, which alone decides what is
+//! valid JSON. If the fast path succeeds, its result is the same as that of `serde_json`. The fuzz targets `event` and
+//! `envelope` compare the two.
 
 #![allow(
     clippy::inline_always,
@@ -152,13 +152,9 @@ impl<'a> Scanner<'a> {
     /// Skips a number.
     #[inline(always)]
     fn skip_number(&mut self) -> Result<(), Fallback> {
-        let bytes = self.rest.as_bytes();
-        let count = digit_count(bytes);
-        let is_natural = count == 1 || (count > 1 && bytes[0] != b'0');
-        if is_natural && !matches!(bytes.get(count), Some(b'.' | b'e' | b'E')) {
-            self.rest = &self.rest[count..];
-        } else {
-            *self = self.after_number()?;
+        match decimal_length(self.rest.as_bytes()) {
+            Some(length) => self.rest = &self.rest[length..],
+            None => *self = self.after_number()?,
         }
         Ok(())
     }
@@ -318,6 +314,19 @@ fn leading_digits(text: [u8; 8]) -> (u64, usize) {
     let high = first_and_third.wrapping_mul(100 + (1_000_000 << 32));
     let low = second_and_fourth.wrapping_mul(1 + (10_000 << 32));
     (high.wrapping_add(low) >> 32, bits as usize / 8)
+}
+
+/// The length of the number at the start of a text. `None` if it has a sign or an exponent, or is none.
+#[inline(always)]
+fn decimal_length(text: &[u8]) -> Option<usize> {
+    let integer = digit_count(text);
+    let is_valid_integer = integer == 1 || (integer > 1 && text[0] != b'0');
+    let end = match text.get(integer) {
+        Some(b'.') => integer + 1 + digit_count(&text[integer + 1..]),
+        _ => integer,
+    };
+    let is_valid = is_valid_integer && end != integer + 1 && !matches!(text.get(end), Some(b'e' | b'E'));
+    is_valid.then_some(end)
 }
 
 /// The number of digits at the start of a text.
