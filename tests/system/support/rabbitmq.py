@@ -177,6 +177,10 @@ class VirtualHost:
         self.server, self.vhost = server, vhost
 
     @property
+    def port(self):
+        return self.server.port
+
+    @property
     def url(self):
         return f"amqp://{USER}:p%40ss%2Fw%3Ard%25@127.0.0.1:{self.server.port}/{self.vhost}"
 
