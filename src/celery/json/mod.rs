@@ -2,6 +2,7 @@
 //! Every function is pure and tolerates any input, however deeply nested.
 
 pub(crate) mod fast_json;
+mod numbers;
 
 use std::borrow::Cow;
 use std::fmt;
