@@ -232,7 +232,7 @@ class Bench:
         events = int(rate * self.effort.step) // BATCH * BATCH
         grace = 0.3 + 0.1 * self.effort.step
         try:
-            *_, sending, lag = subject.feed(stream, events, rate, patience=grace + 3)
+            *_, sending, lag = subject.feed(stream, events, rate, timeout=grace + 3)
             if lag > grace:
                 return 0, f"finished only {lag:.1f} s after the last event"
             counted = subject.all_counted(5)
@@ -249,7 +249,7 @@ class Bench:
             subject.feed(stream, stream.profile.first_round)
             before = subject.all_counted()
             result["burst"] = "fails"
-            sending = subject.feed(stream, BURST, patience=40)[2]
+            sending = subject.feed(stream, BURST, timeout=40)[2]
             result["burst"] = [(subject.all_counted(3) - before) / BURST]
             say(f"{self.kind}, {name}: of a burst in {sending:.2f} s, {result['burst'][0]:.1%} counted")
         except (Failed, AssertionError, OSError) as error:

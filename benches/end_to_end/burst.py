@@ -27,7 +27,7 @@ def measure(subject, stream, rate, wait):
             # Otherwise the server closes the connection, because it publishes faster than the exporter reads.
             subject.broker.client().config_set("client-output-buffer-limit", "pubsub 0 0 0")
         subject.sender.write(heartbeats(stream.profile, subject.protocol))
-        subject.feed(stream, EVENTS, rate, patience=120)
+        subject.feed(stream, EVENTS, rate, timeout=120)
         time.sleep(wait)
         now, peak = subject.memory()
         return peak, now, subject.counted()

@@ -156,7 +156,7 @@ class Subject:
 
     # Load
 
-    def feed(self, stream, events, rate=None, halted=False, patience=60):
+    def feed(self, stream, events, rate=None, halted=False, timeout=60):
         """Sends events and waits until they are processed. Returns seconds: CPU, total, sending, and the rest.
 
         With `halted`, the process is stopped while they are sent, so that all are waiting when it continues.
@@ -169,21 +169,21 @@ class Subject:
         finally:
             self.process.send(signal.SIGCONT)
         self.sent += events
-        settled = self.settle(patience)
+        settled = self.settle(timeout)
         if settled is None:
-            raise Failed(f"still busy {patience} s after {events:,} events")
+            raise Failed(f"still busy {timeout} s after {events:,} events")
         return self.cpu() - cpu, time.perf_counter() - began, sending, settled - began - sending
 
-    def all_counted(self, patience=10):
+    def all_counted(self, timeout=10):
         """The number of events counted, once it stops rising. Returns immediately if all events have been counted."""
-        end, last = time.perf_counter() + patience, -1
+        end, last = time.perf_counter() + timeout, -1
         while True:
             counted = self.counted()
             if counted == self.sent or counted == last or time.perf_counter() > end:
                 return counted
             last = counted
             time.sleep(1)
-            self.settle(patience)
+            self.settle(timeout)
 
 
 #: Buffer reused by all scrapes, so that the measured time does not include memory allocation in the client.

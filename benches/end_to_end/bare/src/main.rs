@@ -108,25 +108,24 @@ impl Decoder {
     }
 
     fn envelope(&mut self, payload: &[u8]) -> Result<()> {
-        if self.mode == Mode::Floor {
-            let body = Self::body_text(payload)?;
-            let mut buffer = std::mem::take(&mut self.buffer);
-            buffer.resize(buffer.len().max(STANDARD.estimated_decoded_length(body.len())), 0);
-            let body = STANDARD.decode(body, Out::from_slice(&mut buffer))?;
-            self.look_up(body);
-            self.buffer = buffer;
-            return Ok(());
-        }
+        let text = match self.mode {
+            Mode::Floor => Self::body_text(payload)?,
+            _ => Self::parsed_body_text(payload)?,
+        };
+        let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.resize(buffer.len().max(STANDARD.estimated_decoded_length(text.len())), 0);
+        let body = STANDARD.decode(text, Out::from_slice(&mut buffer))?;
+        self.body(body)?;
+        self.buffer = buffer;
+        Ok(())
+    }
+
+    fn parsed_body_text(payload: &[u8]) -> Result<&[u8]> {
         let envelope: Envelope = serde_json::from_slice(payload)?;
         if envelope.content_type != "application/json" {
             bail!("unsupported content type {}", envelope.content_type);
         }
-        let mut buffer = std::mem::take(&mut self.buffer);
-        buffer.resize(buffer.len().max(STANDARD.estimated_decoded_length(envelope.body.len())), 0);
-        let body = STANDARD.decode(envelope.body.as_bytes(), Out::from_slice(&mut buffer))?;
-        self.body(body)?;
-        self.buffer = buffer;
-        Ok(())
+        Ok(envelope.body.as_bytes())
     }
 
     fn body(&mut self, body: &[u8]) -> Result<()> {
