@@ -1,13 +1,11 @@
 //! The kombu envelope: the JSON object around every message on Redis (`kombu.transport.virtual`).
 
 use std::borrow::Cow;
-use std::fmt;
 
 use base64_turbo::STANDARD;
-use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 
 use super::json::fast_json::Scanner;
-use super::json::{Key, Scalar, SerdeReader, ValueReader};
+use super::json::{Members, Object, Scalar, ValueReader};
 use super::{DecodeError, truncate_label};
 
 /// Opens an envelope and returns the message body, the JSON text of its events.
@@ -22,7 +20,7 @@ pub fn open<'a>(payload: &'a [u8], buffer: &'a mut Vec<u8>) -> Result<Cow<'a, [u
     if let Some(length) = open_fast_path(payload, buffer)? {
         return Ok(Cow::Borrowed(&buffer[..length]));
     }
-    let envelope: Envelope = serde_json::from_slice(payload).map_err(|_| DecodeError::Envelope)?;
+    let Object(envelope): Object<Envelope> = serde_json::from_slice(payload).map_err(|_| DecodeError::Envelope)?;
     check_content(envelope.content_type.as_deref(), envelope.compression.as_deref())?;
     match envelope.body.ok_or(DecodeError::Envelope)? {
         body if envelope.base64 => Ok(decode_base64(body.as_bytes(), buffer).map(Cow::Borrowed)?),
@@ -136,7 +134,9 @@ struct Envelope<'a> {
     base64: bool,
 }
 
-impl<'a> Envelope<'a> {
+impl<'a> Members<'a> for Envelope<'a> {
+    const EXPECTED: &'static str = "a kombu envelope";
+
     fn read_member<V: ValueReader<'a>>(&mut self, key: &[u8], values: &mut V) -> Result<(), V::Error> {
         match key {
             b"body" => {
@@ -157,30 +157,6 @@ impl<'a> Envelope<'a> {
             _ => values.skip()?,
         }
         Ok(())
-    }
-}
-
-impl<'de> Deserialize<'de> for Envelope<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct EnvelopeVisitor;
-
-        impl<'de> Visitor<'de> for EnvelopeVisitor {
-            type Value = Envelope<'de>;
-
-            fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
-                formatter.write_str("a kombu envelope")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut envelope = Envelope::default();
-                while let Some(Key(key)) = map.next_key()? {
-                    envelope.read_member(key.as_bytes(), &mut SerdeReader(&mut map))?;
-                }
-                Ok(envelope)
-            }
-        }
-
-        deserializer.deserialize_map(EnvelopeVisitor)
     }
 }
 

@@ -1,15 +1,13 @@
 //! Decodes message bodies into events.
 
 use std::borrow::Cow;
-use std::fmt;
 
-use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::{Eta, Event, EventKind};
 use crate::celery::DecodeError;
 use crate::celery::json::fast_json::{Fallback, Scanner};
-use crate::celery::json::{self, Key, Scalar, SerdeReader, ValueReader};
+use crate::celery::json::{self, Members, Object, Scalar, ValueReader};
 
 /// Decodes a message body, which is one event or a list of events, and calls `each` with every event in order. An
 /// invalid element is passed to `each` as an error and does not affect the others.
@@ -52,12 +50,12 @@ fn decode_list(text: &[u8], utf8: Option<&str>, keep_raw: bool, mut each: impl F
 
 #[cold]
 fn decode_element(text: &[u8], keep_raw: bool, each: &mut impl FnMut(Result<&Event<'_>, DecodeError>)) {
-    if let Ok(mut draft) = serde_json::from_slice::<Draft>(text) {
+    if let Ok(Object(mut draft)) = serde_json::from_slice::<Object<Draft>>(text) {
         return each(draft.finish(keep_raw.then_some(text)));
     }
     let sanitized = json::sanitize(text);
-    match serde_json::from_str::<Draft>(&sanitized) {
-        Ok(mut draft) => each(draft.finish(keep_raw.then_some(sanitized.as_bytes()))),
+    match serde_json::from_str::<Object<Draft>>(&sanitized) {
+        Ok(Object(mut draft)) => each(draft.finish(keep_raw.then_some(sanitized.as_bytes()))),
         Err(_) if serde_json::from_str::<&RawValue>(&sanitized).is_ok() => each(Err(DecodeError::NotAnEvent)),
         Err(_) => each(Err(DecodeError::Json)),
     }
@@ -188,8 +186,11 @@ impl<'a> Draft<'a> {
         read_each!("timestamp", "type");
         Ok(true)
     }
+}
 
-    /// Reads the value of a member.
+impl<'a> Members<'a> for Draft<'a> {
+    const EXPECTED: &'static str = "an event";
+
     #[inline(always)]
     #[allow(clippy::inline_always, reason = "only the code for the key is left where it is a literal")]
     fn read_member<V: ValueReader<'a>>(&mut self, key: &[u8], values: &mut V) -> Result<(), V::Error> {
@@ -231,28 +232,4 @@ fn exact_u32(number: f64) -> Option<u32> {
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked by the round trip")]
     let integer = number as u32;
     (f64::from(integer).total_cmp(&number).is_eq()).then_some(integer)
-}
-
-impl<'de> Deserialize<'de> for Draft<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct DraftVisitor;
-
-        impl<'de> Visitor<'de> for DraftVisitor {
-            type Value = Draft<'de>;
-
-            fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
-                formatter.write_str("an event")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut draft = Draft::default();
-                while let Some(Key(key)) = map.next_key()? {
-                    draft.read_member(key.as_bytes(), &mut SerdeReader(&mut map))?;
-                }
-                Ok(draft)
-            }
-        }
-
-        deserializer.deserialize_map(DraftVisitor)
-    }
 }

@@ -80,8 +80,44 @@ pub(crate) trait ValueReader<'a> {
     fn skip(&mut self) -> Result<(), Self::Error>;
 }
 
+/// An object that is read member by member, by the fast path or by `serde_json`.
+pub(crate) trait Members<'a>: Default {
+    /// What an error says was expected.
+    const EXPECTED: &'static str;
+
+    /// Reads the value of a member.
+    fn read_member<V: ValueReader<'a>>(&mut self, key: &[u8], values: &mut V) -> Result<(), V::Error>;
+}
+
+/// Reads such an object with `serde_json`.
+pub(crate) struct Object<T>(pub(crate) T);
+
+impl<'de, T: Members<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(ObjectVisitor(PhantomData))
+    }
+}
+
+struct ObjectVisitor<T>(PhantomData<T>);
+
+impl<'de, T: Members<'de>> Visitor<'de> for ObjectVisitor<T> {
+    type Value = Object<T>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        formatter.write_str(T::EXPECTED)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut object = T::default();
+        while let Some(Key(key)) = map.next_key()? {
+            object.read_member(key.as_bytes(), &mut SerdeReader(&mut map))?;
+        }
+        Ok(Object(object))
+    }
+}
+
 /// Reads values with `serde_json`.
-pub(crate) struct SerdeReader<'m, A>(pub(crate) &'m mut A);
+struct SerdeReader<'m, A>(&'m mut A);
 
 impl<'de, A: MapAccess<'de>> ValueReader<'de> for SerdeReader<'_, A> {
     type Error = A::Error;
@@ -194,7 +230,7 @@ impl<'de> Visitor<'de> for ScalarVisitor {
 }
 
 /// An object key. Borrowed unless it contains escapes.
-pub(crate) struct Key<'a>(pub(crate) Cow<'a, str>);
+struct Key<'a>(Cow<'a, str>);
 
 impl<'de> Deserialize<'de> for Key<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
