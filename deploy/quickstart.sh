@@ -211,7 +211,7 @@ prepare() {
 
 demonstrate() {
     local url broker name
-    export PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+    export PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 TMPDIR=$tmp
     say "starting Redis, a Celery worker with 2 processes and without -E, the exporter and tasks"
     ln -s "$(command -v redis-server || command -v redis-check-rdb)" "$tmp/redis-server"
     serve redis redis_ready "$tmp/redis-server" --port @PORT --bind 127.0.0.1 --save '' --appendonly no --dir "$tmp"

@@ -17,7 +17,9 @@ use super::HttpConfig;
 use super::broker_url::{BrokerUrls, UrlError};
 use super::environment::{Environment, celery_layer};
 use super::layer::{Layer, unknown_key, unset_if_empty};
-use super::schema::{self, KEYS, Key, PREFIX, ValueKind, quoted};
+#[cfg(feature = "cli")]
+use super::schema::PREFIX;
+use super::schema::{self, KEYS, Key, ValueKind, quoted};
 use super::secret::{Secret, printable};
 use super::{BrokerConfig, Config, ConfigError};
 

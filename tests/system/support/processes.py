@@ -112,7 +112,7 @@ def accepts(port):
 
 
 class Process:
-    """One program in a separate session and process group; stdout and stderr go to files.
+    """One program in a separate session and process group; stdout, stderr and its temporary files go to one directory.
 
     A variable of `env` that is None is unset.
     """
@@ -120,8 +120,9 @@ class Process:
     def __init__(self, name, argv, *, env=None, cwd=None, user=None):
         self.name = name
         self.cwd = Path(cwd) if cwd else directory(name, user)
-        logs = directory(f"{name}-log")
-        env = {key: str(value) for key, value in {**os.environ, **(env or {})}.items() if value is not None}
+        logs = directory(f"{name}-log", user)
+        env = {**os.environ, "TMPDIR": logs, **(env or {})}
+        env = {key: str(value) for key, value in env.items() if value is not None}
         self.out, self.err = logs / "stdout", logs / "stderr"
         with open(self.out, "wb") as out, open(self.err, "wb") as err:
             self.popen = subprocess.Popen(
