@@ -40,26 +40,35 @@ impl ReadBuffer {
             (self.start, self.end) = (0, 0);
             self.block.take_if(|block| block.len() > BLOCK_SIZE);
         }
-        // Doubling keeps the cost of copying the start of a large message linear.
-        let room = READ_SIZE.max(self.bytes().len());
-        if self.block.as_ref().is_none_or(|block| block.len() - self.end < room) {
-            let next = self.spare.take((self.bytes().len() + room).max(BLOCK_SIZE))?;
-            let previous = self.move_to(next);
-            self.spare.put(previous);
-        }
-        let Some(block) = &mut self.block else { return Err(io::ErrorKind::OutOfMemory.into()) };
-        let count = stream.read(&mut block[self.end..]).await?;
+        let room = self.room();
+        let block = match self.block.take() {
+            Some(block) if block.len() - self.end >= room => block,
+            full => {
+                let next = self.next_block(full.as_ref())?;
+                self.spare.put(full);
+                next
+            }
+        };
+        let block = self.block.insert(block);
+        // What follows a large message must not fill the rest of a large block, because it is moved out of that block.
+        let end = block.len().min(self.end + BLOCK_SIZE);
+        let count = stream.read(&mut block[self.end..end]).await?;
         self.end += count;
         Ok(count)
     }
 
-    /// Moves what is not parsed yet to another block. Returns the block that it was in.
-    fn move_to(&mut self, mut block: MmapMut) -> Option<MmapMut> {
-        let bytes = self.bytes();
-        let length = bytes.len();
-        block[..length].copy_from_slice(bytes);
-        (self.start, self.end) = (0, length);
-        self.block.replace(block)
+    /// The least room for the next read. Doubling keeps the cost of moving the start of a large message linear.
+    fn room(&self) -> usize {
+        READ_SIZE.max(self.end - self.start)
+    }
+
+    /// Another block, with a copy of what is not parsed yet, and with room.
+    fn next_block(&mut self, full: Option<&MmapMut>) -> io::Result<MmapMut> {
+        let bytes = full.map_or(&[][..], |block| &block[self.start..self.end]);
+        let mut block = self.spare.take((bytes.len() + self.room()).max(BLOCK_SIZE))?;
+        block[..bytes.len()].copy_from_slice(bytes);
+        (self.start, self.end) = (0, bytes.len());
+        Ok(block)
     }
 
     /// Drops the first bytes.
@@ -76,9 +85,9 @@ impl ReadBuffer {
         }
         let taken = self.start..self.start + count;
         self.skip(count);
-        let next = self.spare.take((self.bytes().len() + READ_SIZE).max(BLOCK_SIZE))?;
-        let block = self.move_to(next);
-        let shared = SharedBlock { block, spare: Arc::clone(&self.spare) };
+        let full = self.block.take();
+        self.block = Some(self.next_block(full.as_ref())?);
+        let shared = SharedBlock { block: full, spare: Arc::clone(&self.spare) };
         Ok(Bytes::from_owner(shared).slice(taken))
     }
 }
@@ -190,8 +199,16 @@ mod tests {
         }
         drop(batches);
         assert_eq!(spare_blocks(&buffer), MAX_SPARE);
+    }
+
+    #[tokio::test]
+    async fn what_follows_a_large_message_is_read_in_small_pieces() {
+        let mut buffer = ReadBuffer::default();
         read_all(&mut buffer, &vec![b'x'; 10 * BLOCK_SIZE]).await;
+        let count = buffer.read_from(&mut vec![b'y'; 4 * BLOCK_SIZE].as_slice()).await.unwrap();
+        assert_eq!(count, BLOCK_SIZE);
         buffer.skip(10 * BLOCK_SIZE);
+        assert_eq!(buffer.take(count).unwrap(), vec![b'y'; BLOCK_SIZE]);
         read_all(&mut buffer, b"x").await;
         assert_eq!(buffer.block.as_ref().map(|block| block.len()), Some(BLOCK_SIZE));
     }
