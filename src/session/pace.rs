@@ -8,36 +8,39 @@ use std::time::{Duration, Instant};
 
 use crate::inbox::Inbox;
 
-/// How long a burst may be read at the pace of the ingest loop. A server that publishes a gigabyte per second is then 20 MB
-/// ahead; the usual limit of its output buffer is 32 MB (`client-output-buffer-limit pubsub`).
+/// How long the reader may wait in all. A server that publishes a gigabyte per second is then 20 MB ahead; the usual limit
+/// of its output buffer is 32 MB (`client-output-buffer-limit pubsub`).
 const LONGEST: Duration = Duration::from_millis(20);
-/// A burst has ended if nothing arrives for this long.
-const QUIET: Duration = Duration::from_millis(1);
+/// One part in this many of the time is added to what the reader may wait.
+const REFILL: u32 = 10;
+/// The reader does not wait for less than this.
+const SHORTEST: Duration = Duration::from_millis(1);
 
 pub(super) struct Pace {
-    /// When the burst began.
-    burst_began: Instant,
-    /// Since when the reader has been waiting for bytes.
-    waiting_since: Instant,
+    /// How long the reader may still wait, at most [`LONGEST`].
+    allowance: Duration,
+    /// When the allowance was brought up to date.
+    updated: Instant,
 }
 
 impl Pace {
     pub(super) fn new() -> Self {
-        let now = Instant::now();
-        Self { burst_began: now, waiting_since: now }
+        Self { allowance: LONGEST, updated: Instant::now() }
     }
 
-    /// Waits until the ingest loop has processed most of what was received, unless the burst has lasted too long.
-    /// `arrived` is when the last batch was received.
-    pub(super) async fn wait(&mut self, inbox: &Inbox, arrived: Instant) {
-        if arrived.saturating_duration_since(self.waiting_since) > QUIET {
-            self.burst_began = arrived;
+    /// Waits until the ingest loop has processed most of what was received, or until the allowance is used up.
+    pub(super) async fn wait(&mut self, inbox: &Inbox) {
+        if !inbox.is_behind() {
+            return;
         }
-        let deadline = self.burst_began + LONGEST;
-        if inbox.is_behind() && arrived < deadline {
-            let _ = tokio::time::timeout_at(deadline.into(), inbox.caught_up()).await;
+        let now = Instant::now();
+        self.allowance = LONGEST.min(self.allowance + (now - self.updated) / REFILL);
+        self.updated = now;
+        if self.allowance >= SHORTEST {
+            let _ = tokio::time::timeout(self.allowance, inbox.caught_up()).await;
+            self.updated = Instant::now();
+            self.allowance = self.allowance.saturating_sub(self.updated - now);
         }
-        self.waiting_since = Instant::now();
     }
 }
 
@@ -60,13 +63,13 @@ mod tests {
         inbox.truncate_to_capacity(&mut Batch::new(vec![message], None)).0
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn the_reader_waits_until_the_ingest_loop_has_caught_up() {
         let (inbox, mut pace) = (inbox(), Pace::new());
         let first = receive(&inbox, 1 << 20);
-        assert!(pace.wait(&inbox, Instant::now()).now_or_never().is_some(), "it is not far behind");
+        assert!(pace.wait(&inbox).now_or_never().is_some(), "it is not far behind");
         let second = receive(&inbox, 1 << 20);
-        let mut waiting = Box::pin(pace.wait(&inbox, Instant::now()));
+        let mut waiting = Box::pin(pace.wait(&inbox));
         assert!(waiting.as_mut().now_or_never().is_none());
         drop(first);
         assert!(waiting.as_mut().now_or_never().is_none());
@@ -74,16 +77,17 @@ mod tests {
         assert!(waiting.now_or_never().is_some());
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_long_burst_is_read_without_waiting() {
-        let (inbox, began) = (inbox(), Instant::now());
-        let arrived = began + LONGEST;
+    #[tokio::test]
+    async fn the_reader_waits_no_longer_than_its_allowance() {
+        let (inbox, mut pace) = (inbox(), Pace::new());
         let _permit = receive(&inbox, 4 << 20);
-        let mut pace = Pace { burst_began: began, waiting_since: arrived };
-        assert!(pace.wait(&inbox, arrived).now_or_never().is_some(), "the same burst");
-        let mut pace = Pace { burst_began: began, waiting_since: began };
-        assert!(pace.wait(&inbox, arrived).now_or_never().is_none(), "another burst");
-        // The ingest loop does nothing, and the reader waits no longer than it may.
-        pace.wait(&inbox, arrived).await;
+        // The ingest loop does nothing.
+        pace.wait(&inbox).await;
+        assert!(pace.allowance < SHORTEST);
+        pace.updated = Instant::now();
+        assert!(pace.wait(&inbox).now_or_never().is_some());
+        pace.updated -= LONGEST * REFILL;
+        assert!(pace.wait(&inbox).now_or_never().is_none(), "later, it may wait again");
+        assert!(pace.allowance <= LONGEST);
     }
 }

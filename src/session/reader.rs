@@ -24,7 +24,6 @@ impl Reader<'_> {
                 }
             };
             *self.received |= batch.payload_count() > 0;
-            let arrived = batch.arrived;
             let (batch, permit, dropped) = self.reserve_or_drop(batch).await;
             if !batch.messages.is_empty() {
                 self.report(std::mem::take(&mut gap));
@@ -33,7 +32,7 @@ impl Reader<'_> {
             // The gap follows the messages that still fit: it is reported before the next ones.
             gap += dropped;
             if !self.receiver.supports_backpressure() {
-                pace.wait(self.inbox, arrived).await;
+                pace.wait(self.inbox).await;
             }
         }
     }
