@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use flower_exporter::celery::envelope::{self, DecodeFailure};
 use flower_exporter::celery::{DecodeError, event};
+use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 
 /// Runs one input.
@@ -18,6 +19,9 @@ pub fn run(payload: &[u8]) {
         assert!(name.len() < 300);
     }
     let opened = opened.map_err(|failure| failure.reason);
+    if serde_json::from_slice::<IgnoredAny>(payload).is_err() {
+        assert_eq!(opened, Err(DecodeError::Envelope), "it is not JSON");
+    }
     // With a duplicate key, the envelope may be rejected for the first value, which a plain parse ignores.
     if opened != Err(DecodeError::Envelope)
         && let Ok(tree) = serde_json::from_slice(payload)

@@ -40,7 +40,10 @@ fn open_fast_path(payload: &[u8], buffer: &mut Vec<u8>) -> Result<Option<usize>,
         let Some(Envelope { has_body: false, base64: true, content_type, compression, .. }) = scan(rest) else {
             return Ok(None);
         };
+        // What is not base64 may not even be a string in JSON. Then the envelope is invalid, whatever its content type.
+        let Ok(body) = decode_base64(body, buffer) else { return Ok(None) };
         check_content(content_type.as_deref(), compression.as_deref())?;
+        return Ok(Some(body.len()));
     }
     Ok(decode_base64(body, buffer).ok().map(<[u8]>::len))
 }
@@ -194,6 +197,7 @@ mod tests {
             ("eyJhIjogMX0=", ",", DecodeError::Envelope),
             ("eyJhIjogMX0", "", DecodeError::Base64),
             (r#"e30=\""#, "", DecodeError::Base64),
+            (r"e30=\", r#", "content-type": "text/plain""#, DecodeError::Envelope),
             ("e30=", r#", "content-type": "text/plain""#, DecodeError::ContentType),
             ("e30=", r#", "headers": {"compression": "zstd"}"#, DecodeError::Compression),
         ] {
