@@ -207,10 +207,10 @@ impl Worker {
     fn count_by_name(&mut self, kind: EventKind, event_type: &str) {
         let name = truncate_label(event_type);
         let index = self.events.iter().position(|(known, _)| **known == *name).unwrap_or(self.events.len());
-        if let Some((_, count)) = self.events.get_mut(index) {
-            *count += 1;
-        } else if index < MAX_EVENT_TYPES {
-            self.events.push((name.into(), 1));
+        match self.events.get_mut(index) {
+            Some((_, count)) => *count += 1,
+            None if index < MAX_EVENT_TYPES => self.events.push((name.into(), 1)),
+            None => return,
         }
         self.events_by_kind[kind as usize] = u8::try_from(index).ok().filter(|_| !kind.is_custom());
     }

@@ -33,9 +33,10 @@ fn decode_list(text: &[u8], utf8: Option<&str>, keep_raw: bool, mut each: impl F
             _ => decode_element(text, keep_raw, &mut each),
         };
     };
+    let utf8 = utf8.and_then(|utf8| utf8.strip_prefix('['));
     json::for_each_element(list, |start| {
         let mut draft = Draft::default();
-        if let Some(length) = utf8.and_then(|utf8| draft.scan(utf8.get(start + 1..)?))
+        if let Some(length) = utf8.and_then(|utf8| draft.scan(utf8.get(start..)?))
             && let end = start + length
             && matches!(list.get(end), Some(b',' | b']'))
         {

@@ -116,14 +116,14 @@ impl<'a> Scanner<'a> {
     pub(crate) fn skip_string(&mut self) -> Result<(), Fallback> {
         self.plain_text();
         if !self.consume("\"") {
-            *self = self.after_escapes()?;
+            *self = self.past_escapes()?;
         }
         Ok(())
     }
 
     /// The position after a string whose next character is an escape.
     #[inline(never)]
-    fn after_escapes(mut self) -> Result<Self, Fallback> {
+    fn past_escapes(mut self) -> Result<Self, Fallback> {
         loop {
             let length = match self.rest.as_bytes() {
                 [b'\\', b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't', ..] => 2,
@@ -143,14 +143,14 @@ impl<'a> Scanner<'a> {
     fn skip_number(&mut self) -> Result<(), Fallback> {
         match decimal_length(self.rest.as_bytes()) {
             Some(length) => self.rest = &self.rest[length..],
-            None => *self = self.after_number()?,
+            None => *self = self.past_number()?,
         }
         Ok(())
     }
 
     /// The position after a number in any notation.
     #[inline(never)]
-    fn after_number(mut self) -> Result<Self, Fallback> {
+    fn past_number(mut self) -> Result<Self, Fallback> {
         self.consume("-");
         let leads_with_zero = self.peek() == Some(b'0');
         if self.digits()? > 1 && leads_with_zero {
@@ -174,11 +174,11 @@ impl<'a> Scanner<'a> {
     }
 
     #[inline(always)]
-    fn any_number(&mut self) -> Result<f64, Fallback> {
+    fn read_number(&mut self) -> Result<f64, Fallback> {
         let bytes = self.rest.as_bytes();
         let (number, length) = match bytes {
             [digit @ b'0'..=b'9', b',', ..] => (f64::from(digit - b'0'), 1),
-            _ => decimal(bytes).map_or_else(|| self.other_number(), Ok)?,
+            _ => decimal(bytes).map_or_else(|| self.read_unusual_number(), Ok)?,
         };
         self.rest = &self.rest[length..];
         Ok(number)
@@ -186,8 +186,8 @@ impl<'a> Scanner<'a> {
 
     /// The next number in any notation, and its length.
     #[inline(never)]
-    fn other_number(self) -> Result<(f64, usize), Fallback> {
-        let length = self.rest.len() - self.after_number()?.rest.len();
+    fn read_unusual_number(self) -> Result<(f64, usize), Fallback> {
+        let length = self.rest.len() - self.past_number()?.rest.len();
         match self.rest[..length].parse::<f64>() {
             Ok(number) if number.is_finite() => Ok((number, length)),
             _ => Err(Fallback),
@@ -196,7 +196,7 @@ impl<'a> Scanner<'a> {
 
     /// The position after any value.
     #[inline(never)]
-    fn after_value(mut self, depth: usize) -> Result<Self, Fallback> {
+    fn past_value(mut self, depth: usize) -> Result<Self, Fallback> {
         match self.peek() {
             Some(b'"') => {
                 self.expect("\"")?;
@@ -207,14 +207,14 @@ impl<'a> Scanner<'a> {
             Some(b't') => self.expect("true")?,
             Some(b'f') => self.expect("false")?,
             Some(b'{') if depth > 0 => self.object(|_, scanner| {
-                *scanner = scanner.after_value(depth - 1)?;
+                *scanner = scanner.past_value(depth - 1)?;
                 Ok(())
             })?,
             Some(b'[') if depth > 0 => {
                 self.expect("[")?;
                 let mut has_next = !self.consume("]");
                 while has_next {
-                    self = self.after_value(depth - 1)?;
+                    self = self.past_value(depth - 1)?;
                     has_next = self.has_next("]")?;
                 }
             }
@@ -231,7 +231,8 @@ fn plain_text_length(text: &[u8]) -> usize {
     let mut rest = text;
     while let Some((sixteen, more)) = rest.split_first_chunk() {
         let bytes = u8x16::new(*sixteen);
-        // This exchanges the quote and the space, so that the quote and the control characters come first.
+        // This exchanges the quote, 0x22, and the space, 0x20. Then exactly the quote and the control characters are at
+        // most a space.
         let exchanged = bytes ^ two;
         let found = (exchanged.min(space).simd_eq(exchanged) | bytes.simd_eq(backslash)).to_bitmask();
         if found != 0 {
@@ -258,7 +259,7 @@ impl<'a> ValueReader<'a> for Scanner<'a> {
             return self.string().map(|text| Scalar::Text(Cow::Borrowed(text)));
         }
         match self.peek() {
-            Some(b'-' | b'0'..=b'9') => self.any_number().map(Scalar::Number),
+            Some(b'-' | b'0'..=b'9') => self.read_number().map(Scalar::Number),
             Some(b'n') => self.expect("null").map(|()| Scalar::Null),
             Some(b't') => self.expect("true").map(|()| Scalar::Bool(true)),
             Some(b'f') => self.expect("false").map(|()| Scalar::Bool(false)),
@@ -269,7 +270,7 @@ impl<'a> ValueReader<'a> for Scanner<'a> {
     #[inline(always)]
     fn number(&mut self) -> Result<Option<f64>, Fallback> {
         match self.peek() {
-            Some(b'0'..=b'9') => self.any_number().map(Some),
+            Some(b'0'..=b'9') => self.read_number().map(Some),
             _ => self.scalar().map(|value| value.as_number()),
         }
     }
@@ -278,7 +279,7 @@ impl<'a> ValueReader<'a> for Scanner<'a> {
         let mut numbers = [0.0; 3];
         for (prefix, number) in ["[", ", ", ", "].into_iter().zip(&mut numbers) {
             self.expect(prefix)?;
-            *number = self.any_number()?;
+            *number = self.read_number()?;
         }
         self.expect("]")?;
         Ok(Some(numbers))
@@ -308,7 +309,7 @@ impl<'a> ValueReader<'a> for Scanner<'a> {
             Some(b'0'..=b'9') => self.skip_number(),
             Some(b'n') => self.expect("null"),
             _ => {
-                *self = self.after_value(MAX_DEPTH)?;
+                *self = self.past_value(MAX_DEPTH)?;
                 Ok(())
             }
         }
@@ -396,7 +397,7 @@ mod tests {
         ) {
             let whole = format!("{text}{after}");
             let mut scanner = Scanner::new(&whole);
-            let number = scanner.any_number();
+            let number = scanner.read_number();
             let expected: Option<f64> = serde_json::from_str(&text).ok();
             proptest::prop_assert_eq!(number.ok().map(f64::to_bits), expected.map(f64::to_bits));
             if let Some(expected) = expected {

@@ -17,7 +17,6 @@ const POWERS_OF_TEN: [u64; 19] = {
 pub(super) fn decimal(text: &[u8]) -> Option<(f64, usize)> {
     let (mut mantissa, mut rest) = append_digits(0, text);
     let (integer_digits, mut decimals) = (text.len() - rest.len(), 0);
-    let is_valid_integer = integer_digits == 1 || (integer_digits > 1 && text[0] != b'0');
     if let [b'.', fraction @ ..] = rest {
         (mantissa, rest) = append_digits(mantissa, fraction);
         decimals = fraction.len() - rest.len();
@@ -25,7 +24,10 @@ pub(super) fn decimal(text: &[u8]) -> Option<(f64, usize)> {
             return None;
         }
     }
-    if !is_valid_integer || integer_digits + decimals > MAX_DIGITS || matches!(rest.first(), Some(b'e' | b'E')) {
+    if !is_integer(text, integer_digits)
+        || integer_digits + decimals > MAX_DIGITS
+        || matches!(rest.first(), Some(b'e' | b'E'))
+    {
         return None;
     }
     Some((quotient(mantissa, *POWERS_OF_TEN.get(decimals)?), text.len() - rest.len()))
@@ -73,13 +75,18 @@ fn leading_digits(text: [u8; 8]) -> (u64, usize) {
 #[allow(clippy::inline_always, reason = "a call would take longer than most numbers")]
 pub(super) fn decimal_length(text: &[u8]) -> Option<usize> {
     let integer = digit_count(text);
-    let is_valid_integer = integer == 1 || (integer > 1 && text[0] != b'0');
     let end = match text.get(integer) {
         Some(b'.') => integer + 1 + digit_count(&text[integer + 1..]),
         _ => integer,
     };
-    let is_valid = is_valid_integer && end != integer + 1 && !matches!(text.get(end), Some(b'e' | b'E'));
+    let is_valid = is_integer(text, integer) && end != integer + 1 && !matches!(text.get(end), Some(b'e' | b'E'));
     is_valid.then_some(end)
+}
+
+/// Whether this many digits at the start of a text are an integer in JSON: at least one, and no needless zero.
+#[inline]
+fn is_integer(text: &[u8], digits: usize) -> bool {
+    digits == 1 || (digits > 1 && text[0] != b'0')
 }
 
 /// The number of digits at the start of a text.
