@@ -3,12 +3,20 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 #[path = "../fuzz/src/lib.rs"]
 mod targets;
 
+/// The target `resp` limits the memory of the whole process, so the tests run one at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static RUNNING: Mutex<()> = Mutex::new(());
+    RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Runs the target on each file in its directory of seeds.
 fn run_seeds(target: &str, run: impl Fn(&[u8])) {
+    let _alone = alone();
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds").join(target);
     let seeds = fs::read_dir(&directory).expect("a directory of seeds").map(|entry| entry.expect("a seed").path());
     let mut count = 0;
@@ -55,6 +63,7 @@ fn config() {
 /// Otherwise the fuzzer would not begin with valid files.
 #[test]
 fn valid_configuration_seeds_load() {
+    let _alone = alone();
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/config");
     for name in ["example", "every-optional-key"] {
         assert!(targets::config::run(&fs::read(directory.join(name)).expect("a seed")), "{name} is invalid");
@@ -69,6 +78,7 @@ fn saved_state() {
 /// Otherwise the fuzzer would begin with records of another format, which are rejected at once.
 #[test]
 fn saved_state_seeds_have_the_current_format() {
+    let _alone = alone();
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/saved_state");
     for (name, example) in targets::saved_state::examples() {
         let path = directory.join(name);
