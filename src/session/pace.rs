@@ -1,23 +1,24 @@
-//! Lets the ingest loop keep up with the reader at the beginning of a burst.
+//! Lets the ingest loop keep up with the reader in a burst.
 //!
-//! Redis cannot wait, so a burst is read as fast as it arrives, into the buffer. But a short burst costs less if it is read
-//! at the pace of the ingest loop: the same few blocks of memory are used again while the processor's caches still hold
-//! them. For a moment, the burst can wait in the socket and in the server, which closes a connection that is far behind.
+//! Redis cannot wait, so events must be read as they arrive, into the buffer. But a burst costs less if it is read at the
+//! pace of the ingest loop: the same few blocks of memory are used again while the processor's caches still hold them. For a
+//! moment, events can wait in the socket and in the server, which closes a connection that is far behind.
 
 use std::time::{Duration, Instant};
 
 use crate::inbox::Inbox;
 
-/// How long the reader may wait in all. A server that publishes a gigabyte per second is then 20 MB ahead; the usual limit
+/// How long the reader may wait at once. A server that publishes a gigabyte per second is then 20 MB ahead; the usual limit
 /// of its output buffer is 32 MB (`client-output-buffer-limit pubsub`).
 const LONGEST: Duration = Duration::from_millis(20);
-/// One part in this many of the time is added to what the reader may wait.
-const REFILL: u32 = 10;
+/// The reader may wait again for the time since the last wait, divided by this. Reading takes much less time than
+/// processing, so it still keeps up with the server.
+const REFILL: u32 = 2;
 /// The reader does not wait for less than this.
 const SHORTEST: Duration = Duration::from_millis(1);
 
 pub(super) struct Pace {
-    /// How long the reader may still wait, at most [`LONGEST`].
+    /// How long the reader may wait now, at most [`LONGEST`].
     allowance: Duration,
     /// When the allowance was brought up to date.
     updated: Instant,
