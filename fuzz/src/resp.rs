@@ -29,7 +29,7 @@ const MAX_MESSAGE: usize = 1024;
 const MEMORY_LIMIT: usize = 768 << 10;
 /// Bytes that a server sends if it repeats its tail.
 const ENDLESS_LEN: usize = 512 << 10;
-/// The size of a page of memory, in bytes, at most.
+/// The size of a page of memory, in bytes. Where pages are larger, the check of mapped memory is weaker.
 const PAGE: usize = 4 << 10;
 const CONFIRMED: &[u8] = b"*3\r\n$10\r\npsubscribe\r\n$13\r\n/0.celeryev/*\r\n:1\r\n";
 /// Bytes that are kept of a message that exceeds the limit.
